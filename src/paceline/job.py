@@ -42,6 +42,9 @@ class Job:
         epochs, steps: how long to train if the command line does not say; `steps` wins.
         evaluate_every_steps: how often to evaluate on the test split; None: only at the end.
         evaluation_batch_size: samples per global batch in evaluation; `batch_size` by default.
+        loader_workers: processes of PyTorch's DataLoader that read samples for each worker; 0: the
+            worker reads them itself. A sample's random draws from torch's generator depend on
+            (seed, epoch, sample), whoever reads it.
         tokens_per_sample: where set, throughput is also given in tokens per second.
         showcase: `(model) -> {name: number or text}`, run on one worker after training with the
             whole model in evaluation mode; numbers join the final metrics, text is shown in the report.
@@ -63,6 +66,7 @@ class Job:
     steps: int | None = None
     evaluate_every_steps: int | None = None
     evaluation_batch_size: int | None = None
+    loader_workers: int = 0
     tokens_per_sample: int | None = None
     showcase: Callable[[Any], Mapping[str, float | str]] | None = None
 
@@ -95,6 +99,10 @@ class Job:
             "tokens_per_sample",
         ):
             _require_positive_int(field, getattr(self, field), optional=True)
+        if isinstance(self.loader_workers, bool) or not isinstance(self.loader_workers, int) or self.loader_workers < 0:
+            raise JobError(
+                f"Job: loader_workers is {self.loader_workers!r}", next_step="give a whole number of at least 0"
+            )
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise JobError(
                 f"clip_norm is {self.clip_norm!r}",

@@ -1,0 +1,195 @@
+"""A group of workers, and what they can do together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from paceline.errors import CollectiveError
+
+
+class Pending(Protocol):
+    """A collective under way."""
+
+    def wait(self) -> None: ...
+
+
+class Group:
+    """Workers `0 … size-1` that take part in the same collectives.
+
+    Every operation returns when it is done or raises `CollectiveError` within the group's time-out.
+    `waited_s` adds up the seconds that this worker spent in them.
+
+    With gloo, two workers swap their tensors and add, instead of the ring all-reduce: the bytes on
+    the wire are the same, in one message instead of two; both compute `a + b` of the same two numbers,
+    so the results are equal bit for bit.
+    """
+
+    def __init__(
+        self,
+        process_group: Any,
+        rank: int,
+        size: int,
+        device: torch.device,
+        timeout_s: float,
+    ) -> None:
+        self.rank = rank
+        self.size = size
+        self.device = device
+        self.waited_s = 0.0
+        self._process_group = process_group
+        self._timeout_s = timeout_s
+        self._num_operations = 0
+        self._swaps = size == 2 and device.type == "cpu"
+
+    @classmethod
+    def alone(cls, device: torch.device) -> Group:
+        """A group of one: nothing is communicated."""
+        return cls(None, 0, 1, device, 0.0)
+
+    def sum_(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
+        """Replace `tensor` (contiguous) by the sum over all workers: identical bits on each."""
+        self.start_sum(tensor, what).wait()
+        return tensor
+
+    def start_sum(self, tensor: torch.Tensor, what: str) -> Pending:
+        """Begin `sum_`; `tensor` holds the sum after `wait()`."""
+        if self.size == 1:
+            return _Done()
+        name = f"all-reduce of {what}"
+        if self._swaps:
+            return _Swap(self, tensor, name)
+        return self._start(name, tensor, lambda: dist.all_reduce(tensor, group=self._process_group, async_op=True))
+
+    def gather(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
+        """All workers' `tensor`s (same shape), stacked in the order of rank: shape `[size, *shape]`."""
+        rows = tensor.new_zeros((self.size, *tensor.shape))
+        rows[self.rank] = tensor
+        if self.size == 1:
+            return rows
+        name = f"all-gather of {what}"
+        if self._swaps:
+            other = 1 - self.rank
+            self._exchange(name, rows[self.rank], rows[other])()
+        else:
+            parts = list(rows.unbind(0))
+            self._start(
+                name,
+                tensor,
+                lambda: dist.all_gather(parts, tensor, group=self._process_group, async_op=True),
+            ).wait()
+        return rows
+
+    def broadcast_(self, tensor: torch.Tensor, what: str, source: int = 0) -> torch.Tensor:
+        """Replace `tensor` by that of group rank `source`."""
+        if self.size > 1:
+            self._start(
+                f"broadcast of {what}",
+                tensor,
+                lambda: dist.broadcast(tensor, group=self._process_group, group_src=source, async_op=True),
+            ).wait()
+        return tensor
+
+    def barrier(self, what: str) -> None:
+        """Return when every worker has come here."""
+        self.sum_(torch.zeros(1, device=self.device), f"a barrier ({what})")
+
+    def _start(self, name: str, tensor: torch.Tensor, call: Callable[[], Any]) -> Pending:
+        self._num_operations += 1
+        name = f"{name} ({_size(tensor)}, operation {self._num_operations})"
+        begin_s = time.perf_counter()
+        with _Translated(self, name):
+            work = call()
+        self.waited_s += time.perf_counter() - begin_s
+        return _Work(self, name, [work])
+
+    def _exchange(
+        self, name: str, outgoing: torch.Tensor, incoming: torch.Tensor
+    ) -> Callable[[], None]:
+        """Send to, and receive from, the other of two workers; the result waits for both."""
+        self._num_operations += 1
+        name = f"{name} ({_size(outgoing)}, operation {self._num_operations})"
+        other = 1 - self.rank
+        begin_s = time.perf_counter()
+        with _Translated(self, name):
+            works = [
+                dist.isend(outgoing, group=self._process_group, group_dst=other),
+                dist.irecv(incoming, group=self._process_group, group_src=other),
+            ]
+        self.waited_s += time.perf_counter() - begin_s
+        return _Work(self, name, works).wait
+
+
+class _Done:
+    def wait(self) -> None:
+        return
+
+
+class _Work:
+    """Works of torch.distributed whose failure is raised as our own error."""
+
+    def __init__(self, group: Group, name: str, works: Sequence[Any]) -> None:
+        self._group, self._name, self._works = group, name, works
+
+    def wait(self) -> None:
+        begin_s = time.perf_counter()
+        with _Translated(self._group, self._name):
+            for work in self._works:
+                work.wait()
+        self._group.waited_s += time.perf_counter() - begin_s
+
+
+class _Swap:
+    """All-reduce of two workers: swap, then add."""
+
+    def __init__(self, group: Group, tensor: torch.Tensor, name: str) -> None:
+        self._group, self._tensor = group, tensor
+        self._received = torch.empty_like(tensor)
+        self._wait = group._exchange(name, tensor, self._received)
+
+    def wait(self) -> None:
+        self._wait()
+        begin_s = time.perf_counter()
+        self._tensor.add_(self._received)
+        self._group.waited_s += time.perf_counter() - begin_s
+
+
+class _Translated:
+    """Turns torch.distributed's errors into one that names the rank and the operation."""
+
+    def __init__(self, group: Group, name: str) -> None:
+        self._group, self._name = group, name
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if not isinstance(error, RuntimeError) or isinstance(error, CollectiveError):
+            return
+        words = str(error).strip().splitlines()
+        first = words[0] if words else type(error).__name__
+        timed_out = "timed out" in first.lower() or "timeout" in first.lower()
+        raise CollectiveError(
+            self._group.rank,
+            self._name,
+            cause=(
+                f"another worker did not answer within {self._group._timeout_s:.0f} s"
+                if timed_out
+                else f"another worker is gone or its connection broke ({first[:200]})"
+            ),
+            next_step="look for the first worker that failed (its log is in the run's directory); "
+            "a worker may have run out of memory, or be much slower than the others (--timeout)",
+        ) from error
+
+
+def _size(tensor: torch.Tensor) -> str:
+    num_bytes = float(tensor.numel() * tensor.element_size())
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.4g} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.4g} GiB"

@@ -1,0 +1,156 @@
+"""Joining the workers of a run: who am I, where is the store, which device is mine."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+import socket
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+
+from paceline.comm.group import Group
+from paceline.errors import LaunchError
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """All workers of a launch, as one of them sees it."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+    timeout_s: float
+
+    def group(self, size: int) -> Group | None:
+        """The group of the first `size` ranks; None on a rank outside it.
+
+        A collective call: every rank of the world makes it, in the same order.
+        """
+        if self.size == 1:
+            return Group.alone(self.device)
+        if size == self.size:
+            process_group = dist.group.WORLD
+        else:
+            process_group = dist.new_group(list(range(size)), timeout=datetime.timedelta(seconds=self.timeout_s))
+        if self.rank >= size:
+            return None
+        if size == 1:
+            return Group.alone(self.device)
+        return Group(process_group, self.rank, size, self.device, self.timeout_s)
+
+    def leave(self) -> None:
+        """Give back all process groups. Without it gloo's threads abort the interpreter at exit."""
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def join(device_kind: str, timeout_s: float, loopback_port: int | None = None) -> World:
+    """Join the workers that the environment names, as the elastic agent and torchrun set it.
+
+    Args:
+        device_kind: `cpu` (gloo) or `cuda` (NCCL, device `LOCAL_RANK`).
+        timeout_s: the limit of every wait for another worker.
+        loopback_port: where all workers are on this host: rank 0 keeps the store on this port of
+            127.0.0.1, and gloo is kept to the loopback interface. None: the launcher's own rendezvous.
+
+    Raises:
+        LaunchError: the port is in use, or the other workers did not come.
+    """
+    environment = os.environ
+    rank, size = _number(environment, "RANK", 0), _number(environment, "WORLD_SIZE", 1)
+    local_rank = _number(environment, "LOCAL_RANK", 0)
+    local_size = _number(environment, "LOCAL_WORLD_SIZE", 1)
+    device = torch.device("cuda", local_rank) if device_kind == "cuda" else torch.device("cpu")
+    if device_kind == "cuda":
+        torch.cuda.set_device(device)
+    world = World(rank, size, local_rank, local_size, device, timeout_s)
+    if size == 1:
+        return world
+    timeout = datetime.timedelta(seconds=timeout_s)
+    backend = "nccl" if device_kind == "cuda" else "gloo"
+    try:
+        if loopback_port is None:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            _keep_gloo_on_loopback()
+            store = _loopback_store(rank, size, loopback_port, timeout)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    except (RuntimeError, ValueError) as error:
+        raise LaunchError(
+            f"rank {rank}: joining the other {size - 1} workers failed within {timeout_s:.0f} s",
+            cause=str(error).splitlines()[0],
+            next_step="see whether a worker died before this one (its log is in the run's directory), "
+            "and whether the hosts can reach each other",
+        ) from error
+    return world
+
+
+def _loopback_store(rank: int, size: int, port: int, timeout: datetime.timedelta) -> dist.TCPStore:
+    """A store that only this host can reach: TCPStore itself would listen on every interface."""
+    if rank != 0:
+        return dist.TCPStore("127.0.0.1", port, size, is_master=False, timeout=timeout)
+    listener = listen_on_loopback(port)
+    return dist.TCPStore(
+        "127.0.0.1",
+        listener.getsockname()[1],
+        size,
+        is_master=True,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+
+
+def listen_on_loopback(port: int) -> socket.socket:
+    """A socket that listens on `port` of 127.0.0.1 (0: any free one).
+
+    Raises:
+        LaunchError: the port is in use.
+    """
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(("127.0.0.1", port))
+    except OSError as error:
+        listener.close()
+        raise LaunchError(
+            f"port {port} of 127.0.0.1 cannot be used: {error.strerror}",
+            cause="another program, perhaps another run, listens there",
+            next_step="leave out --port to take a free one, or give another",
+        ) from error
+    listener.listen(128)
+    return listener
+
+
+def _keep_gloo_on_loopback() -> None:
+    names = {name for _, name in socket.if_nameindex()}
+    for name in ("lo", "lo0"):
+        if name in names:
+            os.environ["GLOO_SOCKET_IFNAME"] = name
+            return
+
+
+def _number(environment: Mapping[str, str], key: str, default: int) -> int:
+    try:
+        return int(environment.get(key, default))
+    except ValueError as error:
+        raise LaunchError(
+            f"the environment has {key}={environment[key]!r}, which is no number",
+            next_step="start workers with `paceline train` or `torchrun`, which set it",
+        ) from error
+
+
+def share_of_cores(cores: Sequence[int], local_rank: int, local_size: int) -> tuple[int, ...]:
+    """The cores of worker `local_rank` among `local_size` on this host: equal, contiguous shares.
+
+    With more workers than cores each has one core, and shares it.
+    """
+    if local_size >= len(cores):
+        return (cores[local_rank % len(cores)],)
+    start = local_rank * len(cores) // local_size
+    return tuple(cores[start : (local_rank + 1) * len(cores) // local_size])

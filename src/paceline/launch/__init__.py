@@ -1,0 +1,1 @@
+"""Starting workers, and hearing from them: this host, or torchrun."""

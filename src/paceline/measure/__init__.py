@@ -1,0 +1,1 @@
+"""What things cost: the machine, its devices, its arithmetic."""

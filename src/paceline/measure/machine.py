@@ -1,0 +1,109 @@
+"""What this host is: cores, memory, devices, versions."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import socket
+from pathlib import Path
+
+import torch
+
+import paceline
+from paceline.records import Host
+
+
+def usable_cores() -> tuple[int, ...]:
+    """Numbers of the cores that this process may use, fewer where a cgroup's quota allows fewer."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = tuple(sorted(os.sched_getaffinity(0)))
+    else:
+        cores = tuple(range(os.cpu_count() or 1))
+    quota = _cgroup_quota_cores()
+    return cores if quota is None else cores[: max(1, math.ceil(quota))]
+
+
+def _cgroup_quota_cores() -> float | None:
+    """How many cores' worth of time the cgroup grants, or None where it sets no limit."""
+    v2 = _read_words(Path("/sys/fs/cgroup/cpu.max"))
+    if len(v2) == 2 and v2[0] != "max":
+        return int(v2[0]) / int(v2[1])
+    quota = _read_words(Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"))
+    period = _read_words(Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us"))
+    if quota and period and int(quota[0]) > 0:
+        return int(quota[0]) / int(period[0])
+    return None
+
+
+def _read_words(path: Path) -> list[str]:
+    try:
+        return path.read_text().split()
+    except OSError:
+        return []
+
+
+def device_kind() -> str:
+    """`cuda` where a GPU is usable, else `cpu`."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def local_workers(device: str) -> int:
+    """How many workers this host can carry: one per GPU, or one per core."""
+    return torch.cuda.device_count() if device == "cuda" else len(usable_cores())
+
+
+def describe_host(device: str, workers: int) -> Host:
+    """This host as a record; memory is the device's where it has its own."""
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        name, memory_bytes = properties.name, properties.total_memory
+    else:
+        name, memory_bytes = _cpu_name(), _memory_bytes()
+    return Host(
+        name=socket.gethostname(),
+        device=device,
+        device_name=name,
+        cores=len(usable_cores()),
+        memory_bytes=memory_bytes,
+        workers=workers,
+    )
+
+
+def _cpu_name() -> str:
+    for line in _read_lines(Path("/proc/cpuinfo")):
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory_bytes() -> int:
+    for line in _read_lines(Path("/proc/meminfo")):
+        if line.startswith("MemTotal:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
+
+
+def peak_memory_bytes(device: str) -> int:
+    """The most memory that this process has held: on the GPU where it trains there, else resident."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    for line in _read_lines(Path("/proc/self/status")):
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def versions() -> dict[str, str]:
+    return {
+        "paceline": paceline.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }

@@ -1,0 +1,185 @@
+"""What passes from one stage to the next: frozen, validated when built, JSON both ways."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from paceline.errors import LayoutError
+
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "ep", "tp")
+"""The mesh axes, outermost first, by the ecosystem's names."""
+
+SUPPORTED_AXES = frozenset({"dp_replicate"})
+"""Axes that may be larger than one today."""
+
+
+class Record(BaseModel):
+    """Base of all records."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def to_json(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        return cls.model_validate(data)
+
+
+class Host(Record):
+    """One machine: how many workers it may carry, and on what."""
+
+    name: str
+    device: str
+    """`cpu` or `cuda`."""
+    device_name: str
+    cores: int = Field(ge=1)
+    memory_bytes: int = Field(ge=0)
+    workers: int = Field(ge=1)
+    """Workers started here."""
+
+
+class Cluster(Record):
+    """What a run is given: its hosts, in the order of the workers' ranks."""
+
+    hosts: tuple[Host, ...] = Field(min_length=1)
+
+    @property
+    def workers(self) -> int:
+        return sum(host.workers for host in self.hosts)
+
+    @property
+    def device(self) -> str:
+        return self.hosts[0].device
+
+
+class Layout(Record):
+    """How a job is split: a size for each axis, micro-batches, threads of each worker."""
+
+    pp: int = Field(1, ge=1)
+    dp_replicate: int = Field(1, ge=1)
+    dp_shard: int = Field(1, ge=1)
+    cp: int = Field(1, ge=1)
+    ep: int = Field(1, ge=1)
+    tp: int = Field(1, ge=1)
+    micro: int = Field(1, ge=1)
+    """Micro-batches in a step: gradients are accumulated over them."""
+    threads: int | None = Field(None, ge=1)
+    """Threads of each worker; None shares out the host's cores."""
+
+    @property
+    def workers(self) -> int:
+        """The product of all axes."""
+        product = 1
+        for axis in AXES:
+            product *= getattr(self, axis)
+        return product
+
+    @property
+    def data_parallel(self) -> int:
+        """Among how many workers a micro-batch is split."""
+        return self.dp_replicate * self.dp_shard
+
+    def __str__(self) -> str:
+        """The text that `parse` reads; a single process is `dp_replicate=1`."""
+        parts = [f"{axis}={getattr(self, axis)}" for axis in AXES if getattr(self, axis) > 1]
+        parts = parts or ["dp_replicate=1"]
+        if self.micro > 1:
+            parts.append(f"micro={self.micro}")
+        if self.threads is not None:
+            parts.append(f"threads={self.threads}")
+        return ",".join(parts)
+
+    @classmethod
+    def parse(cls, text: str) -> Layout:
+        """Read `"dp_replicate=2,micro=4"`.
+
+        Raises:
+            LayoutError: an unknown key, a size that is no whole number of at least 1, or an axis
+                that this version cannot split along.
+        """
+        sizes: dict[str, int] = {}
+        for part in filter(None, (p.strip() for p in text.split(","))):
+            key, equals, value = (p.strip() for p in part.partition("="))
+            if key not in cls.model_fields:
+                near = difflib.get_close_matches(key, cls.model_fields, n=1)
+                raise LayoutError(
+                    f"layout {text!r} has an unknown key {key!r}",
+                    cause=f"perhaps {near[0]!r} was meant" if near else "",
+                    next_step=f"keys are {', '.join(cls.model_fields)}; or `auto`",
+                )
+            if key in sizes:
+                raise LayoutError(f"layout {text!r} gives {key!r} twice", next_step="give each key once")
+            if not equals or not value.isdecimal() or int(value) < 1:
+                raise LayoutError(
+                    f"layout {text!r}: {key} is {value!r}",
+                    next_step=f"give a whole number of at least 1, as in {key}=2",
+                )
+            sizes[key] = int(value)
+        if not sizes:
+            raise LayoutError(
+                f"layout {text!r} is empty", next_step="give `auto`, or axis sizes such as `dp_replicate=2`"
+            )
+        for axis in AXES:
+            if sizes.get(axis, 1) > 1 and axis not in SUPPORTED_AXES:
+                raise LayoutError(
+                    f"layout {text!r}: {axis}={sizes[axis]} cannot be trained by this version",
+                    cause="it splits the batch (dp_replicate), not yet the model",
+                    next_step=f"use dp_replicate={sizes[axis]}, or `auto`",
+                )
+        try:
+            return cls(**sizes)
+        except ValidationError as error:  # pragma: no cover - parse has checked every value
+            raise LayoutError(f"layout {text!r}: {error}") from error
+
+    def check_batch(self, batch_size: int) -> None:
+        """Raise `LayoutError` where a global batch of `batch_size` samples cannot be divided evenly."""
+        parts = self.data_parallel * self.micro
+        if batch_size % parts == 0:
+            return
+        below, above = batch_size // parts * parts, (batch_size // parts + 1) * parts
+        nearest = f"{below} or {above}" if below else f"{above}"
+        raise LayoutError(
+            f"a global batch of {batch_size} samples cannot be divided by layout {self}: "
+            f"{self.data_parallel} workers × {self.micro} micro-batches = {parts} equal parts",
+            cause="every worker computes the same number of samples of each micro-batch",
+            next_step=f"use a batch_size of {nearest}, or another layout",
+        )
+
+
+class Trial(Record):
+    """One candidate layout, timed on the job itself."""
+
+    layout: Layout
+    label: str
+    workers: int = Field(ge=1)
+    threads: int = Field(ge=1)
+    step_s: tuple[float, ...] = ()
+    """Seconds per step, one entry per interleaved round."""
+    compute_s: float | None = None
+    communication_s: float | None = None
+    data_s: float | None = None
+    error: str | None = None
+
+
+class Plan(Record):
+    """The chosen layout, why, and what was measured on the way."""
+
+    layout: Layout
+    label: str
+    reason: str
+    chosen_by: str
+    """`trial` or `user`."""
+    forecast_step_s: float | None = None
+    trials: tuple[Trial, ...] = ()
+
+
+def describe(workers: int, threads: int, device: str = "cpu") -> str:
+    """`2 workers × 1 thread`: a layout in words."""
+    noun = "worker" if workers == 1 else "workers"
+    if device != "cpu":
+        return f"{workers} {noun} on {device}"
+    return f"{workers} {noun} × {threads} thread{'s' if threads != 1 else ''}"

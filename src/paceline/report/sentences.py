@@ -1,0 +1,138 @@
+"""The result of a run in plain words: how fast, against what, and why not faster."""
+
+from __future__ import annotations
+
+from paceline.report.analysis import Breakdown, Comparison, Loss, Measured, break_down, compare
+from paceline.report.formats import join, percent, plural, times
+from paceline.report.reader import RunLog
+
+_WORTH_A_WORD = 0.005
+"""Losses of speed-up below this are not worth a word."""
+
+
+def result(log: RunLog, comparison: Comparison | None = None) -> str:
+    """One sentence: how fast the layout trains, against one worker with one thread."""
+    comparison = comparison or compare(log)
+    chosen, unit = comparison.chosen, comparison.unit
+    if log.plan is None:
+        return "The run ended before a layout was chosen." if log.end else "No layout has been chosen yet."
+    if not log.trials:
+        asked = ", as asked for" if log.plan.chosen_by == "user" else ""
+        return (
+            f"It was trained with {log.plan.label}{asked}. No other layout was timed, "
+            "so how much faster this is than one worker is not known."
+        )
+    if unit is None:
+        return (
+            f"It was trained with {log.plan.label}. One worker with one thread was not timed, "
+            "so how much faster this is than one worker is not known."
+        )
+    if chosen is None:
+        return (
+            f"It was trained with {log.plan.label}, which was not timed beside the others, "
+            f"so how much faster this is than {unit.label} is not known."
+        )
+    if chosen is unit:
+        return _unit_won(comparison)
+    assert chosen.speedup is not None
+    verb = "train" if chosen.trial.workers > 1 else "trains"
+    return (
+        f"{chosen.label} {verb} {times(chosen.speedup.median)} as fast as {unit.label}; "
+        f"{times(chosen.processors)} would be ideal on {plural(chosen.processors, _noun(log))}."
+    )
+
+
+def why_not_more(log: RunLog, comparison: Comparison | None = None) -> str:
+    """Where the rest of the ideal speed-up goes; empty where that cannot be known."""
+    comparison = comparison or compare(log)
+    subject = comparison.chosen
+    if subject is not None and subject is comparison.unit:
+        subject = _runner_up(comparison)
+    if subject is None:
+        return ""
+    breakdown = break_down(log, comparison, subject)
+    return "" if breakdown is None else explain(breakdown)
+
+
+def explain(breakdown: Breakdown) -> str:
+    """The missing speed-up, part by part, the largest first."""
+    measured, missing = breakdown.measured, breakdown.missing
+    if missing < -_WORTH_A_WORD:
+        return (
+            f"That is {times(-missing)} more than ideal: a smaller part of the batch may fit the caches "
+            "better, or the machine was busier while one worker was timed."
+        )
+    if missing <= _WORTH_A_WORD:
+        return "Nothing is missing."
+    least = max(_WORTH_A_WORD, 0.04 * missing)
+    told = [loss for loss in breakdown.losses if loss.missing >= least]
+    told.sort(key=lambda loss: -loss.missing)
+    gained = [loss for loss in breakdown.losses if loss.missing <= -least]
+    if not any(loss.share is not None for loss in breakdown.losses):
+        return (
+            f"The missing {missing:.2f} cannot be told apart: the parts of a step were not timed in the trials."
+        )
+    reasons = "; ".join(f"{_reason(loss, measured)} ({loss.missing:.2f})" for loss in told)
+    text = f"Of {measured.label}, {missing:.2f} is missing: {reasons}."
+    if gained:
+        names = join([_NAMES[loss.part] for loss in gained])
+        verb = "takes" if len(gained) == 1 else "take"
+        back = -sum(loss.missing for loss in gained)
+        text += f" {names[0].upper()}{names[1:]} {verb} less than an even share, which gives {back:.2f} back."
+    return text
+
+
+_NAMES = {
+    "computation": "computation",
+    "communication": "communication",
+    "data": "waiting for data",
+    "optimizer": "the optimizer",
+    "other": "the rest of the step",
+}
+
+
+def _reason(loss: Loss, measured: Measured) -> str:
+    share = "an unknown part" if loss.share is None else percent(loss.share)
+    if loss.part == "computation" and loss.slower is not None:
+        return (
+            f"computation takes {percent(loss.slower)} longer than an even share of what it takes "
+            f"one worker alone, usually because {_why_slower(measured)}"
+        )
+    if loss.part == "communication":
+        return f"communication, with the wait for other workers, takes {share} of a step"
+    if loss.part == "optimizer" and measured.trial.workers > 1:
+        return f"the optimizer takes {share}, and every worker repeats it"
+    return f"{_NAMES[loss.part]} takes {share}"
+
+
+def _why_slower(measured: Measured) -> str:
+    if measured.trial.workers > 1:
+        return "the workers share caches and memory bandwidth and a smaller part of the batch is less efficient"
+    return "only large operations gain from more threads"
+
+
+def _unit_won(comparison: Comparison) -> str:
+    unit, other = comparison.unit, _runner_up(comparison)
+    assert unit is not None
+    if other is None or other.speedup is None:
+        return f"It was trained with {unit.label}; no other layout could be timed."
+    others = plural(len(comparison.measured), "layout")
+    if other.speedup.median > 1:
+        return (
+            f"It was trained with {unit.label}; {other.label}, the fastest other layout timed, "
+            f"was {times(other.speedup.median)} as fast."
+        )
+    return (
+        f"{unit.label} is the fastest of {others} timed: {other.label}, the next, "
+        f"trains {times(other.speedup.median)} as fast."
+    )
+
+
+def _runner_up(comparison: Comparison) -> Measured | None:
+    others = [m for m in comparison.measured if m is not comparison.unit]
+    return min(others, key=lambda m: m.step_s.median, default=None)
+
+
+def _noun(log: RunLog) -> str:
+    on_cpu = log.run is None or all(host.device == "cpu" for host in log.run.cluster.hosts)
+    return "core" if on_cpu else "device"

@@ -1,0 +1,1 @@
+"""One model -> the part of each worker, computing the same thing."""

@@ -1,0 +1,132 @@
+"""Batch normalisation over the global batch, on any device.
+
+Each worker sees a share of the micro-batch; the statistics must be those of the whole. (PyTorch's
+SyncBatchNorm does this on GPUs only.)
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from paceline.comm.group import Group
+
+
+class BatchShare:
+    """What the batch norms of one model need to know of this worker's share of the micro-batch."""
+
+    def __init__(self) -> None:
+        self.group: Group | None = None
+        """The workers among which the batch is split; None: it is not."""
+        self.counts = True
+        """False while this worker computes on a borrowed sample, because its share is empty."""
+
+
+def share_batch_norms(model: nn.Module, share: BatchShare) -> list[str]:
+    """Let the batch norms of `model` take their statistics over all workers of `share.group`.
+
+    The modules stay what they are: class, parameter names, buffers and hooks. In evaluation mode, or
+    while `share.group` is None, they compute what they always did.
+
+    Returns:
+        The names of the modules that were reached.
+    """
+    reached = []
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm):
+            module.forward = functools.partial(_forward, module, module.forward, share)  # type: ignore[method-assign]
+            reached.append(name)
+    return reached
+
+
+def _forward(module: _BatchNorm, local_forward: Any, share: BatchShare, x: torch.Tensor) -> torch.Tensor:
+    uses_batch_statistics = module.training or module.running_mean is None
+    if share.group is None or share.group.size == 1 or not uses_batch_statistics:
+        result: torch.Tensor = local_forward(x)
+        return result
+    if not module.training:
+        # Evaluation without running statistics: each worker's batch stands for itself, as in one process.
+        return local_forward(x)  # type: ignore[no-any-return]
+    module._check_input_dim(x)
+    if module.track_running_stats and module.num_batches_tracked is not None:
+        module.num_batches_tracked.add_(1)
+    y, mean, variance, count = _GlobalBatchNorm.apply(
+        x, module.weight, module.bias, module.eps, share.group, share.counts
+    )
+    if module.track_running_stats and module.running_mean is not None and module.running_var is not None:
+        momentum = module.momentum
+        if momentum is None:
+            assert module.num_batches_tracked is not None
+            momentum = 1.0 / float(module.num_batches_tracked)
+        with torch.no_grad():
+            unbiased = variance * (count / (count - 1).clamp(min=1))
+            module.running_mean.lerp_(mean.to(module.running_mean.dtype), momentum)
+            module.running_var.lerp_(unbiased.to(module.running_var.dtype), momentum)
+    return y  # type: ignore[no-any-return]
+
+
+class _GlobalBatchNorm(torch.autograd.Function):
+    """y = weight · (x − mean) / sqrt(var + eps) + bias with mean and var over all workers.
+
+    Forward gathers each worker's (mean, sum of squared deviations, count) per channel and merges
+    them (Chan et al. 1979); backward sums two numbers per channel: Σ dy and Σ dy·x̂.
+    Shapes: x is [N, C, …]; mean and var are [C].
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        eps: float,
+        group: Group,
+        counts: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        num_channels = x.shape[1]
+        count = x.numel() // num_channels if counts else 0
+        mean, variance = _local_statistics(x)
+        local = torch.cat([mean, variance * count, mean.new_tensor([float(count)])])
+        rows = group.gather(local, "batch-norm statistics")
+        means, deviations, row_counts = rows[:, :num_channels], rows[:, num_channels:-1], rows[:, -1:]
+        total = row_counts.sum()
+        mean = (means * row_counts).sum(0) / total
+        variance = (deviations.sum(0) + ((means - mean).square() * row_counts).sum(0)) / total
+        y = torch.batch_norm(x, weight, bias, mean, variance, False, 0.0, eps, False)
+        ctx.save_for_backward(x, weight, mean, variance)
+        ctx.group, ctx.eps, ctx.total = group, eps, total
+        ctx.mark_non_differentiable(mean, variance, total)
+        return y, mean, variance, total
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        x, weight, mean, variance = ctx.saved_tensors
+        # With mean and variance held fixed the fused kernel gives dy·scale, Σ dy·x̂ and Σ dy ...
+        dx, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
+            dy, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
+        )
+        # ... and as they depend on x, scale · (mean(dy) + x̂ · mean(dy·x̂)) goes off again: affine in x.
+        sums = torch.stack([d_bias.float(), d_weight.float()])
+        mean_dy, mean_dy_normalized = ctx.group.sum_(sums, "batch-norm gradients") / ctx.total
+        inverse = torch.rsqrt(variance + ctx.eps)
+        scale = inverse if weight is None else inverse * weight.float()
+        slope = -scale * inverse * mean_dy_normalized
+        offset = -scale * mean_dy - slope * mean
+        shape = [1, -1, *[1] * (x.dim() - 2)]
+        dx.addcmul_(x, slope.view(shape).to(x.dtype)).add_(offset.view(shape).to(x.dtype))
+        if weight is None:
+            return dx, None, None, None, None, None
+        return dx, d_weight, d_bias, None, None, None
+
+
+def _local_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and biased variance per channel of [N, C, …], in float32."""
+    if x.device.type == "cpu" and x.dtype == torch.float32:
+        mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
+        return mean, variance
+    variance, mean = torch.var_mean(x.float(), dim=[0, *range(2, x.dim())], correction=0)
+    return mean, variance

@@ -1,0 +1,255 @@
+"""From a data set to this worker's shares of the global batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, default_collate
+
+from paceline.errors import DataError
+from paceline.job import Job
+from paceline.train.order import Share, batches_per_epoch, epoch_order, shares
+from paceline.train.seeds import derive, mix
+
+
+@dataclasses.dataclass
+class Part:
+    """This worker's share of one micro-batch, collated and on the device."""
+
+    batch: Any
+    share: Share
+
+
+@dataclasses.dataclass
+class GlobalBatch:
+    """One global batch as this worker sees it: its shares of the micro-batches."""
+
+    epoch: int
+    index: int
+    """Number of the batch within its epoch."""
+    samples: int
+    """Samples of the whole global batch."""
+    parts: list[Part]
+    data_s: float
+    """Seconds that this worker waited for it."""
+
+
+def is_iterable(dataset: Any) -> bool:
+    return isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
+
+
+def num_samples(dataset: Any, split: str) -> int | None:
+    """Length of a map-style data set; None for an iterable one.
+
+    Raises:
+        DataError: it is empty, or has neither `__getitem__` with `__len__` nor `__iter__`.
+    """
+    if is_iterable(dataset):
+        if hasattr(dataset, "__iter__"):
+            return None
+        raise DataError(
+            f"data({split!r}) gave {type(dataset).__name__}, which is no data set",
+            next_step="return an object with __len__ and __getitem__, or an IterableDataset",
+        )
+    if not hasattr(dataset, "__len__"):
+        raise DataError(
+            f"data({split!r}) gave {type(dataset).__name__}, which has no length",
+            next_step="define __len__, or make it an IterableDataset",
+        )
+    length = len(dataset)
+    if length == 0:
+        raise DataError(
+            f"data({split!r}) is empty",
+            cause="a path that matches nothing, or a filter that drops everything",
+            next_step="look at what the job's data function reads",
+        )
+    return length
+
+
+class _Seeded:
+    """A map-style data set whose samples may draw from torch's generator: seeded by (seed, epoch, index)."""
+
+    def __init__(self, dataset: Any, base_seed: int) -> None:
+        self._dataset = dataset
+        self._base_seed = base_seed
+        if hasattr(dataset, "__getitems__"):
+            self.__getitems__ = self._get_items
+
+    def __getitem__(self, index: int) -> Any:
+        torch.default_generator.manual_seed(mix(self._base_seed, index))
+        return self._dataset[index]
+
+    def _get_items(self, indices: Sequence[int]) -> Any:
+        torch.default_generator.manual_seed(mix(self._base_seed, indices[0]))
+        return self._dataset.__getitems__(indices)
+
+
+class ShareLoader:
+    """Yields this worker's `GlobalBatch`es, epoch after epoch, the same samples whatever the layout."""
+
+    def __init__(
+        self,
+        job: Job,
+        dataset: Any,
+        *,
+        seed: int,
+        micro: int,
+        size: int,
+        rank: int,
+        device: torch.device,
+    ) -> None:
+        self._job = job
+        self._dataset = dataset
+        self._seed = seed
+        self._micro, self._size, self._rank = micro, size, rank
+        self._device = device
+        self._collate: Callable[[list[Any]], Any] = job.collate or default_collate
+        self._num_samples = num_samples(dataset, "train")
+        if self._num_samples is None and job.loader_workers:
+            raise DataError(
+                f"loader_workers={job.loader_workers} with an iterable data set",
+                cause="the order of an iterable's samples is known only while it is read in one place",
+                next_step="leave out loader_workers, or make the data set map-style",
+            )
+
+    @property
+    def batches_per_epoch(self) -> int | None:
+        """None where the data set is iterable."""
+        if self._num_samples is None:
+            return None
+        return batches_per_epoch(self._num_samples, self._job.batch_size)
+
+    def epoch(self, epoch: int) -> Iterator[GlobalBatch]:
+        """The global batches of one epoch, in order.
+
+        Raises:
+            DataError: a sample cannot be read or collated, or an iterable data set is empty.
+        """
+        batches = self._iterable_epoch(epoch) if self._num_samples is None else self._map_epoch(epoch)
+        while True:
+            begin_s = time.perf_counter()
+            try:
+                batch = next(batches, None)
+            except (DataError, KeyboardInterrupt):
+                raise
+            except Exception as error:
+                raise DataError(
+                    f"reading the training data failed: {type(error).__name__}: {error}",
+                    cause="the data set's __getitem__ or __iter__, or collating samples of unequal shapes",
+                    next_step="try data('train')[0], and `collate` on a few samples, in a Python shell",
+                ) from error
+            if batch is None:
+                return
+            batch.data_s = time.perf_counter() - begin_s
+            yield batch
+
+    def _map_epoch(self, epoch: int) -> Iterator[GlobalBatch]:
+        assert self._num_samples is not None
+        order = epoch_order(self._seed, epoch, self._num_samples)
+        bounds = [
+            (begin, min(begin + self._job.batch_size, len(order)))
+            for begin in range(0, len(order), self._job.batch_size)
+        ]
+
+        def index_lists() -> Iterator[list[int]]:
+            for begin, end in bounds:
+                for s in self._shares(end - begin):
+                    yield order[begin + s.begin : begin + s.end].tolist()
+
+        loader = DataLoader(
+            _Seeded(self._dataset, derive(self._seed, "samples", epoch)),  # type: ignore[arg-type]
+            batch_sampler=index_lists(),  # type: ignore[arg-type]
+            collate_fn=self._collate,
+            num_workers=self._job.loader_workers,
+            pin_memory=self._device.type == "cuda",
+            generator=torch.Generator().manual_seed(derive(self._seed, "loader", epoch)),
+        )
+        loaded = iter(loader)
+        for index, (begin, end) in enumerate(bounds):
+            mine = self._shares(end - begin)
+            parts = [Part(to_device(next(loaded), self._device), share) for share in mine]
+            yield GlobalBatch(epoch, index, end - begin, parts, 0.0)
+
+    def _shares(self, batch_samples: int) -> list[Share]:
+        return shares(batch_samples, self._micro, self._size, self._rank)
+
+    def _iterable_epoch(self, epoch: int) -> Iterator[GlobalBatch]:
+        """Every worker reads the whole stream and keeps its shares: right for any iterable."""
+        if hasattr(self._dataset, "set_epoch"):
+            self._dataset.set_epoch(epoch)
+        stream = iter(self._dataset)
+        index = 0
+        while True:
+            torch.default_generator.manual_seed(derive(self._seed, "samples", epoch, index))
+            samples = _take(stream, self._job.batch_size)
+            if not samples:
+                break
+            parts = [
+                Part(to_device(self._collate(samples[s.begin : s.end]), self._device), s)
+                for s in self._shares(len(samples))
+            ]
+            yield GlobalBatch(epoch, index, len(samples), parts, 0.0)
+            index += 1
+            if len(samples) < self._job.batch_size:
+                return
+        if index == 0:
+            raise DataError(
+                f"data('train') gave no sample in epoch {epoch}",
+                cause="an iterator that can be read only once, or an empty stream"
+                if epoch
+                else "an empty stream",
+                next_step="return a fresh iterator from __iter__",
+            )
+
+
+def evaluation_parts(
+    job: Job, dataset: Any, *, size: int, rank: int, device: torch.device
+) -> Iterator[tuple[Any, int]]:
+    """This worker's `(batch, samples)` of the test split, in its own order; empty shares are left out."""
+    batch_size = job.evaluation_batch_size or job.batch_size
+    collate: Callable[[list[Any]], Any] = job.collate or default_collate
+    length = num_samples(dataset, "test")
+    if length is None:
+        stream = iter(dataset)
+        while samples := _take(stream, batch_size):
+            (share,) = shares(len(samples), 1, size, rank)
+            if share.samples:
+                yield to_device(collate(samples[share.begin : share.end]), device), share.samples
+        return
+    index_lists = []
+    for begin in range(0, length, batch_size):
+        (share,) = shares(min(batch_size, length - begin), 1, size, rank)
+        if share.samples:
+            index_lists.append(list(range(begin + share.begin, begin + share.end)))
+    loader = DataLoader(dataset, batch_sampler=index_lists, collate_fn=collate, num_workers=job.loader_workers)
+    for indices, batch in zip(index_lists, loader, strict=True):
+        yield to_device(batch, device), len(indices)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with every tensor in it on `device`; containers keep their type."""
+    if device.type == "cpu":
+        return batch
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return type(batch)({key: to_device(value, device) for key, value in batch.items()})  # type: ignore[call-arg]
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
+
+
+def _take(stream: Iterator[Any], count: int) -> list[Any]:
+    taken = []
+    for sample in stream:
+        taken.append(sample)
+        if len(taken) == count:
+            break
+    return taken
+

@@ -1,0 +1,342 @@
+"""One worker's copy of the model, and one step of its training."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from paceline.comm.gradients import GradientSync
+from paceline.comm.group import Group
+from paceline.errors import JobError, LossError, WorkerError
+from paceline.job import Job
+from paceline.split.batchnorm import BatchShare, share_batch_norms
+from paceline.train.data import GlobalBatch, Part, evaluation_parts
+from paceline.train.seeds import derive, seed_everything, seed_torch
+
+# The sums that travel with the gradients, and their places.
+_LOSS, _WEIGHT, _STOP = range(3)
+_NUM_SUMS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """What one step did. Times are this worker's; `loss` is over the global batch, before the update."""
+
+    loss: float
+    samples: int
+    lr: list[float]
+    grad_norm: float | None
+    """Before clipping; None where the job does not clip."""
+    stop: bool
+    """Some worker was asked to stop: all of them learn it in the same step."""
+    step_s: float
+    compute_s: float
+    communication_s: float
+    optimizer_s: float
+    data_s: float
+
+
+class Replica:
+    """The whole model on one worker, trained in step with its twins on the others.
+
+    The global batch's loss is `Σ sum / Σ weight` over micro-batches and workers; each worker's
+    backward pass computes its part of that one sum, and the parts are added up.
+    """
+
+    def __init__(
+        self, job: Job, *, seed: int, device: torch.device, precision: str, total_steps: int | None
+    ) -> None:
+        """
+        Args:
+            precision: `fp32`, or `bf16` for autocast with float32 parameters.
+            total_steps: what the job's schedule is given; None where the length is not known.
+        """
+        self.job = job
+        self.device = device
+        self.precision = precision
+        self.stop_requested = False
+        self._seed = seed
+        self._num_steps = 0
+        seed_everything(derive(seed, "model"))
+        self.model: nn.Module = job.model()
+        if not isinstance(self.model, nn.Module):
+            raise JobError(
+                f"Job: model() returned {type(self.model).__name__}",
+                next_step="return an nn.Module",
+            )
+        self.model.to(device)
+        self._trained = [p for p in self.model.parameters() if p.requires_grad]
+        if not self._trained:
+            raise JobError(
+                "the model has no parameter to train",
+                cause="all of them have requires_grad=False",
+                next_step="leave at least one trainable",
+            )
+        self.optimizer = job.optimizer(self._trained)
+        self.scheduler = None
+        if job.schedule is not None:
+            if total_steps is None:
+                raise JobError(
+                    "the schedule needs the number of steps, which is not known",
+                    cause="an iterable data set has no length",
+                    next_step="give --steps, or steps= in the job",
+                )
+            self.scheduler = job.schedule(self.optimizer, total_steps)
+        self._share = BatchShare()
+        share_batch_norms(self.model, self._share)
+        self._call = _caller(job, self.model)
+        self._group = Group.alone(device)
+        self._sync: GradientSync | None = None
+        self.model.train()
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    def attach(self, group: Group) -> None:
+        """Train in step with the workers of `group` from now on, starting from rank 0's parameters."""
+        if self._sync is not None:
+            self._sync.remove()
+            self._sync = None
+        self._group = group
+        self._share.group = group if group.size > 1 else None
+        self.optimizer.zero_grad(set_to_none=True)
+        if group.size > 1:
+            self._broadcast_state()
+            self._sync = GradientSync(self._trained, group, _NUM_SUMS)
+
+    def step(self, batch: GlobalBatch) -> StepResult:
+        """Forward, backward, one update, over one global batch.
+
+        Raises:
+            LossError: the loss is no scalar, not finite, or its weights sum to zero.
+            CollectiveError: another worker did not answer.
+        """
+        begin_s = time.perf_counter()
+        waited_before_s = self._group.waited_s
+        sums, weighted = self._accumulate(batch)
+        backward_end_s = time.perf_counter()
+        hidden_s = self._group.waited_s - waited_before_s
+        sums = self._reduce(sums, weighted=weighted and not self._is_whole(batch)).to("cpu")
+        reduced_s = time.perf_counter()
+        loss = float(sums[_LOSS] / sums[_WEIGHT]) if sums[_WEIGHT] else math.nan
+        self._check_finite(loss, float(sums[_WEIGHT]))
+        grad_norm = None
+        if self.job.clip_norm is not None:
+            grad_norm = float(nn.utils.clip_grad_norm_(self._trained, self.job.clip_norm))
+        lr = [float(g["lr"]) for g in self.optimizer.param_groups]
+        self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._num_steps += 1
+        end_s = time.perf_counter()
+        return StepResult(
+            loss=loss,
+            samples=batch.samples,
+            lr=lr,
+            grad_norm=grad_norm,
+            stop=bool(sums[_STOP] > 0),
+            step_s=end_s - begin_s + batch.data_s,
+            compute_s=backward_end_s - begin_s - hidden_s,
+            communication_s=hidden_s + reduced_s - backward_end_s,
+            optimizer_s=end_s - reduced_s,
+            data_s=batch.data_s,
+        )
+
+    def evaluate(self, dataset: Any) -> tuple[dict[str, float], int]:
+        """Metrics over the test split (`loss` among them) and the number of its samples.
+
+        Raises:
+            WorkerError: the workers' parameters have parted.
+        """
+        self.check_in_step()
+        functions = {"loss": self.job.loss, **self.job.metrics}
+        totals = torch.zeros(len(functions) + 1, 2, dtype=torch.float64)
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                for batch, samples in evaluation_parts(
+                    self.job, dataset, size=self._group.size, rank=self._group.rank, device=self.device
+                ):
+                    with self._autocast():
+                        outputs = self._call(batch)
+                        for row, (name, function) in enumerate(functions.items()):
+                            totals[row] += _sum_and_weight(name, function(outputs, batch), samples)
+                    totals[-1, 0] += samples
+        finally:
+            self.model.train()
+        totals = self._group.sum_(totals.to(self.device), "evaluation sums").to("cpu")
+        metrics = {}
+        for row, name in enumerate(functions):
+            value = float(totals[row, 0] / totals[row, 1]) if totals[row, 1] else math.nan
+            finish = self.job.finish.get(name)
+            metrics[name] = finish(value) if finish is not None else value
+        return metrics, int(totals[-1, 0])
+
+    def check_in_step(self) -> None:
+        """Raise `WorkerError` unless all workers hold the same parameters, bit for bit in their sums."""
+        if self._group.size == 1:
+            return
+        own = torch.stack([p.detach().double().sum() for p in self._trained])
+        rows = self._group.gather(own, "parameter checksums")
+        for rank in range(1, self._group.size):
+            # Bits are compared, so that NaN equals NaN.
+            parted = (rows[rank].view(torch.int64) != rows[0].view(torch.int64)).nonzero()
+            if len(parted):
+                name = [n for n, p in self.model.named_parameters() if p.requires_grad][int(parted[0])]
+                raise WorkerError(
+                    rank,
+                    f"after step {self._num_steps} the parameters of rank {rank} differ from rank 0's, "
+                    f"first in {name}",
+                    cause="the optimizer or the model draws random numbers of its own, or reads the rank",
+                    next_step="make updates depend on parameters and gradients alone",
+                )
+
+    def _accumulate(self, batch: GlobalBatch) -> tuple[torch.Tensor, bool]:
+        """Backward over this worker's parts; its share of the step's sums, and whether the loss has weights."""
+        # Sums stay on the device: reading one would make a GPU wait in the middle of the step.
+        sums = torch.zeros(_NUM_SUMS, device=self.device)
+        sums[_STOP] = float(self.stop_requested)
+        weighted = False
+        for position, part in enumerate(batch.parts):
+            seed_torch(derive(self._seed, "forward", self._num_steps, part.share.begin), self.device)
+            self._share.counts = not part.share.borrowed
+            with self._autocast():
+                loss = self.job.loss(self._call(part.batch), part.batch)
+            weighted = isinstance(loss, tuple)
+            to_differentiate = self._weigh(loss, part, batch, sums)
+            if self._sync is not None:
+                self._sync.begin_backward(last=position == len(batch.parts) - 1)
+            to_differentiate.backward()
+        return sums, weighted
+
+    def _weigh(self, loss: Any, part: Part, batch: GlobalBatch, sums: torch.Tensor) -> torch.Tensor:
+        """Add this part's loss sum and weight to `sums`; return what to differentiate."""
+        samples = part.share.samples
+        if not isinstance(loss, tuple):
+            _require_scalar(loss, "the loss")
+            sums[_LOSS] += loss.detach() * samples
+            sums[_WEIGHT] += samples
+            return loss if self._is_whole(batch) else loss * (samples / batch.samples)
+        loss_sum, weight = loss
+        _require_scalar(loss_sum, "the loss's sum")
+        if part.share.borrowed:
+            return loss_sum * 0.0
+        weight = weight.detach() if isinstance(weight, torch.Tensor) else weight
+        sums[_LOSS] += loss_sum.detach()
+        sums[_WEIGHT] += weight
+        return loss_sum / weight if self._is_whole(batch) else loss_sum
+
+    def _is_whole(self, batch: GlobalBatch) -> bool:
+        """This worker computes the whole global batch in one piece: nothing is left to weigh."""
+        return self._group.size == 1 and len(batch.parts) == 1
+
+    def _reduce(self, sums: torch.Tensor, *, weighted: bool) -> torch.Tensor:
+        if self._sync is not None:
+            return self._sync.finish(sums, _WEIGHT if weighted else None)
+        if weighted and sums[_WEIGHT]:
+            gradients = [p.grad for p in self._trained if p.grad is not None]
+            torch._foreach_mul_(gradients, 1.0 / float(sums[_WEIGHT]))
+        return sums
+
+    def _check_finite(self, loss: float, weight: float) -> None:
+        if weight == 0:
+            raise LossError(
+                f"the weights of the loss sum to zero in step {self._num_steps + 1}",
+                cause="a global batch without anything to learn from, such as padding only",
+                next_step="drop such samples from the data set",
+            )
+        if not math.isfinite(loss):
+            raise LossError(
+                f"the loss is {loss} in step {self._num_steps + 1}",
+                cause="a learning rate that is too high, or a division by zero or log of zero in the loss",
+                next_step="lower the learning rate, set clip_norm, or add a warm-up to the schedule",
+            )
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.precision == "bf16":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def _broadcast_state(self) -> None:
+        """Give every worker rank 0's parameters and buffers, one message per type of number."""
+        by_type: dict[torch.dtype, list[torch.Tensor]] = {}
+        for tensor in [*self.model.parameters(), *self.model.buffers()]:
+            by_type.setdefault(tensor.dtype, []).append(tensor.detach())
+        for dtype, tensors in by_type.items():
+            flat = torch.cat([t.reshape(-1) for t in tensors])
+            wire = flat.to(torch.uint8) if dtype == torch.bool else flat
+            self._group.broadcast_(wire, "initial parameters")
+            for tensor, piece in zip(tensors, wire.split([t.numel() for t in tensors]), strict=True):
+                tensor.copy_(piece.view(tensor.shape))
+
+
+def _sum_and_weight(name: str, value: Any, samples: int) -> torch.Tensor:
+    """`[sum, weight]` from either form of a loss or metric; a mean counts for `samples`."""
+    if isinstance(value, tuple):
+        total, weight = value
+        return torch.tensor([float(total), float(weight)], dtype=torch.float64)
+    if isinstance(value, torch.Tensor):
+        _require_scalar(value, f"the metric {name!r}", needs_gradient=False)
+    return torch.tensor([float(value) * samples, float(samples)], dtype=torch.float64)
+
+
+def _require_scalar(value: Any, what: str, *, needs_gradient: bool = True) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise LossError(
+            f"{what} is {type(value).__name__}, not a tensor",
+            next_step="return a scalar tensor, or a tuple (sum, weight) of two",
+        )
+    if value.numel() != 1:
+        raise LossError(
+            f"{what} has shape {tuple(value.shape)}, not a scalar",
+            cause="a loss with reduction='none', or a missing .mean()",
+            next_step="return the mean over the batch, or a tuple (sum, weight)",
+        )
+    if needs_gradient and not value.requires_grad:
+        raise LossError(
+            f"{what} does not depend on the model's parameters",
+            cause="computed under no_grad, from .detach() or .item(), or by a function without a gradient",
+            next_step="compute it from the model's outputs",
+        )
+
+
+def _caller(job: Job, model: nn.Module) -> Callable[[Any], Any]:
+    """`(batch) -> outputs`: the model called with the batch's inputs, by the job's rule or the default one."""
+    accepted = _keyword_names(model)
+
+    def inputs_of(batch: Any) -> Any:
+        if job.inputs is not None:
+            return job.inputs(batch)
+        if isinstance(batch, Mapping):
+            return {k: v for k, v in batch.items() if accepted is None or k in accepted}
+        if isinstance(batch, tuple | list):
+            return batch[0]
+        return batch
+
+    def call(batch: Any) -> Any:
+        inputs = inputs_of(batch)
+        if isinstance(inputs, tuple):
+            return model(*inputs)
+        if isinstance(inputs, Mapping):
+            return model(**inputs)
+        return model(inputs)
+
+    return call
+
+
+def _keyword_names(model: nn.Module) -> set[str] | None:
+    """Names that `model.forward` takes; None where it takes any."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return {p.name for p in parameters}

@@ -1,0 +1,205 @@
+"""`Session`: training in a loop of one's own, right in every layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Self
+
+import torch
+
+from paceline.comm.group import Group
+from paceline.comm.threads import take_cores
+from paceline.comm.world import World, join
+from paceline.errors import LayoutError, RunError
+from paceline.job import Job
+from paceline.measure.machine import device_kind
+from paceline.records import Layout
+from paceline.train.data import GlobalBatch, ShareLoader
+from paceline.train.replica import Replica, StepResult
+from paceline.train.seeds import derive, seed_everything
+
+DEFAULT_TIMEOUT_S = 300.0
+
+
+class Datasets:
+    """The job's data sets, each built once per worker and under the run's seed."""
+
+    def __init__(self, job: Job, seed: int) -> None:
+        self._job, self._seed = job, seed
+        self._built: dict[str, Any] = {}
+
+    def __getitem__(self, split: str) -> Any:
+        if split not in self._built:
+            seed_everything(derive(self._seed, "data", split == "test"))
+            self._built[split] = self._job.data(split)
+        return self._built[split]
+
+
+class Session:
+    """One worker's side of a training: it gives out batches and steps on them.
+
+    ```python
+    with paceline.Session(job) as session:
+        for batch in session.batches(epochs=3):
+            metrics = session.step(batch)
+    ```
+
+    Started by plain `python`, it trains in one process with all threads; started by
+    `torchrun --nproc-per-node N`, on all N workers. Every worker runs the same loop.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        layout: Layout | str | None = None,
+        *,
+        seed: int = 0,
+        total_steps: int | None = None,
+        precision: str = "fp32",
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        world: World | None = None,
+        group: Group | None = None,
+        datasets: Datasets | None = None,
+    ) -> None:
+        """
+        Args:
+            layout: a `Layout` or its text; None: the batch split over all workers that were started.
+            total_steps: the length of the training, which the job's schedule is given; by default
+                the job's own `steps` or `epochs`.
+            precision: `fp32` or `bf16`.
+            timeout_s: the limit of every wait for another worker.
+            world, group, datasets: where the caller has joined and built them already.
+
+        Raises:
+            LayoutError: the layout does not fit the batch or the workers.
+            JobError: the job cannot be built.
+        """
+        self._owns_world = world is None
+        self.world = join(device_kind(), timeout_s) if world is None else world
+        self.layout = _settle(layout, self.world.size if group is None else group.size)
+        self.layout.check_batch(job.batch_size)
+        if group is None:
+            group = self._join_group()
+        self.group = group
+        self.job = job
+        self.datasets = datasets or Datasets(job, seed)
+        take_cores(self.world.local_rank, self.local_workers, self.layout.threads)
+        self._loader = ShareLoader(
+            job,
+            self.datasets["train"],
+            seed=seed,
+            micro=self.layout.micro,
+            size=group.size,
+            rank=group.rank,
+            device=self.world.device,
+        )
+        if total_steps is None:
+            total_steps = self._default_steps()
+        self._replica = Replica(
+            job, seed=seed, device=self.world.device, precision=precision, total_steps=total_steps
+        )
+        self._replica.attach(group)
+
+    @property
+    def local_workers(self) -> int:
+        """Workers of this layout on this host."""
+        return min(self.world.local_size, self.layout.workers)
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The model on this worker."""
+        return self._replica.model
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer on this worker; its parameter groups may be changed between steps."""
+        optimizer: torch.optim.Optimizer = self._replica.optimizer
+        return optimizer
+
+    @property
+    def num_parameters(self) -> int:
+        return self._replica.num_parameters
+
+    @property
+    def batches_per_epoch(self) -> int | None:
+        """None where the data set is iterable."""
+        return self._loader.batches_per_epoch
+
+    def batches(self, epochs: int | None = None, steps: int | None = None) -> Iterator[GlobalBatch]:
+        """This worker's part of each global batch, for `epochs` or `steps`, whichever ends first.
+
+        Raises:
+            RunError: neither is given, here or in the job.
+            DataError: the data cannot be read.
+        """
+        if epochs is None and steps is None:
+            epochs, steps = (self.job.epochs, None) if self.job.steps is None else (None, self.job.steps)
+        if epochs is None and steps is None:
+            raise RunError(
+                "the training has no length",
+                next_step="give epochs= or steps=, here or in the job (--epochs or --steps)",
+            )
+        epoch = done = 0
+        while epochs is None or epoch < epochs:
+            for batch in self._loader.epoch(epoch):
+                yield batch
+                done += 1
+                if done == steps:
+                    return
+            epoch += 1
+
+    def step(self, batch: GlobalBatch) -> StepResult:
+        """Train on one global batch: forward, backward, update. All workers call it in the same order."""
+        return self._replica.step(batch)
+
+    def evaluate(self) -> dict[str, float]:
+        """The job's metrics, and the loss, over its test split. All workers call it."""
+        return self.evaluate_counted()[0]
+
+    def evaluate_counted(self) -> tuple[dict[str, float], int]:
+        """`evaluate`, and the number of samples."""
+        return self._replica.evaluate(self.datasets["test"])
+
+    def request_stop(self) -> None:
+        """Ask all workers to stop: the next step's result has `stop` set on each of them."""
+        self._replica.stop_requested = True
+
+    def close(self) -> None:
+        """Leave the other workers, where this session joined them."""
+        if self._owns_world:
+            self.world.leave()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _join_group(self) -> Group:
+        group = self.world.group(self.layout.workers)
+        assert group is not None  # _settle has seen that all workers are in it
+        return group
+
+    def _default_steps(self) -> int | None:
+        if self.job.steps is not None or self.job.epochs is None:
+            return self.job.steps
+        per_epoch = self.batches_per_epoch
+        return None if per_epoch is None else self.job.epochs * per_epoch
+
+
+def _settle(layout: Layout | str | None, num_workers: int) -> Layout:
+    if layout is None:
+        return Layout(dp_replicate=num_workers)
+    if isinstance(layout, str):
+        layout = Layout.parse(layout)
+    if layout.workers != num_workers:
+        raise LayoutError(
+            f"layout {layout} needs {layout.workers} workers, and {num_workers} are here",
+            cause="a script that is started by `python` is one worker"
+            if num_workers == 1
+            else "the launcher started another number",
+            next_step=f"start it with `torchrun --nproc-per-node {layout.workers}`, or leave the layout out",
+        )
+    return layout
+
+
