@@ -73,12 +73,16 @@ class LaunchError(PacelineError):
 class CollectiveError(PacelineError):
     """A collective operation timed out or lost a peer.
 
-    `rank` is the worker that noticed; `operation` is what it waited for.
+    `rank` is the worker that noticed; `operation` is what it waited for; `timed_out` tells a peer that
+    is silent from one that is gone.
     """
 
-    def __init__(self, rank: int, operation: str, *, cause: str, next_step: str = "") -> None:
+    def __init__(
+        self, rank: int, operation: str, *, timed_out: bool, cause: str, next_step: str = ""
+    ) -> None:
         self.rank = rank
         self.operation = operation
+        self.timed_out = timed_out
         super().__init__(f"rank {rank}: {operation} failed", cause=cause, next_step=next_step)
 
 

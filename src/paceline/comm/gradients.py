@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -53,18 +53,10 @@ class GradientSync:
         self._tail = self._make_tail()
         self._ready_in_order = 0
         self._last_backward = False
-        self._hooks = []
         if len(self._buckets) > 1:
             for bucket in self._buckets:
                 for parameter in bucket.parameters:
-                    self._hooks.append(
-                        parameter.register_post_accumulate_grad_hook(self._make_hook(bucket))
-                    )
-
-    def remove(self) -> None:
-        """Take the hooks off the parameters."""
-        for hook in self._hooks:
-            hook.remove()
+                    parameter.register_post_accumulate_grad_hook(self._make_hook(bucket))
 
     def begin_backward(self, *, last: bool) -> None:
         """Called before each backward pass; `last` is the step's last micro-batch."""
@@ -85,6 +77,7 @@ class GradientSync:
         Returns:
             The global sums, float32, shape `[num_sums]`, on the CPU.
         """
+        self._last_backward = False
         for bucket in self._buckets[self._ready_in_order :]:
             self._launch(bucket)
         used = torch.tensor([float(p.grad is not None) for p in self._parameters])
@@ -130,7 +123,7 @@ class GradientSync:
             return self._buckets[-1].flat[-num_tail:]
         return torch.zeros(num_tail, device=self._group.device)
 
-    def _make_hook(self, bucket: _Bucket):  # type: ignore[no-untyped-def]
+    def _make_hook(self, bucket: _Bucket) -> Callable[[torch.Tensor], None]:
         def hook(_: torch.Tensor) -> None:
             if not self._last_backward:
                 return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -94,6 +95,17 @@ class Group:
             ).wait()
         return tensor
 
+    def gather_json(self, value: Any, what: str) -> list[Any]:
+        """Every worker's `value` (anything that JSON can say), in the order of rank."""
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
+        lengths = self.gather(torch.tensor([len(text)], device=self.device), f"the length of {what}").view(-1)
+        padded = text.new_zeros(int(lengths.max()))
+        padded[: len(text)] = text
+        rows = self.gather(padded, what).cpu()
+        return [
+            json.loads(bytes(row[:length].tolist())) for row, length in zip(rows, lengths.tolist(), strict=True)
+        ]
+
     def barrier(self, what: str) -> None:
         """Return when every worker has come here."""
         self.sum_(torch.zeros(1, device=self.device), f"a barrier ({what})")
@@ -176,6 +188,7 @@ class _Translated:
         raise CollectiveError(
             self._group.rank,
             self._name,
+            timed_out=timed_out,
             cause=(
                 f"another worker did not answer within {self._group._timeout_s:.0f} s"
                 if timed_out

@@ -11,8 +11,6 @@ import torch
 from paceline.comm.world import share_of_cores
 from paceline.measure.machine import usable_cores
 
-_CORES_AT_START = usable_cores()
-
 
 def threads_for(local_workers: int, threads: int | None = None) -> int:
     """Threads of one of `local_workers` workers on this host.
@@ -24,7 +22,7 @@ def threads_for(local_workers: int, threads: int | None = None) -> int:
     from_environment = user_threads()
     if from_environment is not None:
         return from_environment
-    return max(1, len(_CORES_AT_START) // local_workers)
+    return max(1, len(usable_cores()) // local_workers)
 
 
 def user_threads() -> int | None:
@@ -41,9 +39,10 @@ def take_cores(local_rank: int, local_workers: int, threads: int | None = None) 
     """
     count = threads_for(local_workers, threads)
     torch.set_num_threads(count)
-    cores = share_of_cores(_CORES_AT_START, local_rank, local_workers)
-    if count > len(cores) or local_workers > len(_CORES_AT_START):
-        cores = _CORES_AT_START
+    everything = usable_cores()
+    cores = share_of_cores(everything, local_rank, local_workers)
+    if count > len(cores) or local_workers > len(everything):
+        cores = everything
     _bind_all_threads(cores)
     return cores, count
 

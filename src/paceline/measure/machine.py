@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import platform
@@ -14,8 +15,12 @@ import paceline
 from paceline.records import Host
 
 
+@functools.cache
 def usable_cores() -> tuple[int, ...]:
-    """Numbers of the cores that this process may use, fewer where a cgroup's quota allows fewer."""
+    """Numbers of the cores that this process was given, fewer where a cgroup's quota allows fewer.
+
+    Found once: a worker later binds itself to its own share of them.
+    """
     if hasattr(os, "sched_getaffinity"):
         cores = tuple(sorted(os.sched_getaffinity(0)))
     else:

@@ -148,7 +148,8 @@ def break_down(log: RunLog, comparison: Comparison, measured: Measured) -> Break
     With T the median time per step and N the processors, `T = T_unit/N + Σ extra`, and the speed-up
     `T_unit/T` misses `N - T_unit/T = N · Σ extra / T`. A part that takes p seconds, and p_unit in the
     unit's step, has `extra = p - p_unit/N`. The optimizer is not timed in trials: its median in the run
-    is taken, and for the unit as much of that as the unit's untimed rest allows.
+    is taken, and for the unit as much of that as the unit's untimed rest allows. Where that is more
+    than the whole rest explains, optimizer and rest are one part.
     """
     unit = comparison.unit
     if unit is None:
@@ -168,14 +169,16 @@ def break_down(log: RunLog, comparison: Comparison, measured: Measured) -> Break
         slower = parts[part] / even_s - 1 if part == "computation" and even_s > 0 else None
         losses.append(loss(part, parts[part] - even_s, parts[part], slower))
     rest_s, unit_rest_s = total_s - sum(parts.values()), unit_s - sum(unit_parts.values())
+    extra_s = rest_s - unit_rest_s / n
     optimizer_s = 0.0
     if measured is comparison.chosen and log.steps:
         optimizer_s = min(statistics.median(step.optimizer_s for step in log.steps), max(rest_s, 0.0))
-    if optimizer_s > 0:
-        extra_s = optimizer_s - min(optimizer_s, max(unit_rest_s, 0.0)) / n
-        losses.append(loss("optimizer", extra_s, optimizer_s))
-    extra_s = total_s - unit_s / n - sum(item.extra_s for item in losses)
-    losses.append(loss("other", extra_s, rest_s - optimizer_s))
+    optimizer_extra_s = optimizer_s - min(optimizer_s, max(unit_rest_s, 0.0)) / n
+    if optimizer_s > 0 and extra_s >= optimizer_extra_s:
+        losses.append(loss("optimizer", optimizer_extra_s, optimizer_s))
+        losses.append(loss("other", extra_s - optimizer_extra_s, rest_s - optimizer_s))
+    else:
+        losses.append(loss("optimizer and other" if optimizer_s else "other", extra_s, rest_s))
     return Breakdown(measured, unit_s / n, tuple(losses))
 
 
@@ -183,9 +186,7 @@ def rank_times(log: RunLog) -> tuple[RankTime, ...]:
     """Each worker's time per step; rank 0 from its steps where the run did not get as far as `ranks`."""
     if log.ranks:
         return tuple(
-            _rank_time(
-                r.rank, r.steps, r.train_s, (r.compute_s, r.communication_s, r.data_s, r.optimizer_s)
-            )
+            _rank_time(r.rank, r.steps, r.train_s, (r.compute_s, r.communication_s, r.data_s, r.optimizer_s))
             for r in log.ranks
             if r.steps > 0
         )
@@ -213,6 +214,13 @@ def samples_per_s(log: RunLog) -> float | None:
     if log.steps and log.steps[-1].elapsed_s > 0:
         return sum(step.samples for step in log.steps) / log.steps[-1].elapsed_s
     return None
+
+
+def last_metrics(log: RunLog) -> dict[str, float]:
+    """The metrics at the end, or of the last evaluation so far."""
+    if log.end:
+        return log.end.metrics
+    return log.evaluations[-1].metrics if log.evaluations else {}
 
 
 def forecast_and_measured_s(log: RunLog) -> tuple[float | None, float | None]:

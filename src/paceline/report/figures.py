@@ -55,7 +55,7 @@ def _loss(log: RunLog, *, by_time: bool) -> Drawing:
     else:
         caption = "The loss of every step's global batch."
     if log.evaluations:
-        caption += " Points: the loss on the test split, which is not trained on."
+        caption += " Orange: the loss on the test split, which is not trained on."
     bad = [step.step for step in log.steps if not np.isfinite(step.loss)]
     if bad:
         caption += (
@@ -71,7 +71,7 @@ def _loss(log: RunLog, *, by_time: bool) -> Drawing:
 
 
 def _draw_loss(log: RunLog, by_time: bool, size: Size) -> Figure:
-    figure, axes = _axes(size, height=3.1 if size is Size.WIDE else 2.7)
+    figure, axes = _axes(size, height={Size.WIDE: 3.1, Size.HALF: 2.9, Size.NARROW: 2.7}[size])
     scale, unit = _time_unit(log.steps[-1].elapsed_s) if by_time else (1.0, "")
     x = np.array([step.elapsed_s / scale if by_time else step.step for step in log.steps], dtype=float)
     loss = np.array([step.loss for step in log.steps], dtype=float)
@@ -83,12 +83,18 @@ def _draw_loss(log: RunLog, by_time: bool, size: Size) -> Figure:
         lines = smooth(loss, window)
     few = len(loss) <= 30
     axes.plot(
-        *thin(x, lines), color=blue, linewidth=1.8, label="training", marker="o" if few else "", markersize=3.5
+        *thin(x, lines),
+        color=blue,
+        linewidth=1.8,
+        label="training",
+        marker="o" if few else "",
+        markersize=3.5,
     )
-    points = [(e.elapsed_s / scale if by_time else e.step, e.metrics.get("loss", np.nan)) for e in log.evaluations]
+    points = [
+        (e.elapsed_s / scale if by_time else e.step, e.metrics.get("loss", np.nan)) for e in log.evaluations
+    ]
     if points:
         test_x, test = (np.array(column, dtype=float) for column in zip(*points, strict=True))
-        axes.plot(test_x, test, color=orange, linewidth=1, alpha=0.55)
         axes.plot(
             test_x, test, color=orange, marker="o", markersize=5, linestyle="", label="held out",
             markeredgecolor=LIGHT["paper"], markeredgewidth=0.8,
@@ -146,13 +152,12 @@ def _draw_metrics(log: RunLog, names: Sequence[str], size: Size) -> Figure:
     columns = min(len(names), 3 if len(names) > 2 else 2) if size is Size.WIDE else 1
     rows = -(-len(names) // columns)
     figure = Figure(figsize=(size.value, 2.3 * rows + 0.2), layout="constrained")
-    figure.get_layout_engine().set(hspace=0.08, wspace=0.06)  # type: ignore[union-attr, call-arg]
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes, name in zip(grid.flat, names, strict=False):
         points = [(e.step, e.metrics[name]) for e in log.evaluations if name in e.metrics]
         x, y = (np.array(column, dtype=float) for column in zip(*points, strict=True))
         axes.plot(x, y, color=LIGHT["communication"], linewidth=1.4, marker="o", markersize=4)
-        axes.set_title(name)
+        axes.set_title(formats.shorten(name, 34))
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
@@ -165,9 +170,9 @@ def _draw_metrics(log: RunLog, names: Sequence[str], size: Size) -> Figure:
 
 
 def _layouts(comparison: Comparison) -> Drawing:
-    caption = "Bars: the median over the rounds, longer is faster; the whisker runs from the slowest round to the fastest."
+    caption = "Longer is faster. Bars: the median round; whiskers: from the slowest round to the fastest."
     if comparison.chosen:
-        caption += " The layout that was chosen is blue."
+        caption += " Blue: the layout that was chosen."
     if comparison.unit:
         caption += f" Dotted line: {comparison.unit.label}."
     if comparison.ideal_samples_per_s and comparison.processors != 1:
@@ -184,18 +189,21 @@ def _draw_layouts(comparison: Comparison, size: Size) -> Figure:
         speed = row.samples_per_s
         colour = LIGHT["computation"] if row is comparison.chosen else LIGHT["rest"]
         axes.barh(y, speed.median, height=0.42, color=colour)
-        axes.plot([speed.low, speed.high], [y, y], color=LIGHT["ink"], linewidth=1.3, marker="|", markersize=7)
-        axes.annotate(_bar_text(row), (0, y - 0.27), xytext=(1, 1), textcoords="offset points", va="bottom")
-    top = -0.72
+        axes.plot(
+            [speed.low, speed.high], [y, y], color=LIGHT["ink"], linewidth=1.3, marker="|", markersize=7
+        )
+        _above(axes, y - 0.27, _bar_text(row))
     longest = max(row.samples_per_s.high for row in rows)
     if comparison.unit:
-        axes.axvline(comparison.unit.samples_per_s.median, color=LIGHT["muted"], linestyle=(0, (1, 2)), linewidth=1.3)
+        axes.axvline(
+            comparison.unit.samples_per_s.median, color=LIGHT["muted"], linestyle=(0, (1, 2)), linewidth=1.3
+        )
     ideal = comparison.ideal_samples_per_s
     if ideal is not None and comparison.processors != 1:
         axes.axvline(ideal, color=LIGHT["muted"], linestyle=(0, (5, 3)), linewidth=1.1)
         longest = max(longest, ideal)
     axes.set_xlim(0, longest * 1.04)
-    axes.set_ylim(len(rows) - 0.68, top)
+    axes.set_ylim(len(rows) - 0.68, -0.72)
     axes.set_yticks([])
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("samples per second")
@@ -213,7 +221,7 @@ def _bar_text(row: Measured) -> str:
 
 def _ranks(times: Sequence[RankTime]) -> Drawing:
     shown = _choose_ranks(times)
-    caption = "Average over the run. Communication includes the wait for other workers; only computation trains."
+    caption = "Each bar is one worker's average step. Communication includes the wait for other workers."
     if len(shown) < len(times):
         caption += f" {len(shown)} of {len(times)} workers, from the least computation to the most."
     return Drawing(
@@ -247,7 +255,7 @@ def _draw_ranks(times: Sequence[RankTime], size: Size) -> Figure:
                 )  # fmt: skip
             left += width
         title = f"rank {time.rank}: {formats.seconds(time.step_s)} per step"
-        axes.annotate(title, (0, y - 0.28), xytext=(1, 1), textcoords="offset points", va="bottom")
+        _above(axes, y - 0.28, title)
     axes.set_xlim(0, longest_s / scale * 1.01)
     axes.set_ylim(len(times) - 0.68, -0.74)
     axes.set_yticks([])
@@ -263,6 +271,14 @@ def _draw_ranks(times: Sequence[RankTime], size: Size) -> Figure:
 def _axes(size: Size, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(size.value, height), layout="constrained")
     return figure, figure.add_subplot()
+
+
+def _above(axes: Axes, y: float, told: str) -> None:
+    """Text that starts at the left edge, on the page's colour so that no line crosses it."""
+    axes.annotate(
+        formats.shorten(told, 64), (0, y), xytext=(1, 1.5), textcoords="offset points", va="bottom",
+        bbox={"facecolor": LIGHT["paper"], "edgecolor": "none", "pad": 0.6}, zorder=5, in_layout=False,
+    )  # fmt: skip
 
 
 def _legend(figure: Figure, axes: Axes, columns: int = 2) -> None:

@@ -62,9 +62,17 @@ def signed_percent(share: float) -> str:
 
 
 def times(factor: float) -> str:
-    """A speed-up: `1.71×`; a whole number without decimals."""
-    text = f"{factor:.2f}"
-    return f"{text.removesuffix('.00')}×"
+    """A speed-up: `1.71×`."""
+    return f"{factor:.2f}×"
+
+
+def column(values: list[float]) -> list[str]:
+    """Numbers for one column of a table: the same decimals in all, four significant digits in the largest."""
+    largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
+    if not 1e-3 <= largest < 1e7:
+        return [number(value) for value in values]
+    decimals = max(0, 3 - math.floor(math.log10(largest)))
+    return [f"{value:,.{decimals}f}" if math.isfinite(value) else number(value) for value in values]
 
 
 def size(num_bytes: float) -> str:
@@ -91,3 +99,8 @@ def join(words: list[str]) -> str:
 def metrics(values: dict[str, float]) -> str:
     """`loss 1.23, accuracy 0.61`."""
     return ", ".join(f"{name} {number(value)}" for name, value in values.items())
+
+
+def shorten(text: str, most: int) -> str:
+    """At most `most` characters, the last an ellipsis where some are left out."""
+    return text if len(text) <= most else text[: most - 1].rstrip() + "…"

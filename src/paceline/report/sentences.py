@@ -38,7 +38,7 @@ def result(log: RunLog, comparison: Comparison | None = None) -> str:
     verb = "train" if chosen.trial.workers > 1 else "trains"
     return (
         f"{chosen.label} {verb} {times(chosen.speedup.median)} as fast as {unit.label}; "
-        f"{times(chosen.processors)} would be ideal on {plural(chosen.processors, _noun(log))}."
+        f"{chosen.processors}× would be ideal on {plural(chosen.processors, _noun(log))}."
     )
 
 
@@ -51,7 +51,12 @@ def why_not_more(log: RunLog, comparison: Comparison | None = None) -> str:
     if subject is None:
         return ""
     breakdown = break_down(log, comparison, subject)
-    return "" if breakdown is None else explain(breakdown)
+    if breakdown is None:
+        return ""
+    told = explain(breakdown)
+    if subject is comparison.chosen or subject.speedup is None:
+        return told
+    return f"{subject.label} reaches {times(subject.speedup.median)} of {subject.processors}×. {told}"
 
 
 def explain(breakdown: Breakdown) -> str:
@@ -69,11 +74,9 @@ def explain(breakdown: Breakdown) -> str:
     told.sort(key=lambda loss: -loss.missing)
     gained = [loss for loss in breakdown.losses if loss.missing <= -least]
     if not any(loss.share is not None for loss in breakdown.losses):
-        return (
-            f"The missing {missing:.2f} cannot be told apart: the parts of a step were not timed in the trials."
-        )
+        return f"Why {missing:.2f} is missing is not known: the trials did not time the parts of a step."
     reasons = "; ".join(f"{_reason(loss, measured)} ({loss.missing:.2f})" for loss in told)
-    text = f"Of {measured.label}, {missing:.2f} is missing: {reasons}."
+    text = f"The missing {missing:.2f}: {reasons}."
     if gained:
         names = join([_NAMES[loss.part] for loss in gained])
         verb = "takes" if len(gained) == 1 else "take"
@@ -88,6 +91,7 @@ _NAMES = {
     "data": "waiting for data",
     "optimizer": "the optimizer",
     "other": "the rest of the step",
+    "optimizer and other": "the rest of the step, the optimizer's update included,",
 }
 
 
@@ -95,19 +99,19 @@ def _reason(loss: Loss, measured: Measured) -> str:
     share = "an unknown part" if loss.share is None else percent(loss.share)
     if loss.part == "computation" and loss.slower is not None:
         return (
-            f"computation takes {percent(loss.slower)} longer than an even share of what it takes "
-            f"one worker alone, usually because {_why_slower(measured)}"
+            f"computation takes {percent(loss.slower)} longer than an even share of one worker's, "
+            f"usually because {_why_slower(measured)}"
         )
     if loss.part == "communication":
-        return f"communication, with the wait for other workers, takes {share} of a step"
+        return f"communication takes {share} of a step, the wait for other workers included"
     if loss.part == "optimizer" and measured.trial.workers > 1:
-        return f"the optimizer takes {share}, and every worker repeats it"
+        return f"the optimizer's update takes {share}, and every worker repeats it"
     return f"{_NAMES[loss.part]} takes {share}"
 
 
 def _why_slower(measured: Measured) -> str:
     if measured.trial.workers > 1:
-        return "the workers share caches and memory bandwidth and a smaller part of the batch is less efficient"
+        return "workers share caches and memory bandwidth, and smaller batches use a core less well"
     return "only large operations gain from more threads"
 
 

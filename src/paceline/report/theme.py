@@ -45,7 +45,7 @@ DARK = {
     "rest": "#52616f",
 }
 
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "font.family": ["DejaVu Sans"],
     "font.size": 9,
     "text.color": LIGHT["ink"],
@@ -83,15 +83,18 @@ _STYLE: dict[str, Any] = {
 
 
 class Size(enum.Enum):
-    """Where a figure goes: a column of the page, or a phone. Text has the same size in both."""
+    """Where a figure goes, by its width in inches: the page, half of it, or a phone.
+
+    Shown at the width that it is made for, text has the same size in all."""
 
     WIDE = 7.2
+    HALF = 5.2
     NARROW = 3.6
 
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """A figure that can be drawn at either size; the caption says what to see."""
+    """A figure that can be drawn at any size; the caption says what to see."""
 
     name: str
     title: str

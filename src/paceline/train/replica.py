@@ -95,6 +95,7 @@ class Replica:
         self._call = _caller(job, self.model)
         self._group = Group.alone(device)
         self._sync: GradientSync | None = None
+        self._syncs: dict[Group, GradientSync] = {}
         self.model.train()
 
     @property
@@ -103,15 +104,15 @@ class Replica:
 
     def attach(self, group: Group) -> None:
         """Train in step with the workers of `group` from now on, starting from rank 0's parameters."""
-        if self._sync is not None:
-            self._sync.remove()
-            self._sync = None
         self._group = group
         self._share.group = group if group.size > 1 else None
+        self._sync = None
         self.optimizer.zero_grad(set_to_none=True)
         if group.size > 1:
             self._broadcast_state()
-            self._sync = GradientSync(self._trained, group, _NUM_SUMS)
+            if group not in self._syncs:
+                self._syncs[group] = GradientSync(self._trained, group, _NUM_SUMS)
+            self._sync = self._syncs[group]
 
     def step(self, batch: GlobalBatch) -> StepResult:
         """Forward, backward, one update, over one global batch.

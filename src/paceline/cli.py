@@ -1,0 +1,113 @@
+"""The command line. No logic: every command gathers its arguments and calls one function."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+import paceline
+from paceline.errors import OptionError, PacelineError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Train one model on many processors, and see where more of them stop paying.",
+)
+
+_INTERRUPTED = 130
+
+
+@app.command()
+def train(
+    job_file: Annotated[Path, typer.Argument(metavar="FILE", help="Python file with a `job`.")],
+    layout: Annotated[str, typer.Option(help="`auto`, or axis sizes: dp_replicate=2,micro=4,threads=1.")] = "auto",
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps to train.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training data.")] = None,
+    until: Annotated[
+        str | None, typer.Option(metavar="METRIC=VALUE", help="Stop when a held-out metric reaches a value: loss=1.5.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the model, the order of the data and dropout.")] = 0,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One of the job's own options; repeatable.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The run's directory; by default a new one below runs/.")] = None,
+    precision: Annotated[str, typer.Option(help="fp32, bf16, or auto: bf16 where the device measures faster.")] = "auto",
+    timeout: Annotated[float, typer.Option(help="Seconds that a worker waits for another before it gives up.")] = 300.0,
+    port: Annotated[int | None, typer.Option(help="Loopback port of the workers' store; by default a free one.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but warnings and errors.")] = False,
+) -> None:
+    """Measure, choose a layout, train, and write a report."""
+    console = Console()
+
+    def run() -> None:
+        from paceline.launch.spec import RunSpec
+        from paceline.run import train as carry_out
+
+        spec = RunSpec(
+            job_file=str(job_file),
+            settings=_read_settings(settings or []),
+            layout=layout,
+            out=str(out) if out else "",
+            seed=seed,
+            steps=steps,
+            epochs=epochs,
+            until=until,
+            precision=precision,
+            timeout_s=timeout,
+            command=["paceline", *sys.argv[1:]],
+        )
+        carry_out(spec, console, quiet=quiet, port=port)
+
+    _run_plainly(run)
+
+
+@app.command()
+def report(run_directory: Annotated[Path, typer.Argument(help="A run's directory.")]) -> None:
+    """Write a run's report.html and figures again, from its events."""
+
+    def run() -> None:
+        from paceline.report.write import write_report
+
+        Console().print(str(write_report(run_directory)))
+
+    _run_plainly(run)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(paceline.__version__)
+
+
+def _read_settings(texts: list[str]) -> dict[str, str]:
+    settings = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise OptionError(f"--set {text!r} has no value", next_step="write it as --set key=value")
+        settings[key.strip()] = value.strip()
+    return settings
+
+
+def _run_plainly(run) -> None:  # type: ignore[no-untyped-def]
+    """Print our own errors as plain text, and end with the right exit status."""
+    try:
+        run()
+    except PacelineError as error:
+        first, *rest = str(error).splitlines()
+        print(f"paceline: {first}", *rest, sep="\n", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("paceline: interrupted", file=sys.stderr)
+        raise SystemExit(_INTERRUPTED) from None
+
+
+def main() -> None:
+    app()
+
+

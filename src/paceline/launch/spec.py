@@ -1,0 +1,45 @@
+"""What a run was asked to do: written by the launcher, read by its workers."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from paceline.records import Record
+
+AUTO = "auto"
+
+
+class RunSpec(Record):
+    """One run, as the command line asked for it."""
+
+    job_file: str
+    settings: dict[str, str] = {}
+    """Values of the job's own options, as text."""
+    layout: str = AUTO
+    """`auto`, or the text of a `Layout`."""
+    out: str
+    """The run's directory."""
+    seed: int = 0
+    steps: int | None = None
+    epochs: int | None = None
+    until: str | None = None
+    precision: str = "auto"
+    timeout_s: float = 300.0
+    """The limit of every wait for another worker."""
+    store_port: int | None = None
+    """Port of 127.0.0.1 for the workers' store; None under a launcher with a rendezvous of its own."""
+    command: list[str] = []
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.out)
+
+    def write(self) -> Path:
+        """Write `run.json` into the run's directory."""
+        path = self.directory / "run.json"
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.to_json(), indent=2) + "\n")
+        os.replace(partial, path)
+        return path

@@ -1,0 +1,249 @@
+"""What one worker does, from joining the others to the end of the run.
+
+The launcher starts it as `python -m paceline.launch.worker RUN.json`; under torchrun every process of
+`-m paceline train FILE` becomes one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from paceline.comm.group import Group
+from paceline.comm.threads import take_cores, threads_for, user_threads
+from paceline.comm.world import World, join
+from paceline.errors import LayoutError, PacelineError
+from paceline.events import SCHEMA, EventWriter
+from paceline.launch.failure import record
+from paceline.launch.spec import AUTO, RunSpec
+from paceline.load import LoadedJob, load_job_file
+from paceline.measure.machine import describe_host, device_kind, peak_memory_bytes, versions
+from paceline.measure.precision import choose_precision
+from paceline.plan.candidates import candidates
+from paceline.plan.choose import choose
+from paceline.records import Cluster, Host, Layout, Plan, describe
+from paceline.train.data import num_samples
+from paceline.train.loop import Outcome, TrainingLoop, save, showcase
+from paceline.train.session import Datasets, Session
+from paceline.train.target import Length, Target, plan_length
+from paceline.train.trial import LayoutTimer
+
+
+class Worker:
+    """One worker of a run. `run` is called on every worker of the launch."""
+
+    def __init__(self, spec: RunSpec) -> None:
+        self._spec = spec
+        self._begin_s = time.time()
+        self._writer: EventWriter | None = None
+        self._session: Session | None = None
+        self._stop_requested = False
+
+    def run(self) -> None:
+        """Take part in the run.
+
+        Raises:
+            PacelineError: what failed, after it was recorded in the run's directory.
+        """
+        rank = int(os.environ.get("RANK", 0))
+        try:
+            self._run()
+        except Exception as error:
+            raise record(self._spec.directory, rank, error) from error
+
+    def _run(self) -> None:
+        spec = self._spec
+        loaded = load_job_file(spec.job_file, spec.settings)
+        world = join(device_kind(), spec.timeout_s, spec.store_port)
+        try:
+            self._stop_on_signal()
+            if world.rank == 0:
+                self._writer = EventWriter(spec.directory / "events.jsonl")
+            self._train(loaded, world)
+        finally:
+            world.leave()
+
+    def _train(self, loaded: LoadedJob, world: World) -> None:
+        spec, job = self._spec, loaded.job
+        everyone = world.group(world.size)
+        assert everyone is not None
+        take_cores(world.local_rank, world.local_size)
+        cluster = _gather_cluster(everyone, world)
+        precision, precision_reason = everyone.gather_json(
+            choose_precision(spec.precision, world.device) if world.rank == 0 else None, "the precision"
+        )[0]
+        datasets = Datasets(job, spec.seed)
+        length = self._length(loaded, datasets)
+        target = Target.parse(spec.until, job) if spec.until is not None else None
+        self._write(
+            "run",
+            schema=SCHEMA,
+            name=loaded.name,
+            job_file=str(loaded.path),
+            seed=spec.seed,
+            batch_size=job.batch_size,
+            options=loaded.options,
+            total_steps=length.steps,
+            epochs=length.epochs,
+            until=None if target is None else {"metric": target.metric, "value": target.value},
+            train_samples=num_samples(datasets["train"], "train"),
+            test_samples=num_samples(datasets["test"], "test"),
+            tokens_per_sample=job.tokens_per_sample,
+            precision=precision,
+            precision_reason=precision_reason,
+            cluster=cluster.to_json(),
+            versions=versions(),
+            command=spec.command,
+        )
+        plan = self._plan(loaded, world, everyone, cluster, datasets, precision)
+        self._write(
+            "plan",
+            layout=plan.layout.to_json(),
+            label=plan.label,
+            reason=plan.reason,
+            chosen_by=plan.chosen_by,
+            forecast_step_s=plan.forecast_step_s,
+        )
+        group = world.group(plan.layout.workers)
+        if group is None:
+            return
+        self._session = session = Session(
+            job,
+            plan.layout,
+            seed=spec.seed,
+            total_steps=length.steps,
+            precision=precision,
+            world=world,
+            group=group,
+            datasets=datasets,
+        )
+        if self._stop_requested:
+            session.request_stop()
+        self._write("model", parameters=session.num_parameters)
+        outcome = TrainingLoop(session, length, target, self._writer).run()
+        self._finish(session, world, outcome, plan)
+
+    def _length(self, loaded: LoadedJob, datasets: Datasets) -> Length:
+        length = num_samples(datasets["train"], "train")
+        per_epoch = None if length is None else -(-length // loaded.job.batch_size)
+        return plan_length(
+            loaded.job, steps=self._spec.steps, epochs=self._spec.epochs, batches_per_epoch=per_epoch
+        )
+
+    def _plan(
+        self,
+        loaded: LoadedJob,
+        world: World,
+        everyone: Group,
+        cluster: Cluster,
+        datasets: Datasets,
+        precision: str,
+    ) -> Plan:
+        spec, job = self._spec, loaded.job
+        if spec.layout != AUTO:
+            layout = Layout.parse(spec.layout)
+            layout.check_batch(job.batch_size)
+            if layout.workers > world.size:
+                raise LayoutError(
+                    f"layout {layout} needs {layout.workers} workers, and {world.size} were started",
+                    next_step=f"start {layout.workers} (torchrun --nproc-per-node), or use a smaller layout",
+                )
+            local = min(world.local_size, layout.workers)
+            label = describe(layout.workers, threads_for(local, layout.threads), cluster.device)
+            return Plan(layout=layout, label=label, reason="as asked for", chosen_by="user")
+        layouts = candidates(cluster, job.batch_size, threads=user_threads())
+        if len(layouts) == 1:
+            return Plan(
+                layout=layouts[0],
+                label=describe(1, threads_for(1, layouts[0].threads), cluster.device),
+                reason="it is the only layout that this machine and batch size allow",
+                chosen_by="trial",
+            )
+        timer = LayoutTimer(job, layouts, world, datasets, seed=spec.seed, precision=precision)
+        trials = timer.run()
+        for trial in trials:
+            self._write("trial", **trial.to_json())
+        # Every worker has the same trials; rank 0 decides for all.
+        decided = everyone.gather_json(choose(trials).to_json() if world.rank == 0 else None, "the plan")
+        return Plan.from_json(decided[0])
+
+    def _finish(self, session: Session, world: World, outcome: Outcome, plan: Plan) -> None:
+        cores, threads = take_cores(world.local_rank, session.local_workers, session.layout.threads)
+        own = {
+            "rank": world.rank,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "cores": list(cores),
+            "threads": threads,
+            "device": str(world.device),
+            "steps": outcome.steps,
+            "train_s": outcome.train_s,
+            **outcome.sums_s,
+            "peak_memory_bytes": peak_memory_bytes(world.device.type),
+        }
+        ranks = session.group.gather_json(own, "the workers' times")
+        self._write("ranks", ranks=ranks)
+        if self._writer is None:
+            return
+        weights = save(session, self._spec.directory)
+        numbers = {} if outcome.status == "interrupted" else showcase(session, self._writer)
+        self._end(
+            status=outcome.status,
+            steps=outcome.steps,
+            train_s=outcome.train_s,
+            evaluation_s=outcome.evaluation_s,
+            samples=outcome.samples,
+            samples_per_s=outcome.samples / outcome.train_s if outcome.train_s else None,
+            metrics={**outcome.metrics, **numbers},
+            weights=weights,
+            forecast_step_s=plan.forecast_step_s,
+            measured_step_s=outcome.median_step_s,
+            error=None,
+        )
+
+    def _write(self, event: str, **fields: Any) -> None:
+        if self._writer is not None:
+            self._writer.write(event, **fields)
+
+    def _end(self, **fields: Any) -> None:
+        if self._writer is not None:
+            self._writer.write("end", total_s=time.time() - self._begin_s, **fields)
+            self._writer.close()
+
+    def _stop_on_signal(self) -> None:
+        """SIGTERM or SIGINT (Ctrl-C) ends the run at the next step, its weights saved."""
+
+        def stop(number: int, frame: object) -> None:
+            self._stop_requested = True
+            if self._session is not None:
+                self._session.request_stop()
+
+        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGINT, stop)
+
+
+def _gather_cluster(everyone: Group, world: World) -> Cluster:
+    """The hosts of all workers, in the order of their ranks."""
+    own = describe_host(world.device.type, world.local_size).to_json()
+    firsts = [host for host in everyone.gather_json(own if world.local_rank == 0 else None, "the hosts") if host]
+    return Cluster(hosts=tuple(Host.from_json(host) for host in firsts))
+
+
+def main() -> None:
+    """Entry of a worker that the launcher started: the run's specification is the argument."""
+    spec = RunSpec.from_json(json.loads(Path(sys.argv[1]).read_text()))
+    try:
+        Worker(spec).run()
+    except PacelineError as error:
+        print(error, file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

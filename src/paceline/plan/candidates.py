@@ -1,0 +1,48 @@
+"""Which layouts are worth timing on a cluster."""
+
+from __future__ import annotations
+
+from paceline.records import Cluster, Layout
+
+
+def candidates(cluster: Cluster, batch_size: int, *, micro: int = 1, threads: int | None = None) -> list[Layout]:
+    """Layouts to time for a global batch of `batch_size` samples, the single processes first.
+
+    One worker with one thread, one worker with all threads of its host, and data parallelism over 2, 4, …
+    and all workers. Where the batch cannot be divided evenly among so many, that number is left out.
+
+    Args:
+        micro: micro-batches in every candidate.
+        threads: what the user asked each worker to have; None: the host's cores are shared out.
+    """
+    cores = cluster.hosts[0].cores
+    found = []
+    if cluster.device == "cpu":
+        for count in sorted({1, cores} if threads is None else {threads}):
+            found.append(Layout(micro=micro, threads=count))
+    else:
+        found.append(Layout(micro=micro))
+    for workers in _doubling(cluster.workers):
+        layout = Layout(dp_replicate=workers, micro=micro, threads=_threads(cluster, workers, threads))
+        if batch_size % (layout.data_parallel * micro) == 0:
+            found.append(layout)
+    return found
+
+
+def _threads(cluster: Cluster, workers: int, threads: int | None) -> int | None:
+    """Threads of each of `workers` workers, filled host by host."""
+    if cluster.device != "cpu":
+        return None
+    if threads is not None:
+        return threads
+    first = cluster.hosts[0]
+    return max(1, first.cores // min(workers, first.workers))
+
+
+def _doubling(most: int) -> list[int]:
+    """2, 4, 8, … and `most` itself."""
+    sizes, size = [], 2
+    while size < most:
+        sizes.append(size)
+        size *= 2
+    return [*sizes, most] if most > 1 else []

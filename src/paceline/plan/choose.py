@@ -1,0 +1,70 @@
+"""Taking the fastest of the timed layouts, and saying why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+
+from paceline.errors import LayoutError
+from paceline.records import Plan, Trial
+
+LEAST_GAIN = 0.02
+"""Share of a step's time that several workers must save over one process, or one process is taken."""
+
+
+def choose(trials: Sequence[Trial]) -> Plan:
+    """The plan that takes the fastest layout.
+
+    Layouts were timed in interleaved rounds, so they are compared round by round: the median of the
+    paired ratios. Several workers are taken only where they save at least `LEAST_GAIN` of the time of
+    the fastest single process; never one that is slower than it.
+
+    Raises:
+        LayoutError: no layout could be timed; the reasons are listed.
+    """
+    timed = [t for t in trials if t.step_s]
+    if not timed:
+        reasons = "; ".join(f"{t.label}: {t.error}" for t in trials)
+        raise LayoutError(
+            f"none of {len(trials)} layouts could be timed: {reasons}",
+            cause="the job fails on the first steps",
+            next_step="run it with --layout dp_replicate=1 to see the error",
+        )
+    best = min(timed, key=lambda t: median(t.step_s))
+    singles = [t for t in timed if t.workers == 1]
+    if singles and best.workers > 1:
+        single = min(singles, key=lambda t: median(t.step_s))
+        ratio = paired_ratio(best, single)
+        if ratio > 1 - LEAST_GAIN:
+            reason = (
+                f"{best.label} would take {ratio:.2f} of the step time of {single.label}: "
+                f"less than {LEAST_GAIN:.0%} gained, so one process it is."
+            )
+            return _plan(single, reason, trials)
+        reason = f"{best.label} trains {1 / ratio:.2f}× as fast as the fastest single process ({single.label})."
+        return _plan(best, reason, trials)
+    others = [t for t in timed if t is not best]
+    if not others:
+        return _plan(best, "It is the only layout that this machine and batch allow.", trials)
+    second = min(others, key=lambda t: median(t.step_s))
+    several = [t for t in others if t.workers > 1]
+    reason = f"{best.label} is fastest: {second.label} takes {paired_ratio(second, best):.2f}× its step time."
+    if several and best.workers == 1:
+        reason += " Splitting the batch over workers does not pay for this job here."
+    return _plan(best, reason, trials)
+
+
+def paired_ratio(a: Trial, b: Trial) -> float:
+    """Median over the rounds of a's step time over b's."""
+    return median(x / y for x, y in zip(a.step_s, b.step_s, strict=False))
+
+
+def _plan(taken: Trial, reason: str, trials: Sequence[Trial]) -> Plan:
+    return Plan(
+        layout=taken.layout,
+        label=taken.label,
+        reason=reason,
+        chosen_by="trial",
+        forecast_step_s=median(taken.step_s),
+        trials=tuple(trials),
+    )

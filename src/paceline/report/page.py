@@ -1,0 +1,69 @@
+"""The report: one HTML file that holds all it needs, and loads nothing."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from string import Template
+
+from paceline.report import sections
+from paceline.report.analysis import compare
+from paceline.report.figures import drawings
+from paceline.report.markup import text
+from paceline.report.reader import RunLog
+from paceline.report.stylesheet import CSS
+
+_PAGE = Template("""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta name="color-scheme" content="light dark">
+<title>$title</title>
+<style>$css</style>
+</head>
+<body>
+<main>
+$body
+</main>
+</body>
+</html>
+""")
+
+
+def write_page(log: RunLog, directory: Path) -> Path:
+    """Write `report.html` into `directory` and return its path."""
+    path = directory / "report.html"
+    path.write_text(render(log), encoding="utf-8")
+    return path
+
+
+def render(log: RunLog) -> str:
+    """The whole page. What the run said is escaped, and the page's policy lets nothing load or run."""
+    comparison = compare(log)
+    drawn = {drawing.name: drawing for drawing in drawings(log)}
+    body = [
+        sections.headline(log, comparison),
+        sections.key_numbers(log, comparison),
+        sections.loss(drawn),
+        sections.layouts(log, comparison, drawn),
+        sections.time_per_rank(log, drawn),
+        sections.held_out(log, drawn),
+        sections.showcase(log),
+        sections.about(log),
+        sections.messages(log),
+        _footer(log),
+    ]
+    return _PAGE.substitute(
+        title=text(f"{log.name}: paceline run"), css=CSS, body="\n".join(part for part in body if part)
+    )
+
+
+def _footer(log: RunLog) -> str:
+    start = log.run.time_s if log.run else None
+    if start is None:
+        return ""
+    when = datetime.datetime.fromtimestamp(start, tz=datetime.UTC)
+    source = f"All figures and numbers are from {text(log.path.name)}."
+    return f"<footer>Run started {when:%Y-%m-%d %H:%M} UTC. {source}</footer>"
