@@ -108,7 +108,7 @@ def _draw_loss(log: RunLog, by_time: bool, size: Size) -> Figure:
     if not by_time:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     axes.margins(x=0.02)
-    _legend(figure, axes)
+    _legend(axes)
     return figure
 
 
@@ -261,7 +261,7 @@ def _draw_ranks(times: Sequence[RankTime], size: Size) -> Figure:
     axes.set_yticks([])
     axes.grid(axis="y", visible=False)
     axes.set_xlabel(f"time per step, {unit}")
-    _legend(figure, axes, columns=5 if size is Size.WIDE else 3)
+    _legend(axes, columns=5 if size is Size.WIDE else 3)
     return figure
 
 
@@ -281,10 +281,10 @@ def _above(axes: Axes, y: float, told: str) -> None:
     )  # fmt: skip
 
 
-def _legend(figure: Figure, axes: Axes, columns: int = 2) -> None:
-    figure.legend(
-        *axes.get_legend_handles_labels(), loc="outside upper left", ncols=columns,
-        handlelength=1.1, handletextpad=0.5, columnspacing=1.2, borderpad=0.2,
+def _legend(axes: Axes, columns: int = 2) -> None:
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2, borderpad=0.2,
+        handlelength=1.1, handletextpad=0.5, columnspacing=1.2,
     )  # fmt: skip
 
 

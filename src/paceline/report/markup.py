@@ -40,7 +40,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str | Cell]], *, chosen: 
     the row to set in bold.
     """
     numeric = [any(len(row) > i and isinstance(row[i], Cell) for row in rows) for i in range(len(head))]
-    cells = "".join(f'<th scope="col"{_n(n)}>{text(h).replace("_", "_<wbr>")}</th>' for h, n in zip(head, numeric, strict=True))
+    cells = "".join(
+        f'<th scope="col"{_n(n)}>{text(h).replace("_", "_<wbr>")}</th>'
+        for h, n in zip(head, numeric, strict=True)
+    )
     shape = "stack" if len(head) > _MOST_COLUMNS else "plain"
     body = []
     for index, row in enumerate(rows):

@@ -138,14 +138,14 @@ def to_svg(drawing: Drawing, size: Size) -> str:
         )
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<style.*?</style>", "", svg, count=1, flags=re.DOTALL)  # it would style the whole page
     svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg)
     svg = re.sub(r'\b(?:xlink:)?href="#', f'href="#{prefix}-', svg)
     svg = re.sub(r"url\(#", f"url(#{prefix}-", svg)
     svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
-    svg = re.sub(r"""(font:[^;"]*?)'DejaVu Sans'[^;"]*""", r"\1var(--sans)", svg)
+    svg = re.sub(r'font-family:[^;"]*', "font-family: var(--sans)", svg)
     for token, colour in LIGHT.items():
         svg = svg.replace(f": {colour}", f": var(--{token})")
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r'\1 stroke-linejoin="round"', svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     return svg.strip()

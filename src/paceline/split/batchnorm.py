@@ -98,7 +98,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
         variance = (deviations.sum(0) + ((means - mean).square() * row_counts).sum(0)) / total
         y = torch.batch_norm(x, weight, bias, mean, variance, False, 0.0, eps, False)
         ctx.save_for_backward(x, weight, mean, variance)
-        ctx.group, ctx.eps, ctx.total = group, eps, total
+        ctx.group, ctx.eps, ctx.total, ctx.counts = group, eps, total, counts
         ctx.mark_non_differentiable(mean, variance, total)
         return y, mean, variance, total
 
@@ -118,6 +118,9 @@ class _GlobalBatchNorm(torch.autograd.Function):
         offset = -scale * mean_dy - slope * mean
         shape = [1, -1, *[1] * (x.dim() - 2)]
         dx.addcmul_(x, slope.view(shape).to(x.dtype)).add_(offset.view(shape).to(x.dtype))
+        if not ctx.counts:
+            # A borrowed sample is no part of the statistics, which do not depend on it.
+            dx.zero_()
         if weight is None:
             return dx, None, None, None, None, None
         return dx, d_weight, d_bias, None, None, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import random
@@ -242,3 +243,13 @@ def write_run(tmp_path: Path) -> Callable[[str | list[Event]], Path]:
         return write(tmp_path / "run" / "events.jsonl", RUNS[run]() if isinstance(run, str) else run)
 
     return write_run
+
+
+@pytest.fixture(scope="session")
+def all_runs() -> dict[str, Callable[[Path], Path]]:
+    """Every made-up run by its name: what writes its events to a path."""
+    return {name: functools.partial(_write_to, make) for name, make in RUNS.items()}
+
+
+def _write_to(make: Callable[[], list[Event]], path: Path) -> Path:
+    return write(path, make())
