@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from paceline import _version
 
 if TYPE_CHECKING:
     from paceline.errors import (
@@ -26,38 +26,15 @@ if TYPE_CHECKING:
         WorkerError,
     )
     from paceline.job import Job
-    from paceline.load import options
-    from paceline.records import Cluster, Host, Layout, Plan, Trial
+    from paceline.load import load_job, options
+    from paceline.records import Layout
     from paceline.train.session import Session
 
-_HOME = {
-    "Job": "paceline.job",
-    "options": "paceline.load",
-    "Session": "paceline.train.session",
-    **{name: "paceline.records" for name in ("Cluster", "Host", "Layout", "Plan", "Trial")},
-    **{
-        name: "paceline.errors"
-        for name in (
-            "CollectiveError",
-            "DataError",
-            "JobError",
-            "JobFileError",
-            "LaunchError",
-            "LayoutError",
-            "LossError",
-            "OptionError",
-            "PacelineError",
-            "RunError",
-            "WorkerError",
-        )
-    },
-}
+__version__ = _version.VERSION
 
 __all__ = [
-    "Cluster",
     "CollectiveError",
     "DataError",
-    "Host",
     "Job",
     "JobError",
     "JobFileError",
@@ -67,18 +44,25 @@ __all__ = [
     "LossError",
     "OptionError",
     "PacelineError",
-    "Plan",
     "RunError",
     "Session",
-    "Trial",
     "WorkerError",
     "__version__",
+    "load_job",
     "options",
 ]
 
+_HOMES = {
+    "Job": "paceline.job",
+    "Layout": "paceline.records",
+    "Session": "paceline.train.session",
+    "load_job": "paceline.load",
+    "options": "paceline.load",
+}
+
 
 def __getattr__(name: str) -> Any:
-    """Load the named part of the public face on first use, so that `import paceline` stays light."""
-    if name not in _HOME:
+    """Load the named part of the public face on first use: `import paceline` stays light."""
+    if name not in __all__:
         raise AttributeError(f"module 'paceline' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    return getattr(importlib.import_module(_HOMES.get(name, "paceline.errors")), name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -25,20 +26,32 @@ _INTERRUPTED = 130
 @app.command()
 def train(
     job_file: Annotated[Path, typer.Argument(metavar="FILE", help="Python file with a `job`.")],
-    layout: Annotated[str, typer.Option(help="`auto`, or axis sizes: dp_replicate=2,micro=4,threads=1.")] = "auto",
+    layout: Annotated[
+        str, typer.Option(help="`auto`, or axis sizes: dp_replicate=2,micro=4,threads=1.")
+    ] = "auto",
     steps: Annotated[int | None, typer.Option(help="Optimizer steps to train.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training data.")] = None,
     until: Annotated[
-        str | None, typer.Option(metavar="METRIC=VALUE", help="Stop when a held-out metric reaches a value: loss=1.5.")
+        str | None,
+        typer.Option(metavar="METRIC=VALUE", help="Stop when a held-out metric reaches a value: loss=1.5."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the model, the order of the data and dropout.")] = 0,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One of the job's own options; repeatable.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="One of the job's own options; repeatable."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="The run's directory; by default a new one below runs/.")] = None,
-    precision: Annotated[str, typer.Option(help="fp32, bf16, or auto: bf16 where the device measures faster.")] = "auto",
-    timeout: Annotated[float, typer.Option(help="Seconds that a worker waits for another before it gives up.")] = 300.0,
-    port: Annotated[int | None, typer.Option(help="Loopback port of the workers' store; by default a free one.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run's directory; by default a new one below runs/.")
+    ] = None,
+    precision: Annotated[
+        str, typer.Option(help="fp32, bf16, or auto: bf16 where the device measures faster.")
+    ] = "auto",
+    timeout: Annotated[
+        float, typer.Option(help="Seconds that a worker waits for another before it gives up.")
+    ] = 300.0,
+    port: Annotated[
+        int | None, typer.Option(help="Loopback port of the workers' store; by default a free one.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but warnings and errors.")] = False,
 ) -> None:
     """Measure, choose a layout, train, and write a report."""
@@ -71,7 +84,7 @@ def report(run_directory: Annotated[Path, typer.Argument(help="A run's directory
     """Write a run's report.html and figures again, from its events."""
 
     def run() -> None:
-        from paceline.report.write import write_report
+        from paceline.report import write_report
 
         Console().print(str(write_report(run_directory)))
 
@@ -94,7 +107,7 @@ def _read_settings(texts: list[str]) -> dict[str, str]:
     return settings
 
 
-def _run_plainly(run) -> None:  # type: ignore[no-untyped-def]
+def _run_plainly(run: Callable[[], None]) -> None:
     """Print our own errors as plain text, and end with the right exit status."""
     try:
         run()
@@ -109,5 +122,3 @@ def _run_plainly(run) -> None:  # type: ignore[no-untyped-def]
 
 def main() -> None:
     app()
-
-

@@ -99,9 +99,14 @@ class Job:
             "tokens_per_sample",
         ):
             _require_positive_int(field, getattr(self, field), optional=True)
-        if isinstance(self.loader_workers, bool) or not isinstance(self.loader_workers, int) or self.loader_workers < 0:
+        if (
+            isinstance(self.loader_workers, bool)
+            or not isinstance(self.loader_workers, int)
+            or self.loader_workers < 0
+        ):
             raise JobError(
-                f"Job: loader_workers is {self.loader_workers!r}", next_step="give a whole number of at least 0"
+                f"Job: loader_workers is {self.loader_workers!r}",
+                next_step="give a whole number of at least 0",
             )
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise JobError(

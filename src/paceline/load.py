@@ -125,7 +125,9 @@ def _import(path: Path) -> Any:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         raise JobFileError(
             f"{path.name} does not import: {type(error).__name__}: {error}{line}",
-            cause=f"the package {missing!r} is not installed here" if missing else "an error in the file itself",
+            cause=f"the package {missing!r} is not installed here"
+            if missing
+            else "an error in the file itself",
             next_step=f"run `python {path.name}` alone to see the whole traceback",
         ) from error
     return module

@@ -59,15 +59,15 @@ class Cluster(Record):
 class Layout(Record):
     """How a job is split: a size for each axis, micro-batches, threads of each worker."""
 
-    pp: int = Field(1, ge=1)
-    dp_replicate: int = Field(1, ge=1)
-    dp_shard: int = Field(1, ge=1)
-    cp: int = Field(1, ge=1)
-    ep: int = Field(1, ge=1)
-    tp: int = Field(1, ge=1)
-    micro: int = Field(1, ge=1)
+    pp: int = Field(default=1, ge=1)
+    dp_replicate: int = Field(default=1, ge=1)
+    dp_shard: int = Field(default=1, ge=1)
+    cp: int = Field(default=1, ge=1)
+    ep: int = Field(default=1, ge=1)
+    tp: int = Field(default=1, ge=1)
+    micro: int = Field(default=1, ge=1)
     """Micro-batches in a step: gradients are accumulated over them."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(default=None, ge=1)
     """Threads of each worker; None shares out the host's cores."""
 
     @property

@@ -42,7 +42,9 @@ def train(spec: RunSpec, console: Console, *, quiet: bool, port: int | None = No
     loaded = preflight(spec, device, most)
     num_workers = most if spec.layout == AUTO else Layout.parse(spec.layout).workers
     if num_workers < 1:
-        raise LaunchError("this host has no device to train on", next_step="see `nvidia-smi`, or hide the GPUs")
+        raise LaunchError(
+            "this host has no device to train on", next_step="see `nvidia-smi`, or hide the GPUs"
+        )
     directory = _new_directory(spec, loaded)
     spec = spec.model_copy(update={"out": str(directory), "store_port": free_port(port)})
     _carry_out(directory, console, quiet, lambda: launch(spec, num_workers))

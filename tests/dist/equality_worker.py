@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import torch
-
 from jobs import JOBS, Recorder
+
 from paceline.comm.world import World, join
 from paceline.records import Layout
 from paceline.train.session import Session

@@ -164,13 +164,19 @@ plain = paceline.Job(
 JOBS: dict[str, tuple[paceline.Job, int]] = {
     "plain": (plain, 1),
     "schedule": (dataclasses.replace(plain, schedule=decaying), 1),
-    "weighted": (dataclasses.replace(plain, model=Language, data=data_of(Sentences), loss=padded_loss, metrics={}), 1),
+    "weighted": (
+        dataclasses.replace(plain, model=Language, data=data_of(Sentences), loss=padded_loss, metrics={}),
+        1,
+    ),
     "weighted_micro": (
         dataclasses.replace(plain, model=Language, data=data_of(Sentences), loss=padded_loss, metrics={}),
         2,
     ),
     "batch_norm": (dataclasses.replace(plain, model=convolutional, data=data_of(Images)), 1),
-    "batch_norm_single_sample": (dataclasses.replace(plain, model=convolutional, data=data_of(Images, SHORT + 1)), 1),
+    "batch_norm_single_sample": (
+        dataclasses.replace(plain, model=convolutional, data=data_of(Images, SHORT + 1)),
+        1,
+    ),
     "batch_norm_micro": (dataclasses.replace(plain, model=convolutional, data=data_of(Images)), 2),
     "clipped": (dataclasses.replace(plain, clip_norm=0.05), 1),
     "clipped_weighted": (

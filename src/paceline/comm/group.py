@@ -64,7 +64,9 @@ class Group:
         name = f"all-reduce of {what}"
         if self._swaps:
             return _Swap(self, tensor, name)
-        return self._start(name, tensor, lambda: dist.all_reduce(tensor, group=self._process_group, async_op=True))
+        return self._start(
+            name, tensor, lambda: dist.all_reduce(tensor, group=self._process_group, async_op=True)
+        )
 
     def gather(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
         """All workers' `tensor`s (same shape), stacked in the order of rank: shape `[size, *shape]`."""
@@ -103,7 +105,8 @@ class Group:
         padded[: len(text)] = text
         rows = self.gather(padded, what).cpu()
         return [
-            json.loads(bytes(row[:length].tolist())) for row, length in zip(rows, lengths.tolist(), strict=True)
+            json.loads(bytes(row[:length].tolist()))
+            for row, length in zip(rows, lengths.tolist(), strict=True)
         ]
 
     def barrier(self, what: str) -> None:
@@ -119,9 +122,7 @@ class Group:
         self.waited_s += time.perf_counter() - begin_s
         return _Work(self, name, [work])
 
-    def _exchange(
-        self, name: str, outgoing: torch.Tensor, incoming: torch.Tensor
-    ) -> Callable[[], None]:
+    def _exchange(self, name: str, outgoing: torch.Tensor, incoming: torch.Tensor) -> Callable[[], None]:
         """Send to, and receive from, the other of two workers; the result waits for both."""
         self._num_operations += 1
         name = f"{name} ({_size(outgoing)}, operation {self._num_operations})"

@@ -31,7 +31,9 @@ def user_threads() -> int | None:
     return int(text) if text.isdecimal() and int(text) > 0 else None
 
 
-def take_cores(local_rank: int, local_workers: int, threads: int | None = None) -> tuple[tuple[int, ...], int]:
+def take_cores(
+    local_rank: int, local_workers: int, threads: int | None = None
+) -> tuple[tuple[int, ...], int]:
     """Give this process its share of the cores and its number of threads; returns both.
 
     Where the shares are whole cores, the process is bound to its own, so that workers do not

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 from paceline.comm.group import Group
 from paceline.errors import LaunchError
@@ -36,7 +37,9 @@ class World:
         if size == self.size:
             process_group = dist.group.WORLD
         else:
-            process_group = dist.new_group(list(range(size)), timeout=datetime.timedelta(seconds=self.timeout_s))
+            process_group = dist.new_group(
+                list(range(size)), timeout=datetime.timedelta(seconds=self.timeout_s)
+            )
         if self.rank >= size:
             return None
         if size == 1:
@@ -90,12 +93,12 @@ def join(device_kind: str, timeout_s: float, loopback_port: int | None = None) -
     return world
 
 
-def _loopback_store(rank: int, size: int, port: int, timeout: datetime.timedelta) -> dist.TCPStore:
+def _loopback_store(rank: int, size: int, port: int, timeout: datetime.timedelta) -> TCPStore:
     """A store that only this host can reach: TCPStore itself would listen on every interface."""
     if rank != 0:
-        return dist.TCPStore("127.0.0.1", port, size, is_master=False, timeout=timeout)
+        return TCPStore("127.0.0.1", port, size, is_master=False, timeout=timeout)
     listener = listen_on_loopback(port)
-    return dist.TCPStore(
+    return TCPStore(
         "127.0.0.1",
         listener.getsockname()[1],
         size,

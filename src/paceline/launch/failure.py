@@ -77,7 +77,9 @@ def first_failure(directory: Path, exit_codes: Mapping[int, int]) -> PacelineErr
         )
     if recorded:
         return _rebuild(min(recorded, key=lambda r: r["time_s"]), directory)
-    return WorkerError(-1, "a worker failed without a word", next_step=f"see the logs in {directory / 'logs'}")
+    return WorkerError(
+        -1, "a worker failed without a word", next_step=f"see the logs in {directory / 'logs'}"
+    )
 
 
 def _rebuild(content: Mapping[str, Any], directory: Path) -> PacelineError:
@@ -98,7 +100,11 @@ def _as_worker_error(rank: int, error: BaseException) -> WorkerError:
     theirs = [f for f in frames if not f.filename.startswith(ours) and "site-packages" not in f.filename]
     theirs = [f for f in theirs if not f.filename.startswith("<")]
     where = f" ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno})" if theirs else ""
-    out_of_memory = isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "can't allocate" in str(error)
+    out_of_memory = (
+        isinstance(error, MemoryError)
+        or "out of memory" in str(error).lower()
+        or "can't allocate" in str(error)
+    )
     return WorkerError(
         rank,
         f"rank {rank} raised {type(error).__name__}: {error}{where}",

@@ -8,11 +8,10 @@ import torch
 from torch.utils.data import default_collate
 
 from paceline.comm.group import Group
-from paceline.errors import DataError, JobError, LayoutError, PacelineError
+from paceline.errors import DataError, JobError, LayoutError, PacelineError, RunError
 from paceline.launch.spec import AUTO, RunSpec
 from paceline.load import LoadedJob, load_job_file
 from paceline.measure.precision import PRECISIONS
-from paceline.errors import RunError
 from paceline.records import Layout
 from paceline.train.data import GlobalBatch, Part, is_iterable, num_samples
 from paceline.train.order import Share, batches_per_epoch

@@ -231,7 +231,9 @@ class Worker:
 def _gather_cluster(everyone: Group, world: World) -> Cluster:
     """The hosts of all workers, in the order of their ranks."""
     own = describe_host(world.device.type, world.local_size).to_json()
-    firsts = [host for host in everyone.gather_json(own if world.local_rank == 0 else None, "the hosts") if host]
+    firsts = [
+        host for host in everyone.gather_json(own if world.local_rank == 0 else None, "the hosts") if host
+    ]
     return Cluster(hosts=tuple(Host.from_json(host) for host in firsts))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-import paceline
+from paceline._version import VERSION
 from paceline.records import Host
 
 
@@ -108,7 +108,7 @@ def peak_memory_bytes(device: str) -> int:
 
 def versions() -> dict[str, str]:
     return {
-        "paceline": paceline.__version__,
+        "paceline": VERSION,
         "python": platform.python_version(),
         "torch": torch.__version__,
     }

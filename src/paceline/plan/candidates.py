@@ -5,7 +5,9 @@ from __future__ import annotations
 from paceline.records import Cluster, Layout
 
 
-def candidates(cluster: Cluster, batch_size: int, *, micro: int = 1, threads: int | None = None) -> list[Layout]:
+def candidates(
+    cluster: Cluster, batch_size: int, *, micro: int = 1, threads: int | None = None
+) -> list[Layout]:
     """Layouts to time for a global batch of `batch_size` samples, the single processes first.
 
     One worker with one thread, one worker with all threads of its host, and data parallelism over 2, 4, …
@@ -16,10 +18,10 @@ def candidates(cluster: Cluster, batch_size: int, *, micro: int = 1, threads: in
         threads: what the user asked each worker to have; None: the host's cores are shared out.
     """
     cores = cluster.hosts[0].cores
-    found = []
+    found: list[Layout] = []
     if cluster.device == "cpu":
-        for count in sorted({1, cores} if threads is None else {threads}):
-            found.append(Layout(micro=micro, threads=count))
+        counts = sorted({1, cores}) if threads is None else [threads]
+        found += [Layout(micro=micro, threads=count) for count in counts]
     else:
         found.append(Layout(micro=micro))
     for workers in _doubling(cluster.workers):

@@ -41,7 +41,9 @@ def choose(trials: Sequence[Trial]) -> Plan:
                 f"less than {LEAST_GAIN:.0%} gained, so one process it is."
             )
             return _plan(single, reason, trials)
-        reason = f"{best.label} trains {1 / ratio:.2f}× as fast as the fastest single process ({single.label})."
+        reason = (
+            f"{best.label} trains {1 / ratio:.2f}× as fast as the fastest single process ({single.label})."
+        )
         return _plan(best, reason, trials)
     others = [t for t in timed if t is not best]
     if not others:

@@ -160,9 +160,9 @@ class ShareLoader:
                 for s in self._shares(end - begin):
                     yield order[begin + s.begin : begin + s.end].tolist()
 
-        loader = DataLoader(
+        loader: DataLoader[Any] = DataLoader(
             _Seeded(self._dataset, derive(self._seed, "samples", epoch)),  # type: ignore[arg-type]
-            batch_sampler=index_lists(),  # type: ignore[arg-type]
+            batch_sampler=index_lists(),
             collate_fn=self._collate,
             num_workers=self._job.loader_workers,
             pin_memory=self._device.type == "cuda",
@@ -225,7 +225,9 @@ def evaluation_parts(
         (share,) = shares(min(batch_size, length - begin), 1, size, rank)
         if share.samples:
             index_lists.append(list(range(begin + share.begin, begin + share.end)))
-    loader = DataLoader(dataset, batch_sampler=index_lists, collate_fn=collate, num_workers=job.loader_workers)
+    loader = DataLoader(
+        dataset, batch_sampler=index_lists, collate_fn=collate, num_workers=job.loader_workers
+    )
     for indices, batch in zip(index_lists, loader, strict=True):
         yield to_device(batch, device), len(indices)
 
@@ -252,4 +254,3 @@ def _take(stream: Iterator[Any], count: int) -> list[Any]:
         if len(taken) == count:
             break
     return taken
-

@@ -220,7 +220,7 @@ class Replica:
             to_differentiate.backward()
         return sums, weighted
 
-    def _weigh(self, loss: Any, part: Part, batch: GlobalBatch, sums: torch.Tensor) -> torch.Tensor:
+    def _weigh(self, loss: Any, part: Part, batch: GlobalBatch, sums: torch.Tensor) -> Any:
         """Add this part's loss sum and weight to `sums`; return what to differentiate."""
         samples = part.share.samples
         if not isinstance(loss, tuple):

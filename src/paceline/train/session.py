@@ -201,5 +201,3 @@ def _settle(layout: Layout | str | None, num_workers: int) -> Layout:
             next_step=f"start it with `torchrun --nproc-per-node {layout.workers}`, or leave the layout out",
         )
     return layout
-
-

@@ -45,7 +45,14 @@ class LayoutTimer:
     """
 
     def __init__(
-        self, job: Job, layouts: Sequence[Layout], world: World, datasets: Datasets, *, seed: int, precision: str
+        self,
+        job: Job,
+        layouts: Sequence[Layout],
+        world: World,
+        datasets: Datasets,
+        *,
+        seed: int,
+        precision: str,
     ) -> None:
         self._job, self._world, self._datasets, self._seed = job, world, datasets, seed
         self._all = world.group(world.size)
@@ -129,5 +136,3 @@ class LayoutTimer:
             communication_s=median(r.communication_s for r in results) if results else None,
             data_s=median(r.data_s for r in results) if results else None,
         )
-
-
