@@ -34,6 +34,8 @@ from torch.utils.data import Dataset
 import paceline
 
 options = paceline.options(size="full", data="auto", epochs=0, batch_size=128, lr=0.3)
+if options.size not in ("full", "small"):
+    raise paceline.OptionError(f"option size={options.size!r}", next_step="use full or small")
 
 FASHION_HOME = Path(os.environ.get("PACELINE_DATA", "/usr/share/datasets")) / "fashion-mnist"
 FASHION_FILES = {  # split -> ((images, SHA-256), (labels, SHA-256))
@@ -48,7 +50,18 @@ FASHION_FILES = {  # split -> ((images, SHA-256), (labels, SHA-256))
 }
 MNIST_SHA256 = "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"
 MNIST_HELD_OUT_EVERY = 5  # the file is sorted by digit, 500 of each: so 100 of each digit
-FASHION_NAMES = "T-shirt trouser pullover dress coat sandal shirt sneaker bag boot".split()
+FASHION_NAMES = (
+    "T-shirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "boot",
+)
 
 
 def kind_of_data() -> str:
@@ -163,7 +176,7 @@ class ChannelsLast(nn.Module):
 
 
 def build_model() -> nn.Module:
-    width = {"full": 32, "small": 8}[options.size]
+    width = 8 if options.size == "small" else 32
     return nn.Sequential(
         nn.PixelUnshuffle(2),  # 1×28×28 -> 4×14×14: a quarter of the work of full resolution
         ChannelsLast(),
@@ -192,7 +205,9 @@ def build_optimizer(params) -> torch.optim.Optimizer:
 
 
 def build_schedule(optimizer, total_steps):
-    return torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=total_steps + 1, pct_start=0.25)
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, options.lr, total_steps=total_steps + 1, pct_start=0.25
+    )
 
 
 def showcase(model: nn.Module) -> dict[str, float | str]:
@@ -207,7 +222,9 @@ def showcase(model: nn.Module) -> dict[str, float | str]:
     wrong = counts - counts.diag().diag()
     worst = wrong.flatten().argsort(descending=True, stable=True)[:5].tolist()
     return {
-        "right by class": "\n".join(f"{n:>9}  {100 * s:5.1f} %" for n, s in zip(names, share.tolist(), strict=True)),
+        "right by class": "\n".join(
+            f"{n:>9}  {100 * s:5.1f} %" for n, s in zip(names, share.tolist(), strict=True)
+        ),
         "most confused": "\n".join(
             f"{names[i // 10]:>9}  taken for {names[i % 10]:<9} {wrong.flatten()[i]:4d} of {counts[i // 10].sum()}"
             for i in worst

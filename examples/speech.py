@@ -123,8 +123,11 @@ class SpeakerNet(nn.Module):
 
     def __init__(self, width: int = 64, depth: int = 2) -> None:
         super().__init__()
-        # Rough scale of each coefficient over the training frames.
-        self.register_buffer("scale", torch.tensor([0.55, 0.36, 0.28, 0.22, 0.17, 0.18, 0.17, 0.15, 0.13, 0.13, 0.11, 0.09]))
+        # Mean and spread of each coefficient over the training frames.
+        mean = [0.869, -0.555, 0.246, -0.267, 0.219, -0.211, -0.174, -0.052, -0.205, -0.181, -0.024, 0.086]
+        spread = [0.488, 0.391, 0.301, 0.306, 0.269, 0.168, 0.161, 0.188, 0.188, 0.117, 0.098, 0.128]
+        self.register_buffer("mean", torch.tensor(mean))
+        self.register_buffer("spread", torch.tensor(spread))
         self.enter = nn.Linear(12, width)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(depth))
         self.convolutions = nn.ModuleList(nn.Conv1d(width, width, 3, padding=1) for _ in range(depth))
@@ -132,7 +135,7 @@ class SpeakerNet(nn.Module):
 
     def forward(self, frames: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         mask = inside(lengths, frames.shape[1])
-        hidden = self.enter(frames / self.scale)
+        hidden = self.enter((frames - self.mean) / self.spread)
         for norm, convolution in zip(self.norms, self.convolutions):
             # Masked before each convolution: an utterance's last frames must not see its padding.
             update = convolution((norm(hidden) * mask).transpose(1, 2)).transpose(1, 2)
@@ -156,3 +159,176 @@ def vowels_job() -> paceline.Job:
         epochs=3 if small else 40,
         evaluation_batch_size=128,
     )
+
+
+# ---- data=fillets: what was said -------------------------------------------------------------------
+
+LETTERS = " aábcčdďeéěfghiíjklmnňoópqrřsštťuúůvwxyýzž"  # class 0 is CTC's blank, then these
+FILLETS_SHA256 = ""  # of every Czech script and sound, in order
+RATE, HOP, WINDOW, MELS = 22050, 220, 512, 40  # samples per second; 10 ms steps; 23 ms windows
+DIALOGUE = re.compile(r'^\s*dialogId\(\s*"([^"]+)".*?\)\s*^\s*dialogStr\(\s*"((?:[^"\\]|\\.)*)"', re.M | re.S)
+
+
+def spoken(text: str) -> str | None:
+    """The letters that a subtitle stands for; None where it holds digits, codes or another script."""
+    words = " ".join(re.sub(r"[.,:;!?'’‘\"„“”…–-]", " ", unicodedata.normalize("NFC", text).lower()).split())
+    return words if words and set(words) <= set(LETTERS) else None
+
+
+def held_out(text: str) -> bool:
+    """One text in ten. By its hash, so that no sentence is in both splits, whoever says it."""
+    return hashlib.sha256(text.encode()).digest()[0] < 26
+
+
+def fillets_files() -> tuple[list[tuple[str, bytes]], str]:
+    """(text, Ogg bytes) of every transcribed clip, and the digest of all that was read."""
+    for root in (Path(os.environ.get("PACELINE_DATA", "data")), Path("/")):
+        game = root / "usr/share/games/fillets-ng"
+        if (game / "script").is_dir() and any(game.glob("sound/*/cs/*.ogg")):
+            break
+    else:
+        raise paceline.DataError(
+            "the recordings of fillets-ng cannot be found",
+            cause="they come with the Debian packages fillets-ng-data (subtitles) and fillets-ng-data-cs (sound)",
+            next_step='apt-get download fillets-ng-data fillets-ng-data-cs; for p in fillets-ng-data*.deb; do dpkg -x "$p" DIR; done; export PACELINE_DATA=DIR',
+        )
+    clips, digest = [], hashlib.sha256()
+    for script in sorted(game.glob("script/*/*dialogs_cs.lua")):
+        content = script.read_bytes()
+        digest.update(content)
+        for name, text in DIALOGUE.findall(content.decode()):
+            sound = game / "sound" / script.parent.name / "cs" / f"{name}.ogg"
+            if sound.exists():
+                clips.append((text, sound.read_bytes()))
+                digest.update(clips[-1][1])
+    return clips, digest.hexdigest()
+
+
+def mel_filters() -> torch.Tensor:
+    """(frequencies, MELS) triangles, evenly spaced in mel = 2595 log10(1 + f / 700)."""
+    top = 2595 * math.log10(1 + RATE / 2 / 700)
+    edges = 700 * (10 ** (torch.linspace(0, top, MELS + 2) / 2595) - 1)
+    frequencies = torch.linspace(0, RATE / 2, WINDOW // 2 + 1)[:, None]
+    rising = (frequencies - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    falling = (edges[2:] - frequencies) / (edges[2:] - edges[1:-1])
+    return torch.minimum(rising, falling).clamp(min=0)
+
+
+def log_mel(sound: torch.Tensor) -> torch.Tensor:
+    """(samples,) -> (frames, MELS), each channel with mean 0 and spread 1 over the clip."""
+    spectrum = torch.stft(sound, WINDOW, HOP, window=torch.hann_window(WINDOW), return_complex=True)
+    mels = (spectrum.abs().square().T @ mel_filters() + 1e-6).log()
+    return (mels - mels.mean(0)) / (mels.std(0) + 1e-3)
+
+
+def fillets_arrays() -> Arrays:
+    """All clips end to end: frames and targets, with the length of each and the split of each."""
+    try:
+        import io
+
+        import soundfile
+    except ImportError as error:
+        raise paceline.DataError(
+            f"Ogg sound cannot be read: {error}", cause="soundfile is not installed", next_step="pip install soundfile"
+        ) from error
+    clips, digest = fillets_files()
+    if FILLETS_SHA256 and digest != FILLETS_SHA256:
+        raise paceline.DataError(
+            f"the recordings of fillets-ng are not those that this example knows (sha256 {digest})",
+            cause="another version of the Debian packages",
+            next_step="use fillets-ng-data and fillets-ng-data-cs 1.0.1",
+        )
+    frames, targets, test = [], [], []
+    for text, ogg in clips:
+        words = spoken(text)
+        if words is None or (small and len(test) == 48):
+            continue
+        sound, rate = soundfile.read(io.BytesIO(ogg), dtype="float32", always_2d=True)
+        sound = sound.mean(1)
+        if rate == 2 * RATE:
+            sound = sound[: len(sound) // 2 * 2].reshape(-1, 2).mean(1)
+        seconds = len(sound) / RATE
+        if seconds <= 12 and 0.04 < seconds / len(words) < 0.3:  # longer: songs and sound effects
+            frames.append(log_mel(torch.from_numpy(sound)).half().numpy())
+            targets.append(np.array([LETTERS.index(letter) + 1 for letter in words], np.uint8))
+            test.append(held_out(words))
+    return {
+        "frames": np.concatenate(frames),
+        "frame_counts": np.array([len(f) for f in frames]),
+        "targets": np.concatenate(targets),
+        "target_counts": np.array([len(t) for t in targets]),
+        "test": np.array(test),
+    }
+
+
+def fillets(split: str) -> list[Batch]:
+    arrays = cached(f"fillets-1-{options.size}", fillets_arrays)
+    frames = torch.from_numpy(arrays["frames"]).split(arrays["frame_counts"].tolist())
+    targets = torch.from_numpy(arrays["targets"]).long().split(arrays["target_counts"].tolist())
+    wanted = arrays["test"] == (split == "test")
+    return [{"frames": f, "targets": t} for f, t, w in zip(frames, targets, wanted) if w]
+
+
+class Transcriber(nn.Module):
+    """Log-mel frames -> log-probabilities of characters, one for every four frames (40 ms)."""
+
+    def __init__(self, width: int = 192, hidden: int = 192) -> None:
+        super().__init__()
+        self.mask_channels = nn.Dropout1d(0.1)  # whole mel channels of a clip, as SpecAugment does
+        self.shrink = nn.ModuleList([nn.Conv1d(MELS, width, 5, 2, 2), nn.Conv1d(width, width, 5, 2, 2)])
+        self.norm = nn.LayerNorm(width)
+        self.recur = nn.GRU(width, hidden, 2, batch_first=True, bidirectional=True, dropout=0.2)
+        self.leave = nn.Sequential(nn.Dropout(0.2), nn.Linear(2 * hidden, len(LETTERS) + 1))
+
+    def forward(self, frames: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        hidden = self.mask_channels(frames.transpose(1, 2))
+        for convolution in self.shrink:
+            hidden, lengths = F.gelu(convolution(hidden)), (lengths + 1) // 2
+            hidden = hidden * inside(lengths, hidden.shape[2]).transpose(1, 2)
+        packed = nn.utils.rnn.pack_padded_sequence(
+            self.norm(hidden.transpose(1, 2)), lengths.cpu(), batch_first=True, enforce_sorted=False
+        )
+        heard, _ = nn.utils.rnn.pad_packed_sequence(self.recur(packed)[0], batch_first=True, total_length=hidden.shape[2])
+        return self.leave(heard).log_softmax(-1)
+
+
+def output_lengths(batch: Batch) -> torch.Tensor:
+    return (batch["lengths"] + 3) // 4
+
+
+def ctc(outputs: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed over the batch, and the characters that it is shared among."""
+    total = F.ctc_loss(
+        outputs.transpose(0, 1), batch["targets"], output_lengths(batch), batch["target_lengths"],
+        reduction="sum", zero_infinity=True,
+    )  # fmt: skip
+    return total, batch["target_lengths"].sum()
+
+
+def decode(classes: list[int]) -> str:
+    """CTC's reading of the likeliest class of each frame: repeats are one, blanks are none."""
+    kept = [now for before, now in zip([0, *classes], classes) if now != before and now != 0]
+    return "".join(LETTERS[index - 1] for index in kept)
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Insertions, deletions and replacements between two strings (Levenshtein 1965)."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        diagonal, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+    return row[-1]
+
+
+def transcripts(outputs: torch.Tensor, batch: Batch) -> list[tuple[str, str]]:
+    """(reference, hypothesis) of each clip."""
+    lengths = output_lengths(batch).tolist()
+    best = [row[:n] for row, n in zip(outputs.argmax(-1).tolist(), lengths)]
+    texts = [row[:n] for row, n in zip(batch["targets"].tolist(), batch["target_lengths"].tolist())]
+    return [("".join(LETTERS[i - 1] for i in text), decode(row)) for text, row in zip(texts, best)]
+
+
+def character_errors(outputs: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    errors = sum(edit_distance(*pair) for pair in transcripts(outputs, batch))
+    return torch.tensor(float(errors)), batch["target_lengths"].sum()

@@ -144,7 +144,7 @@ class Inputs(nn.Module):
         looked_up = 0
         for length, table in zip(TABLES, self.tables, strict=True):
             number = sum(byte << (8 * back) for back, byte in enumerate(earlier[:length]))
-            hashed = (number * 2654435761) % 2**32  # Knuth's multiplicative hash; its high bits are the good ones
+            hashed = (number * 2654435761) % 2**32  # Knuth's multiplicative hash: use its high bits
             looked_up = looked_up + table(hashed * table.num_embeddings >> 32)
         # A row is updated only where its letters occur: the factor makes each update count double.
         return self.byte(bytes_bt) + self.place[:t] + self.from_tables(2 * looked_up)

@@ -94,14 +94,15 @@ def test_text_without_its_package_says_how_to_get_it(monkeypatch: pytest.MonkeyP
 def test_text_refuses_other_plays(monkeypatch: pytest.MonkeyPatch) -> None:
     job = load("text.py")
     monkeypatch.setitem(names_of(job), "SHA256", "0" * 64)
-    with pytest.raises(DataError, match="have SHA-256 364a7fc3.*, not 0000") as caught:
+    with pytest.raises(DataError, match=r"have SHA-256 364a7fc3.*, not 0000") as caught:
         job.data("test")
     assert "another version of the package" in str(caught.value)
 
 
-def test_text_refuses_an_unknown_size() -> None:
+@pytest.mark.parametrize("example", ["text.py", "image.py"])
+def test_an_unknown_size_is_refused(example: str) -> None:
     with pytest.raises(OptionError, match="size='huge'"):
-        load("text.py", size="huge")
+        load(example, size="huge")
 
 
 @needs_plays
@@ -194,7 +195,9 @@ def test_image_takes_digits_where_the_clothing_is_not_installed(
     assert names_of(job)["kind_of_data"]() == "fashion"
 
 
-def test_image_without_the_clothing_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_image_without_the_clothing_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("PACELINE_DATA", str(tmp_path))
     with pytest.raises(DataError, match=r"cannot read .*train-images") as caught:
         load("image.py", data="fashion").data("train")
@@ -206,7 +209,7 @@ def test_image_refuses_damaged_clothing(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setenv("PACELINE_DATA", str(tmp_path))
     (tmp_path / "fashion-mnist").mkdir()
     (tmp_path / "fashion-mnist" / "t10k-images-idx3-ubyte.gz").write_bytes(b"not this")
-    with pytest.raises(DataError, match="has SHA-256 .*, not cc1d090a") as caught:
+    with pytest.raises(DataError, match=r"has SHA-256 .*, not cc1d090a") as caught:
         load("image.py", data="fashion").data("test")
     assert "damaged" in str(caught.value)
 
@@ -223,7 +226,7 @@ def test_image_without_the_digits_says_how_to_get_them(monkeypatch: pytest.Monke
 def test_image_refuses_other_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     job = load("image.py", data="mnist")
     monkeypatch.setitem(names_of(job), "MNIST_SHA256", "0" * 64)
-    with pytest.raises(DataError, match="has SHA-256 846f6cad.*, not 0000"):
+    with pytest.raises(DataError, match=r"has SHA-256 846f6cad.*, not 0000"):
         job.data("train")
 
 
@@ -244,9 +247,7 @@ def test_image_moves_digits_by_one_pixel_each_way() -> None:
     n = len(train.images)
     plain, *moved = (train[copy * n][0][0] for copy in range(5))
     ways = {(rows, columns) for rows, columns in ((-1, 0), (1, 0), (0, -1), (0, 1))}
-    found = {
-        way for way in ways for copy in moved if torch.equal(copy, plain.roll(way, dims=(0, 1)))
-    }
+    found = {way for way in ways for copy in moved if torch.equal(copy, plain.roll(way, dims=(0, 1)))}
     assert found == ways
     assert len({int(train[copy * n][1]) for copy in range(5)}) == 1
 

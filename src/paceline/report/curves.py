@@ -17,8 +17,8 @@ def smooth(values: Floats, window: int) -> Floats:
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(finite)])
     index = np.arange(len(values))
-    half = np.minimum.reduce([np.full_like(index, window // 2), index, index[::-1]])
-    low, high = index - half, index + half + 1
+    low = np.maximum(index - window // 2, 0)
+    high = np.minimum(index + window // 2 + 1, len(values))
     mean = (sums[high] - sums[low]) / np.maximum(counts[high] - counts[low], 1)
     return np.where(finite, mean, np.nan)
 

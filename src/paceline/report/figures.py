@@ -175,11 +175,20 @@ def _layouts(comparison: Comparison) -> Drawing:
         caption += " Blue: the layout that was chosen."
     if comparison.unit:
         caption += f" Dotted line: {comparison.unit.label}."
-    if comparison.ideal_samples_per_s and comparison.processors != 1:
-        caption += f" Dashed line: {comparison.processors} times that, the ideal on this machine."
+    if _ideal_in_sight(comparison):
+        caption += f" Dashed line: {comparison.processors} times that, the ideal."
+    elif comparison.ideal_samples_per_s and comparison.processors != 1:
+        caption += f" The ideal, {comparison.processors} times that, lies far outside."
     return Drawing(
         "layouts", "Samples per second of each layout", caption, functools.partial(_draw_layouts, comparison)
     )
+
+
+def _ideal_in_sight(comparison: Comparison) -> bool:
+    """Whether the ideal is a line of its own that leaves the bars long enough to compare."""
+    ideal = comparison.ideal_samples_per_s
+    fastest = max(row.samples_per_s.median for row in comparison.measured)
+    return ideal is not None and comparison.processors != 1 and ideal <= 3 * fastest
 
 
 def _draw_layouts(comparison: Comparison, size: Size) -> Figure:
@@ -199,7 +208,7 @@ def _draw_layouts(comparison: Comparison, size: Size) -> Figure:
             comparison.unit.samples_per_s.median, color=LIGHT["muted"], linestyle=(0, (1, 2)), linewidth=1.3
         )
     ideal = comparison.ideal_samples_per_s
-    if ideal is not None and comparison.processors != 1:
+    if ideal is not None and _ideal_in_sight(comparison):
         axes.axvline(ideal, color=LIGHT["muted"], linestyle=(0, (5, 3)), linewidth=1.1)
         longest = max(longest, ideal)
     axes.set_xlim(0, longest * 1.04)
@@ -207,6 +216,7 @@ def _draw_layouts(comparison: Comparison, size: Size) -> Figure:
     axes.set_yticks([])
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("samples per second")
+    axes.xaxis.set_major_formatter(lambda value, _: formats.number(value))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6 if size is Size.WIDE else 4))
     return figure
 

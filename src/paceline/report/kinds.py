@@ -61,6 +61,10 @@ class RunEvent(Event):
     command: tuple[str, ...] = ()
 
 
+class ModelEvent(Event):
+    parameters: int
+
+
 class TrialEvent(Event):
     layout: dict[str, Any] = {}
     label: str
@@ -151,6 +155,7 @@ class EndEvent(Event):
 
 KINDS: dict[str, type[Event]] = {
     "run": RunEvent,
+    "model": ModelEvent,
     "trial": TrialEvent,
     "plan": PlanEvent,
     "step": StepEvent,

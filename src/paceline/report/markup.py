@@ -80,8 +80,8 @@ def figure(drawing: Drawing, *, heading: bool = False, alone: bool = True) -> st
 
 
 def section(title: str, *parts: str, note: str = "") -> str:
-    """A section of the page; nothing where it has no parts."""
-    if not any(parts):
+    """A section of the page; nothing where it has neither parts nor a note."""
+    if not any(parts) and not note:
         return ""
     told = f'<p class="note">{text(note)}</p>' if note else ""
     return f"<section><h2>{text(title)}</h2>{told}{''.join(parts)}</section>"

@@ -18,6 +18,7 @@ from paceline.report.kinds import (
     EvaluationEvent,
     Event,
     MessageEvent,
+    ModelEvent,
     PlanEvent,
     Rank,
     RanksEvent,
@@ -38,6 +39,7 @@ class RunLog:
 
     path: Path
     run: RunEvent | None = None
+    model: ModelEvent | None = None
     trials: tuple[TrialEvent, ...] = ()
     plan: PlanEvent | None = None
     steps: tuple[StepEvent, ...] = ()
@@ -56,6 +58,13 @@ class RunLog:
     @property
     def name(self) -> str:
         return self.run.name if self.run else self.directory.name
+
+    @property
+    def parameters(self) -> int | None:
+        """Of the model, as told by `model` or else by `run`."""
+        if self.model:
+            return self.model.parameters
+        return self.run.parameters if self.run else None
 
     @property
     def status(self) -> str:
@@ -98,6 +107,7 @@ def read_log(path: Path) -> RunLog:
     return RunLog(
         path=path,
         run=_last(events, RunEvent),
+        model=_last(events, ModelEvent),
         trials=_all(events, TrialEvent),
         plan=_last(events, PlanEvent),
         steps=_all(events, StepEvent),

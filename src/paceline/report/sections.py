@@ -91,7 +91,7 @@ def loss(drawings: Mapping[str, Drawing]) -> str:
 def layouts(log: RunLog, comparison: Comparison, drawings: Mapping[str, Drawing]) -> str:
     note = log.plan.reason if log.plan else ""
     if not log.trials:
-        return section("Layout", f"<p>{text(note)}</p>") if note else ""
+        return section("Layout", note=f"{log.plan.label}: {note}") if log.plan and note else ""
     rows: list[list[str | Cell]] = [_layout_row(measured) for measured in comparison.measured]
     chosen = next((i for i, m in enumerate(comparison.measured) if m is comparison.chosen), None)
     parts = [figure(drawings["layouts"])] if "layouts" in drawings else []
@@ -168,8 +168,8 @@ def about(log: RunLog) -> str:
         axes = ", ".join(f"{axis}={size}" for axis, size in given.items())
         pairs.append(("layout", text(log.plan.label) + (f" <code>{text(axes)}</code>" if axes else "")))
     pairs.append(("batch", text(formats.plural(run.batch_size, "sample"))))
-    if run.parameters is not None:
-        pairs.append(("parameters", text(formats.count(run.parameters))))
+    if log.parameters is not None:
+        pairs.append(("parameters", text(formats.count(log.parameters))))
     pairs.append(("precision", text(": ".join(filter(None, (run.precision, run.precision_reason))))))
     sizes = [
         f"{formats.count(n)} to {use}"

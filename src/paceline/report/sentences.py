@@ -98,8 +98,9 @@ _NAMES = {
 def _reason(loss: Loss, measured: Measured) -> str:
     share = "an unknown part" if loss.share is None else percent(loss.share)
     if loss.part == "computation" and loss.slower is not None:
+        longer = f"{percent(loss.slower)} longer than" if loss.slower < 1 else f"{times(1 + loss.slower)}"
         return (
-            f"computation takes {percent(loss.slower)} longer than an even share of one worker's, "
+            f"computation takes {longer} an even share of one worker's, "
             f"usually because {_why_slower(measured)}"
         )
     if loss.part == "communication":

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
+import importlib.util
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,12 @@ _FLUSH_EVERY_S = 5.0
 
 
 class TensorBoardWriter:
-    """Writes `events.out.tfevents.*` into `directory`, event by event.
-
-    Build it on the main thread before others import torch: tensorboardX imports torch where it finds
-    it, and is kept from it here.
-    """
+    """Writes `events.out.tfevents.*` into `directory`, event by event."""
 
     def __init__(self, directory: Path) -> None:
-        with _torch_hidden():
-            from tensorboardX import summary
-            from tensorboardX.event_file_writer import EventsWriter
-            from tensorboardX.proto import event_pb2, summary_pb2
-        self._text, self._event, self._summary = summary.text, event_pb2.Event, summary_pb2.Summary
+        events_writer, self._event, self._summary, self._text = _load()
         directory.mkdir(parents=True, exist_ok=True)
-        self._writer = EventsWriter(str(directory / "events"))
+        self._writer = events_writer(str(directory / "events"))
         self._flushed_s = 0.0
         self._step = 0
 
@@ -75,14 +66,23 @@ def _step_scalars(step: StepEvent) -> dict[str, float]:
     return values
 
 
-@contextlib.contextmanager
-def _torch_hidden() -> Iterator[None]:
-    """Within: `import torch` fails as if it were not installed, unless it is loaded already."""
-    if "torch" in sys.modules:
-        yield
-        return
-    sys.modules["torch"] = None  # type: ignore[assignment]
+def _load() -> tuple[Any, Any, Any, Any]:
+    """tensorboardX's writer, its `Event` and `Summary` messages, and its maker of text summaries.
+
+    The package's own `__init__` imports torch wherever it is installed. These modules do not: they are
+    loaded below an empty package, which is taken away again so that others can load the real one.
+    """
+    before = sys.modules.get("tensorboardX")
+    if before is None:
+        spec = importlib.util.find_spec("tensorboardX")
+        assert spec is not None, "tensorboardX is a dependency of paceline"
+        sys.modules["tensorboardX"] = importlib.util.module_from_spec(spec)
     try:
-        yield
+        from tensorboardX import summary
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2, summary_pb2
     finally:
-        del sys.modules["torch"]
+        if before is None:
+            for name in [name for name in sys.modules if name.split(".")[0] == "tensorboardX"]:
+                del sys.modules[name]
+    return EventsWriter, event_pb2.Event, summary_pb2.Summary, summary.text

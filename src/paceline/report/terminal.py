@@ -18,6 +18,7 @@ from paceline.report.kinds import (
     EvaluationEvent,
     Event,
     MessageEvent,
+    ModelEvent,
     PlanEvent,
     RunEvent,
     StepEvent,
@@ -183,6 +184,8 @@ def _lines(tracker: Tracker, event: Event) -> list[tuple[str, str]]:
     if isinstance(event, RunEvent):
         first, *others = tracker.start()
         return [(first, "bold"), *((line, "dim") for line in others)]
+    if isinstance(event, ModelEvent):
+        return [(formats.plural(event.parameters, "parameter"), "dim")]
     if isinstance(event, TrialEvent):
         return [(f"timed {tracker.trial(event)}", "" if event.step_s else "yellow")]
     if isinstance(event, PlanEvent):

@@ -55,7 +55,8 @@ def test_plain_lines(run_events: Callable[..., Any]) -> None:
     assert lines[9].endswith("left")
     assert any(line.startswith("held out after step 400: loss 1.6") for line in lines)
     assert "warning: Other programs keep 12 % of the cores busy: times may vary." in lines
-    assert lines[-2].startswith("step 800/800 (100 %)") and not lines[-2].endswith("left")
+    assert lines[-2].startswith("step 800/800 (100 %)")
+    assert not lines[-2].endswith("left")
     assert lines[-1].startswith("finished after 800 steps in 3 min 9 s, 34,")
 
 
@@ -143,7 +144,9 @@ def test_live_display_refreshes_at_most_twice_a_second(run_events: Callable[...,
     assert 8.01 // 0.5 <= drawn <= 2 * (8.01 / 0.5) + 6  # rich may render once more at start and stop
     text = _text(console)
     assert "step 1/800" not in text  # no total is known without the `run` event
-    assert "loss " in text and "samples/s" in text and "computation 84 %" in text
+    assert "loss " in text
+    assert "samples/s" in text
+    assert "computation 84 %" in text
 
 
 def test_live_display_shows_layout_metrics_and_time_left(run_events: Callable[..., Any]) -> None:
@@ -154,7 +157,8 @@ def test_live_display_shows_layout_metrics_and_time_left(run_events: Callable[..
         display.on_event(event)
     display._live.refresh()
     text = _text(console)
-    assert "shakespeare · 4,821,504 parameters" in text and "timed 2 workers × 1 thread" in text
+    assert "shakespeare · 4,821,504 parameters" in text
+    assert "timed 2 workers × 1 thread" in text
     assert "step 112/800 (14 %)  2 min 4" in text
     assert "held out after step 100: loss 2.7" in text
     assert "tokens/s   computation 84 %, communication 9 %, data 1 %   2 workers × 1 thread" in text
@@ -193,8 +197,10 @@ def test_summary_of_a_failed_run_gives_the_error(write_run: Callable[..., Path])
     console = _console()
     print_summary(console, read_log(write_run("failed")))
     text = _text(console)
-    assert "shakespeare: failed" in text and "rank 1 died with signal 9" in text
-    assert "Next step: use a smaller batch_size" in text and "report.html" not in text
+    assert "shakespeare: failed" in text
+    assert "rank 1 died with signal 9" in text
+    assert "Next step: use a smaller batch_size" in text
+    assert "report.html" not in text
 
 
 @pytest.mark.parametrize("name", ["explicit", "one_step", "not_finite", "hostile"])

@@ -21,7 +21,7 @@ TensorBoardWriter(run / "tensorboard").close()
 write_report(run)
 print(sorted(name for name in sys.modules if name.split(".")[0] == "torch"))
 foreign = {name for name in sys.modules if name.startswith("paceline.")} - {
-    "paceline.errors", "paceline.records", "paceline.events"}
+    "paceline._version", "paceline.errors", "paceline.records", "paceline.events"}
 print(sorted(name for name in foreign if not name.startswith("paceline.report")))
 """
 

@@ -18,11 +18,26 @@ Event = dict[str, Any]
 
 def test_a_finished_run_is_read_whole(write_run: Callable[..., Path]) -> None:
     log = read_log(write_run("finished"))
-    assert log.run is not None and log.plan is not None and log.end is not None and log.showcase is not None
+    assert log.run is not None
+    assert log.plan is not None
+    assert log.end is not None
+    assert log.showcase is not None
     assert (log.name, log.status, log.run.schema_version) == ("shakespeare", "finished", 1)
     assert [trial.label for trial in log.trials][1] == log.plan.label == "2 workers × 1 thread"
     assert (len(log.steps), len(log.evaluations), len(log.messages), len(log.ranks)) == (800, 9, 2, 2)
     assert log.unread == ()
+
+
+def test_the_number_of_parameters_may_come_with_the_model(
+    write_run: Callable[..., Path], run_events: Callable[..., Any]
+) -> None:
+    events = run_events("one_step")
+    assert read_log(write_run(events)).parameters == 4_821_504
+    del events[0]["parameters"]
+    assert read_log(write_run(events)).parameters is None
+    assert (
+        read_log(write_run([*events, {"event": "model", "time_s": 1.0, "parameters": 22}])).parameters == 22
+    )
 
 
 def test_a_run_that_goes_on_has_gaps(write_run: Callable[..., Path], run_events: Callable[..., Any]) -> None:
@@ -45,7 +60,8 @@ def test_a_torn_last_line_is_passed_over_and_another_is_reported(write_run: Call
     path.write_text('{"event": "mess\n' + whole)
     log = read_log(path)
     assert log.end is not None
-    assert len(log.unread) == 1 and log.unread[0].startswith("line 1: not a JSON object")
+    assert len(log.unread) == 1
+    assert log.unread[0].startswith("line 1: not a JSON object")
 
 
 def test_unknown_kinds_and_fields_are_ignored(
@@ -74,8 +90,10 @@ def test_numbers_that_are_not_finite_come_back_as_the_writer_wrote_them(tmp_path
     writer.write("message", level="info", text="NaN")
     writer.close()
     log = read_log(tmp_path / "events.jsonl")
-    assert math.isnan(log.steps[0].loss) and math.isnan(log.steps[0].lr[1])
-    assert log.steps[0].grad_norm == math.inf and log.evaluations[0].metrics["loss"] == -math.inf
+    assert math.isnan(log.steps[0].loss)
+    assert math.isnan(log.steps[0].lr[1])
+    assert log.steps[0].grad_norm == math.inf
+    assert log.evaluations[0].metrics["loss"] == -math.inf
     assert log.messages[0].text == "NaN"
 
 

@@ -1,0 +1,126 @@
+"""Which layouts are timed, and which is taken."""
+
+from __future__ import annotations
+
+from statistics import median
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from paceline.errors import LayoutError
+from paceline.plan.candidates import candidates
+from paceline.plan.choose import LEAST_GAIN, choose
+from paceline.records import Cluster, Host, Layout, Trial
+
+
+def cluster(cores: int, workers: int | None = None, device: str = "cpu", hosts: int = 1) -> Cluster:
+    host = Host(
+        name="h", device=device, device_name="x", cores=cores, memory_bytes=1, workers=workers or cores
+    )
+    return Cluster(hosts=(host,) * hosts)
+
+
+def trial(workers: int, threads: int, *step_s: float, error: str | None = None) -> Trial:
+    return Trial(
+        layout=Layout(dp_replicate=workers, threads=threads),
+        label=f"{workers}×{threads}",
+        workers=workers,
+        threads=threads,
+        step_s=step_s,
+        error=error,
+    )
+
+
+def texts(found: list[Layout]) -> list[str]:
+    return [str(layout) for layout in found]
+
+
+def test_two_cores():
+    assert texts(candidates(cluster(2), 32)) == [
+        "dp_replicate=1,threads=1",
+        "dp_replicate=1,threads=2",
+        "dp_replicate=2,threads=1",
+    ]
+
+
+def test_eight_cores_share_them_out():
+    assert texts(candidates(cluster(8), 32)) == [
+        "dp_replicate=1,threads=1",
+        "dp_replicate=1,threads=8",
+        "dp_replicate=2,threads=4",
+        "dp_replicate=4,threads=2",
+        "dp_replicate=8,threads=1",
+    ]
+
+
+def test_numbers_of_workers_that_cannot_divide_the_batch_are_left_out():
+    assert [layout.workers for layout in candidates(cluster(8), 6)] == [1, 1, 2]
+
+
+def test_threads_that_the_user_set_hold_everywhere():
+    assert texts(candidates(cluster(4), 8, threads=1)) == [
+        "dp_replicate=1,threads=1",
+        "dp_replicate=2,threads=1",
+        "dp_replicate=4,threads=1",
+    ]
+
+
+def test_gpus_have_no_threads():
+    assert texts(candidates(cluster(32, 4, "cuda"), 8)) == [
+        "dp_replicate=1",
+        "dp_replicate=2",
+        "dp_replicate=4",
+    ]
+
+
+def test_two_hosts_of_one_worker():
+    found = candidates(cluster(2, 1, hosts=2), 8)
+    assert [(layout.workers, layout.threads) for layout in found] == [(1, 1), (1, 2), (2, 2)]
+
+
+def test_the_fastest_is_taken_and_the_reason_says_how_much_faster():
+    plan = choose([trial(1, 1, 1.0, 1.0), trial(1, 2, 0.8, 0.8), trial(2, 1, 0.5, 0.5)])
+    assert plan.layout.workers == 2
+    assert "1.60× as fast" in plan.reason
+    assert plan.forecast_step_s == 0.5
+
+
+def test_several_workers_that_gain_next_to_nothing_are_declined():
+    plan = choose([trial(1, 1, 1.0, 1.0, 1.0), trial(2, 1, 0.99, 0.99, 0.99)])
+    assert plan.layout.workers == 1
+    assert "one process it is" in plan.reason
+
+
+def test_a_single_process_that_wins_says_that_splitting_does_not_pay():
+    plan = choose([trial(1, 2, 1.0), trial(2, 1, 3.0)])
+    assert plan.layout.workers == 1
+    assert "does not pay" in plan.reason
+
+
+def test_a_machine_that_slows_down_half_way_is_fair_to_both():
+    """Round by round two workers are 0.9 of one process, though a slow round spoils the medians."""
+    plan = choose([trial(1, 1, 1.0, 1.0, 2.0, 2.0), trial(2, 1, 0.9, 0.9, 1.8, 1.8)])
+    assert plan.layout.workers == 2
+
+
+def test_a_layout_that_failed_is_no_candidate():
+    plan = choose([trial(1, 1, 1.0), trial(2, 1, error="out of memory")])
+    assert plan.layout.workers == 1
+
+
+def test_nothing_timed_is_an_error_with_the_reasons():
+    with pytest.raises(LayoutError, match="2×1: out of memory"):
+        choose([trial(2, 1, error="out of memory")])
+
+
+times = st.lists(st.floats(0.01, 10), min_size=3, max_size=3)
+
+
+@given(single=times, several=times)
+def test_never_slower_than_one_process(single, several):
+    """Invariant 3, on what was measured: the paired ratio of the choice to the single process."""
+    plan = choose([trial(1, 1, *single), trial(2, 1, *several)])
+    if plan.layout.workers == 2:
+        ratio = median(b / a for a, b in zip(single, several, strict=True))
+        assert ratio <= 1 - LEAST_GAIN + 1e-12
