@@ -269,27 +269,41 @@ def fillets(split: str) -> list[Batch]:
     return [{"frames": f, "targets": t} for f, t, w in zip(frames, targets, wanted) if w]
 
 
+class Listen(nn.Module):
+    """A residual block: each channel over time (440 ms), then the channels among themselves."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.over_time = nn.Conv1d(width, width, 11, padding=5, groups=width)
+        self.mix = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Dropout(dropout))
+
+    def forward(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        heard = self.over_time((self.norm(hidden) * mask).transpose(1, 2)).transpose(1, 2)
+        return hidden + self.mix(heard)
+
+
 class Transcriber(nn.Module):
     """Log-mel frames -> log-probabilities of characters, one for every four frames (40 ms)."""
 
-    def __init__(self, width: int = 192, hidden: int = 192) -> None:
+    def __init__(self, width: int = 224, depth: int = 8) -> None:
         super().__init__()
         self.mask_channels = nn.Dropout1d(0.1)  # whole mel channels of a clip, as SpecAugment does
-        self.shrink = nn.ModuleList([nn.Conv1d(MELS, width, 5, 2, 2), nn.Conv1d(width, width, 5, 2, 2)])
-        self.norm = nn.LayerNorm(width)
-        self.recur = nn.GRU(width, hidden, 2, batch_first=True, bidirectional=True, dropout=0.2)
-        self.leave = nn.Sequential(nn.Dropout(0.2), nn.Linear(2 * hidden, len(LETTERS) + 1))
+        self.shrink = nn.ModuleList([nn.Conv1d(MELS, 96, 5, 2, 2), nn.Conv1d(96, width, 5, 2, 2)])
+        self.blocks = nn.ModuleList(Listen(width, 0.1) for _ in range(depth))
+        self.leave = nn.Sequential(nn.LayerNorm(width), nn.Dropout(0.1), nn.Linear(width, len(LETTERS) + 1))
 
     def forward(self, frames: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         hidden = self.mask_channels(frames.transpose(1, 2))
         for convolution in self.shrink:
-            hidden, lengths = F.gelu(convolution(hidden)), (lengths + 1) // 2
-            hidden = hidden * inside(lengths, hidden.shape[2]).transpose(1, 2)
-        packed = nn.utils.rnn.pack_padded_sequence(
-            self.norm(hidden.transpose(1, 2)), lengths.cpu(), batch_first=True, enforce_sorted=False
-        )
-        heard, _ = nn.utils.rnn.pad_packed_sequence(self.recur(packed)[0], batch_first=True, total_length=hidden.shape[2])
-        return self.leave(heard).log_softmax(-1)
+            lengths = (lengths + 1) // 2
+            hidden = F.gelu(convolution(hidden))
+            mask = inside(lengths, hidden.shape[2])
+            hidden = hidden * mask.transpose(1, 2)
+        hidden = hidden.transpose(1, 2)
+        for block in self.blocks:
+            hidden = block(hidden, mask)
+        return self.leave(hidden).log_softmax(-1)
 
 
 def output_lengths(batch: Batch) -> torch.Tensor:
