@@ -162,6 +162,7 @@ class Trial(Record):
     compute_s: float | None = None
     communication_s: float | None = None
     data_s: float | None = None
+    optimizer_s: float | None = None
     error: str | None = None
 
 

@@ -147,9 +147,7 @@ def break_down(log: RunLog, comparison: Comparison, measured: Measured) -> Break
 
     With T the median time per step and N the processors, `T = T_unit/N + Σ extra`, and the speed-up
     `T_unit/T` misses `N - T_unit/T = N · Σ extra / T`. A part that takes p seconds, and p_unit in the
-    unit's step, has `extra = p - p_unit/N`. The optimizer is not timed in trials: its median in the run
-    is taken, and for the unit as much of that as the unit's untimed rest allows. Where that is more
-    than the whole rest explains, optimizer and rest are one part.
+    unit's step, has `extra = p - p_unit/N`.
     """
     unit = comparison.unit
     if unit is None:
@@ -164,21 +162,12 @@ def break_down(log: RunLog, comparison: Comparison, measured: Measured) -> Break
     if parts is None or unit_parts is None:
         return Breakdown(measured, unit_s / n, (loss("other", total_s - unit_s / n, None),))
     losses = []
-    for part in ("computation", "communication", "data"):
+    for part in parts:
         even_s = unit_parts[part] / n
         slower = parts[part] / even_s - 1 if part == "computation" and even_s > 0 else None
         losses.append(loss(part, parts[part] - even_s, parts[part], slower))
     rest_s, unit_rest_s = total_s - sum(parts.values()), unit_s - sum(unit_parts.values())
-    extra_s = rest_s - unit_rest_s / n
-    optimizer_s = 0.0
-    if measured is comparison.chosen and log.steps:
-        optimizer_s = min(statistics.median(step.optimizer_s for step in log.steps), max(rest_s, 0.0))
-    optimizer_extra_s = optimizer_s - min(optimizer_s, max(unit_rest_s, 0.0)) / n
-    if optimizer_s > 0 and extra_s >= optimizer_extra_s:
-        losses.append(loss("optimizer", optimizer_extra_s, optimizer_s))
-        losses.append(loss("other", extra_s - optimizer_extra_s, rest_s - optimizer_s))
-    else:
-        losses.append(loss("optimizer and other" if optimizer_s else "other", extra_s, rest_s))
+    losses.append(loss("other", rest_s - unit_rest_s / n, rest_s))
     return Breakdown(measured, unit_s / n, tuple(losses))
 
 
@@ -245,13 +234,14 @@ def _speedup(unit_step_s: Sequence[float], step_s: Sequence[float]) -> Spread:
 
 
 def _trial_parts(trial: TrialEvent) -> dict[str, float] | None:
-    if trial.compute_s is None or trial.communication_s is None or trial.data_s is None:
-        return None
-    return {
+    parts = {
         "computation": trial.compute_s,
         "communication": trial.communication_s,
         "data": trial.data_s,
+        "optimizer": trial.optimizer_s,
     }
+    timed = {part: seconds for part, seconds in parts.items() if seconds is not None}
+    return timed if len(timed) == len(parts) else None
 
 
 def _rank_time(rank: int, steps: int, train_s: float, sums: Sequence[float]) -> RankTime:

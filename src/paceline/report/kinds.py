@@ -74,6 +74,7 @@ class TrialEvent(Event):
     compute_s: float | None = None
     communication_s: float | None = None
     data_s: float | None = None
+    optimizer_s: float | None = None
     error: str | None = None
 
 

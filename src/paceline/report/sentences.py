@@ -91,7 +91,6 @@ _NAMES = {
     "data": "waiting for data",
     "optimizer": "the optimizer",
     "other": "the rest of the step",
-    "optimizer and other": "the rest of the step, the optimizer's update included,",
 }
 
 

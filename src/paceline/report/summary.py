@@ -22,7 +22,10 @@ from paceline.report.sentences import result, why_not_more
 
 
 def print_summary(console: Console, log: RunLog) -> None:
-    """Print what the run did, how fast and why not faster, and where its files are; or why it failed."""
+    """Print what the run did, how fast and why not faster, and where its files are; or that it failed.
+
+    The error itself is the command's to print, once.
+    """
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column()
@@ -31,8 +34,6 @@ def print_summary(console: Console, log: RunLog) -> None:
     console.print()
     console.print(Text(f"{log.name}: {log.status}", style="bold red" if log.status == "failed" else "bold"))
     console.print(Padding(table, (0, 0, 0, 2)))
-    if log.end and log.end.error:
-        console.print(Text(log.end.error, style="red"), soft_wrap=True)
     if log.unread:
         told = f"{formats.plural(len(log.unread), 'line')} of {log.path} could not be read: {log.unread[0]}"
         console.print(Text(f"warning: {told}", style="yellow"), soft_wrap=True)

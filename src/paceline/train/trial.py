@@ -132,7 +132,8 @@ class LayoutTimer:
             workers=layout.workers,
             threads=threads,
             step_s=tuple(candidate.round_s),
-            compute_s=median(r.compute_s + r.optimizer_s for r in results) if results else None,
+            compute_s=median(r.compute_s for r in results) if results else None,
             communication_s=median(r.communication_s for r in results) if results else None,
             data_s=median(r.data_s for r in results) if results else None,
+            optimizer_s=median(r.optimizer_s for r in results) if results else None,
         )

@@ -44,22 +44,22 @@ def run_event(**changes: Any) -> Event:
 
 
 def trial_event(
-    names: Event, step_s: list[float], parts: tuple[float, float, float] | None, **changes: Any
+    names: Event, step_s: list[float], parts: tuple[float, float, float, float] | None, **changes: Any
 ) -> Event:
-    compute_s, communication_s, data_s = parts or (None, None, None)
+    compute_s, communication_s, data_s, optimizer_s = parts or (None,) * 4
     return {
         "event": "trial", "time_s": START_S + 5, "layout": layout(names["workers"], names["threads"]),
         **names,
         "step_s": step_s, "compute_s": compute_s, "communication_s": communication_s, "data_s": data_s,
-        "error": None, **changes,
+        "optimizer_s": optimizer_s, "error": None, **changes,
     }  # fmt: skip
 
 
 def trials() -> list[Event]:
     return [
-        trial_event(UNIT, [0.400, 0.412, 0.396, 0.400, 0.421], (0.380, 0.0, 0.004)),
-        trial_event(PAIR, [0.235, 0.234, 0.231, 0.238, 0.233], (0.200, 0.021, 0.002)),
-        trial_event(WIDE, [0.281, 0.290, 0.279, 0.302, 0.284], (0.262, 0.0, 0.004)),
+        trial_event(UNIT, [0.400, 0.412, 0.396, 0.400, 0.421], (0.380, 0.0, 0.004, 0.012)),
+        trial_event(PAIR, [0.235, 0.234, 0.231, 0.238, 0.233], (0.200, 0.021, 0.002, 0.010)),
+        trial_event(WIDE, [0.281, 0.290, 0.279, 0.302, 0.284], (0.262, 0.0, 0.004, 0.012)),
     ]
 
 
@@ -198,8 +198,8 @@ def hostile() -> list[Event]:
             precision_reason=EVIL,
             command=[EVIL],
         ),
-        trial_event(UNIT, [0.4, 0.4], (0.372, 0.0, 0.004)),
-        trial_event({**PAIR, "label": EVIL}, [0.234, 0.234], (0.199, 0.021, 0.002)),
+        trial_event(UNIT, [0.4, 0.4], (0.372, 0.0, 0.004, 0.01)),
+        trial_event({**PAIR, "label": EVIL}, [0.234, 0.234], (0.199, 0.021, 0.002, 0.01)),
         trial_event(WIDE, [], None, error=EVIL),
         plan_event({**PAIR, "label": EVIL}),
         *training(4, every=2),

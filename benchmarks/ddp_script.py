@@ -1,0 +1,74 @@
+"""The peer: a job trained with DistributedDataParallel, as PyTorch's documentation writes it.
+
+    torchrun --standalone --nproc-per-node 2 benchmarks/ddp_script.py JOB_FILE STEPS OUT.json
+
+Only model, data, loss and optimizer come from the job. Batch statistics stay local, gradients are averaged
+by DDP, the global batch is split by DistributedSampler.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, default_collate
+
+import paceline
+
+
+def main() -> None:
+    job_file, steps, out = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    job = paceline.load_job(job_file)
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    model = job.model()
+    replica = DistributedDataParallel(model)
+    optimizer = job.optimizer([p for p in model.parameters() if p.requires_grad])
+    scheduler = job.schedule(optimizer, steps) if job.schedule else None
+    dataset = job.data("train")
+    sampler = DistributedSampler(dataset, shuffle=True, seed=0)
+    loader = DataLoader(
+        dataset,
+        batch_size=job.batch_size // dist.get_world_size(),
+        sampler=sampler,
+        collate_fn=job.collate or default_collate,
+        drop_last=True,
+    )
+    step_s: list[float] = []
+    losses: list[float] = []
+    epoch = 0
+    begin_s = time.perf_counter()
+    while len(step_s) < steps:
+        sampler.set_epoch(epoch)
+        for batch in loader:
+            inputs = job.inputs(batch) if job.inputs else batch[0]
+            outputs = replica(*inputs) if isinstance(inputs, tuple) else replica(inputs)
+            loss = job.loss(outputs, batch)
+            if isinstance(loss, tuple):
+                loss = loss[0] / loss[1]
+            optimizer.zero_grad()
+            loss.backward()
+            if job.clip_norm is not None:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), job.clip_norm)
+            optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
+            losses.append(loss.item())
+            now_s = time.perf_counter()
+            step_s.append(now_s - begin_s)
+            begin_s = now_s
+            if len(step_s) == steps:
+                break
+        epoch += 1
+    if dist.get_rank() == 0:
+        with open(out, "w") as file:
+            json.dump({"step_s": step_s, "losses": losses, "batch_size": job.batch_size}, file)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
