@@ -54,9 +54,7 @@ class Measured:
 
 def main() -> None:
     arguments = parse_arguments()
-    results: dict[str, dict[str, list[Measured]]] = {
-        job: {way: [] for way in WAYS} for job in arguments.jobs
-    }
+    results: dict[str, dict[str, list[Measured]]] = {job: {way: [] for way in WAYS} for job in arguments.jobs}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(arguments.rounds):
             for job in arguments.jobs:
@@ -77,7 +75,9 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--jobs", nargs="+", choices=list(STEPS), default=list(STEPS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", help="write the table to this file as well")
@@ -97,10 +97,8 @@ def run(job: str, way: str, where: Path) -> Measured:
         "paceline's choice": "auto",
     }
     out = where / "run"
-    call(
-        [sys.executable, "-m", "paceline", "train", str(path), f"--layout={layouts[way]}"]
-        + [f"--steps={STEPS[job]}", f"--out={out}", "--quiet"]
-    )
+    paceline = [sys.executable, "-m", "paceline", "train", str(path)]
+    call([*paceline, f"--layout={layouts[way]}", f"--steps={STEPS[job]}", f"--out={out}", "--quiet"])
     events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
     steps = [e for e in events if e["event"] == "step"]
     (batch_size,) = [e["batch_size"] for e in events if e["event"] == "run"]
@@ -112,10 +110,9 @@ def run(job: str, way: str, where: Path) -> Measured:
 
 def run_ddp(path: Path, steps: int, where: Path) -> Measured:
     out = where / "ddp.json"
-    call(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_cores()}"]
-        + [str(ROOT / "benchmarks" / "ddp_script.py"), str(path), str(steps), str(out)]
-    )
+    script = str(ROOT / "benchmarks" / "ddp_script.py")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    call([*torchrun, f"--nproc-per-node={num_cores()}", script, str(path), str(steps), str(out)])
     found = json.loads(out.read_text())
     label = f"{num_cores()} processes × 1 thread"
     return Measured(mean(found["step_s"][WARM_UP_STEPS:]), label, median(found["losses"][-20:]))

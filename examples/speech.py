@@ -297,10 +297,10 @@ class Listen(nn.Module):
 class Transcriber(nn.Module):
     """Log-mel frames -> log-probabilities of characters, one for every four frames (40 ms)."""
 
-    def __init__(self, width: int = 224, depth: int = 8) -> None:
+    def __init__(self, width: int = 192, depth: int = 8) -> None:
         super().__init__()
         self.mask_channels = nn.Dropout1d(0.1)  # whole mel channels of a clip, as SpecAugment does
-        self.shrink = nn.ModuleList([nn.Conv1d(MELS, 96, 5, 2, 2), nn.Conv1d(96, width, 5, 2, 2)])
+        self.shrink = nn.ModuleList([nn.Conv1d(MELS, 64, 5, 2, 2), nn.Conv1d(64, width, 5, 2, 2)])
         self.blocks = nn.ModuleList(Listen(width, 0.1) for _ in range(depth))
         self.leave = nn.Sequential(nn.LayerNorm(width), nn.Dropout(0.1), nn.Linear(width, len(LETTERS) + 1))
 
@@ -395,7 +395,7 @@ def fillets_job() -> paceline.Job:
         ),
         clip_norm=1.0,
         batch_size=4 if small else 16,
-        epochs=1 if small else 30,
+        epochs=1 if small else 24,
         evaluation_batch_size=32,
         showcase=read_aloud,
     )

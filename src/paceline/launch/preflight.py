@@ -8,13 +8,13 @@ import torch
 from torch.utils.data import default_collate
 
 from paceline.comm.group import Group
-from paceline.errors import DataError, JobError, LayoutError, PacelineError, RunError
+from paceline.errors import DataError, JobError, LayoutError, PacelineError
 from paceline.launch.spec import AUTO, RunSpec
 from paceline.load import LoadedJob, load_job_file
-from paceline.measure.precision import PRECISIONS
 from paceline.records import Layout
 from paceline.train.data import GlobalBatch, Part, is_iterable, num_samples
 from paceline.train.order import Share, batches_per_epoch
+from paceline.train.precision import check_precision
 from paceline.train.replica import Replica
 from paceline.train.session import Datasets
 from paceline.train.target import Target, plan_length
@@ -32,8 +32,7 @@ def preflight(spec: RunSpec, device: str, max_workers: int) -> LoadedJob:
     """
     loaded = load_job_file(spec.job_file, spec.settings)
     job = loaded.job
-    if spec.precision not in PRECISIONS:
-        raise RunError(f"--precision is {spec.precision!r}", next_step=f"use one of {', '.join(PRECISIONS)}")
+    check_precision(spec.precision)
     if spec.layout != AUTO:
         _check_layout(Layout.parse(spec.layout), job.batch_size, device, max_workers)
     if spec.until is not None:

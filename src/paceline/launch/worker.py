@@ -24,12 +24,12 @@ from paceline.launch.failure import record
 from paceline.launch.spec import AUTO, RunSpec
 from paceline.load import LoadedJob, load_job_file
 from paceline.measure.machine import describe_host, device_kind, peak_memory_bytes, versions
-from paceline.measure.precision import choose_precision
 from paceline.plan.candidates import candidates
 from paceline.plan.choose import choose
 from paceline.records import Cluster, Host, Layout, Plan, describe
 from paceline.train.data import num_samples
 from paceline.train.loop import Outcome, TrainingLoop, save, showcase
+from paceline.train.precision import choose_precision
 from paceline.train.session import Datasets, Session
 from paceline.train.target import Length, Target, plan_length
 from paceline.train.trial import LayoutTimer
@@ -75,10 +75,11 @@ class Worker:
         assert everyone is not None
         take_cores(world.local_rank, world.local_size)
         cluster = _gather_cluster(everyone, world)
-        precision, precision_reason = everyone.gather_json(
-            choose_precision(spec.precision, world.device) if world.rank == 0 else None, "the precision"
-        )[0]
         datasets = Datasets(job, spec.seed)
+        chosen = None
+        if world.rank == 0:
+            chosen = choose_precision(spec.precision, job, datasets, seed=spec.seed, device=world.device)
+        precision, precision_reason = everyone.gather_json(chosen, "the precision")[0]
         length = self._length(loaded, datasets)
         target = Target.parse(spec.until, job) if spec.until is not None else None
         self._write(
