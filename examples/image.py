@@ -205,9 +205,8 @@ def build_optimizer(params) -> torch.optim.Optimizer:
 
 
 def build_schedule(optimizer, total_steps):
-    return torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, options.lr, total_steps=total_steps + 1, pct_start=0.25
-    )
+    length = max(total_steps + 1, 8)  # a cycle needs a few steps to rise and fall
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=length, pct_start=0.25)
 
 
 def showcase(model: nn.Module) -> dict[str, float | str]:

@@ -10,8 +10,8 @@ inside the wheel of `pip install --no-deps sktime==1.2.0` (BSD-3), of which noth
 classifier reaches 98.4 % of the test utterances; this small convolutional network 99.2 to 99.7 %.
 
 **data=fillets.** The Czech dialogues of the game Fish Fillets: about 1,770 transcribed clips, 100
-minutes, mostly two actors (GPL-2+, so fetched and never shipped with paceline). Convolutions and
-bidirectional recurrent layers read log-mel frames and are trained with connectionist temporal classification
+minutes, mostly two actors (GPL-2+, so fetched and never shipped with paceline). A
+convolutional network reads log-mel frames and is trained with connectionist temporal classification
 (Graves et al. 2006); the metric is the character error rate. One text in ten is held out, with all its
 clips, by the hash of the text. `pip install soundfile`, and once, without root:
 
@@ -247,7 +247,7 @@ def fillets_arrays() -> Arrays:
         raise paceline.DataError(
             f"the recordings of fillets-ng are not those that this example knows (sha256 {digest})",
             cause="another version of the Debian packages",
-            next_step="use fillets-ng-data and fillets-ng-data-cs 1.0.1",
+            next_step="use version 1.0.1-1.1 of fillets-ng-data and fillets-ng-data-cs",
         )
     frames, targets, test = [], [], []
     for text, ogg in clips:

@@ -53,6 +53,15 @@ def test_a_worker_that_falls_silent_is_named_when_the_time_is_up(tmp_path):
     assert time.monotonic() - begin_s < 110
 
 
+def wait_for_training(directory: Path, process: subprocess.Popen) -> None:
+    events = directory / "events.jsonl"
+    deadline_s = time.monotonic() + 90
+    while not (events.exists() and '"event": "evaluation"' in events.read_text()):
+        assert time.monotonic() < deadline_s, "the training did not begin"
+        assert process.poll() is None
+        time.sleep(0.1)
+
+
 def test_an_interrupted_run_keeps_its_weights(tmp_path):
     command = [
         sys.executable,
@@ -70,12 +79,7 @@ def test_an_interrupted_run_keeps_its_weights(tmp_path):
         text=True,
         env=ENVIRONMENT,
     )
-    events = tmp_path / "events.jsonl"
-    deadline_s = time.monotonic() + 90
-    while not (events.exists() and '"event": "evaluation"' in events.read_text()):
-        assert time.monotonic() < deadline_s, "the training did not begin"
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.1)
+    wait_for_training(tmp_path, process)
     os.kill(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=90)
     assert process.returncode == 130, error
@@ -84,6 +88,21 @@ def test_an_interrupted_run_keeps_its_weights(tmp_path):
     assert end["steps"] == len(of_kind(read_events(tmp_path), "step"))
     assert (tmp_path / end["weights"]).is_file()
     assert not workers_alive(tmp_path)
+
+
+def test_workers_end_when_the_launcher_is_killed(tmp_path):
+    command = [sys.executable, "-m", "paceline", "train", str(TOY), "--layout=dp_replicate=2", "--steps=100000"]
+    process = subprocess.Popen(
+        [*command, "--set=step_s=0.01", f"--out={tmp_path}", "--quiet"], env=ENVIRONMENT
+    )
+    wait_for_training(tmp_path, process)
+    assert len(workers_alive(tmp_path)) == 2
+    process.kill()
+    process.wait(timeout=30)
+    deadline_s = time.monotonic() + 30
+    while workers_alive(tmp_path):
+        assert time.monotonic() < deadline_s, "workers train on without their launcher"
+        time.sleep(0.1)
 
 
 def test_a_run_is_never_overwritten(tmp_path):

@@ -46,6 +46,7 @@ class Group:
         self._timeout_s = timeout_s
         self._num_operations = 0
         self._swaps = size == 2 and device.type == "cpu"
+        self._scratch: dict[tuple[int, torch.dtype], torch.Tensor] = {}
 
     @classmethod
     def alone(cls, device: torch.device) -> Group:
@@ -113,6 +114,13 @@ class Group:
         """Return when every worker has come here."""
         self.sum_(torch.zeros(1, device=self.device), f"a barrier ({what})")
 
+    def _scratch_like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A buffer to receive into. Kept: fresh memory costs a page fault every 4 KiB, at every step."""
+        key = (tensor.numel(), tensor.dtype)
+        if key not in self._scratch:
+            self._scratch[key] = torch.empty(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
+        return self._scratch[key].view(tensor.shape)
+
     def _start(self, name: str, tensor: torch.Tensor, call: Callable[[], Any]) -> Pending:
         self._num_operations += 1
         name = f"{name} ({_size(tensor)}, operation {self._num_operations})"
@@ -161,7 +169,7 @@ class _Swap:
 
     def __init__(self, group: Group, tensor: torch.Tensor, name: str) -> None:
         self._group, self._tensor = group, tensor
-        self._received = torch.empty_like(tensor)
+        self._received = group._scratch_like(tensor)
         self._wait = group._exchange(name, tensor, self._received)
 
     def wait(self) -> None:

@@ -6,6 +6,7 @@ The launcher starts it as `python -m paceline.launch.worker RUN.json`; under tor
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -33,6 +34,8 @@ from paceline.train.precision import choose_precision
 from paceline.train.session import Datasets, Session
 from paceline.train.target import Length, Target, plan_length
 from paceline.train.trial import LayoutTimer
+
+_PR_SET_PDEATHSIG = 1
 
 
 class Worker:
@@ -238,9 +241,17 @@ def _gather_cluster(everyone: Group, world: World) -> Cluster:
     return Cluster(hosts=tuple(Host.from_json(host) for host in firsts))
 
 
+def _end_with_the_launcher() -> None:
+    """Have Linux send SIGTERM when the launcher dies, even by SIGKILL: no worker trains on unseen."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def main() -> None:
     """Entry of a worker that the launcher started: the run's specification is the argument."""
     spec = RunSpec.from_json(json.loads(Path(sys.argv[1]).read_text()))
+    _end_with_the_launcher()
     try:
         Worker(spec).run()
     except PacelineError as error:
