@@ -8,6 +8,7 @@ by DDP, the global batch is split by DistributedSampler.
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 import time
@@ -20,12 +21,22 @@ from torch.utils.data import DataLoader, DistributedSampler, default_collate
 import paceline
 
 
+def call(replica: torch.nn.Module, accepted: set[str], batch: object) -> object:
+    """The model on a batch: a dict's entries by name, the first of a list, all of a tuple of inputs."""
+    if isinstance(batch, dict):
+        return replica(**{key: value for key, value in batch.items() if key in accepted})
+    if isinstance(batch, list):
+        return replica(batch[0])
+    return replica(*batch) if isinstance(batch, tuple) else replica(batch)
+
+
 def main() -> None:
     job_file, steps, out = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     job = paceline.load_job(job_file)
     dist.init_process_group("gloo")
     torch.manual_seed(0)
     model = job.model()
+    accepted = set(inspect.signature(model.forward).parameters)
     replica = DistributedDataParallel(model)
     optimizer = job.optimizer([p for p in model.parameters() if p.requires_grad])
     scheduler = job.schedule(optimizer, steps) if job.schedule else None
@@ -45,8 +56,7 @@ def main() -> None:
     while len(step_s) < steps:
         sampler.set_epoch(epoch)
         for batch in loader:
-            inputs = job.inputs(batch) if job.inputs else batch[0]
-            outputs = replica(*inputs) if isinstance(inputs, tuple) else replica(inputs)
+            outputs = call(replica, accepted, job.inputs(batch) if job.inputs else batch)
             loss = job.loss(outputs, batch)
             if isinstance(loss, tuple):
                 loss = loss[0] / loss[1]
