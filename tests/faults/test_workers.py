@@ -91,7 +91,15 @@ def test_an_interrupted_run_keeps_its_weights(tmp_path):
 
 
 def test_workers_end_when_the_launcher_is_killed(tmp_path):
-    command = [sys.executable, "-m", "paceline", "train", str(TOY), "--layout=dp_replicate=2", "--steps=100000"]
+    command = [
+        sys.executable,
+        "-m",
+        "paceline",
+        "train",
+        str(TOY),
+        "--layout=dp_replicate=2",
+        "--steps=100000",
+    ]
     process = subprocess.Popen(
         [*command, "--set=step_s=0.01", f"--out={tmp_path}", "--quiet"], env=ENVIRONMENT
     )
