@@ -1,16 +1,16 @@
 """Automated driving: learn to drive from a camera, or to foresee a real car's turns.
 
-    paceline train examples/driving.py                     # CarRacing: pixels -> steering, gas, brake
+    paceline train examples/driving.py                     # CarRacing: camera -> steering, gas, brake
     paceline train examples/driving.py --set data=kitti    # KITTI: motion sensors -> yaw rate 1 s ahead
     paceline train examples/driving.py --set size=small    # seconds, for a first look
 
 **data=carracing.** A scripted driver, which knows the track, drives the simulator CarRacing-v3
-(gymnasium, MIT licence) while its car is pushed off course now and then; the network sees only the
-camera and learns what the driver did to come back (Laskey et al. 2017, DART). The test split is frames
-of tracks that were not trained on, and the real examination comes last: the network drives five
-further tracks on its own, scored by the simulator's return beside the scripted driver's.
-Needs `pip install "gymnasium[box2d]==1.4.0"`. Recording takes about three minutes of one core, once;
-it is kept under $PACELINE_CACHE or ~/.cache/paceline.
+(gymnasium, MIT licence) while its car is pushed off course now and then (Laskey et al. 2017, DART). The
+network sees the camera and the speedometer, nothing else, and learns what the driver did to come back.
+The test split is frames of tracks that were not trained on, and the real examination comes last: the
+network drives five further tracks on its own, scored by the simulator's return beside the scripted
+driver's. Needs `pip install "gymnasium[box2d]==1.4.0"`. Recording takes about 200 s of one core, shared
+among the workers, once; it is kept under $PACELINE_CACHE or ~/.cache/paceline.
 
 **data=kitti.** What the motion sensors of KITTI's car measured for eight minutes at 100 Hz (Geiger et al.
 2013, CC BY-NC-SA 3.0, so fetched and never shipped with paceline), as gtsam's wheel carries it: from
