@@ -1,7 +1,6 @@
 """Does the job gain from bfloat16 on this device? Timed on its own steps.
 
-A matrix product alone misleads: on a CPU without bf16 hardware one order of operands is quick and the one
-that a linear layer uses is a hundred times slower.
+A matrix product in wall-clock time once chose bf16 on a CPU without the hardware for it (docs/log.md).
 """
 
 from __future__ import annotations
