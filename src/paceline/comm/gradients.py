@@ -11,8 +11,8 @@ from torch import nn
 from paceline.comm.group import Group, Pending
 from paceline.errors import JobError
 
-# One bucket on a CPU: gloo takes its time from the very cores that compute, so that nothing is
-# hidden behind the backward pass, and every further message costs its latency (docs/log.md).
+# One bucket on a CPU: gloo takes its time from the very cores that compute, so that little should be
+# hidden behind the backward pass (not measured), and every further message costs its latency.
 _BUCKET_BYTES = {"cpu": 1 << 62, "cuda": 25 << 20}
 
 

@@ -49,7 +49,8 @@ def _forward(module: _BatchNorm, local_forward: Any, share: BatchShare, x: torch
         result: torch.Tensor = local_forward(x)
         return result
     if not module.training:
-        # Evaluation without running statistics: each worker's batch stands for itself, as in one process.
+        # Evaluation without running statistics: each worker's share stands for itself,
+        # so that held-out metrics then depend on the number of workers (docs/log.md).
         return local_forward(x)  # type: ignore[no-any-return]
     module._check_input_dim(x)
     if module.track_running_stats and module.num_batches_tracked is not None:
