@@ -46,6 +46,9 @@ def train(
     precision: Annotated[
         str, typer.Option(help="fp32, bf16, or auto: bf16 where the device measures faster.")
     ] = "auto",
+    transport: Annotated[
+        str, typer.Option(help="Between workers on CPUs: gloo, or auto: shared memory within a host.")
+    ] = "auto",
     timeout: Annotated[
         float, typer.Option(help="Seconds that a worker waits for another before it gives up.")
     ] = 300.0,
@@ -71,6 +74,7 @@ def train(
             epochs=epochs,
             until=until,
             precision=precision,
+            transport=transport,
             timeout_s=timeout,
             command=["paceline", *sys.argv[1:]],
         )

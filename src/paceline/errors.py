@@ -77,13 +77,16 @@ class CollectiveError(PacelineError):
     is silent from one that is gone.
     """
 
-    def __init__(
-        self, rank: int, operation: str, *, timed_out: bool, cause: str, next_step: str = ""
-    ) -> None:
+    def __init__(self, rank: int, operation: str, *, timed_out: bool, cause: str) -> None:
         self.rank = rank
         self.operation = operation
         self.timed_out = timed_out
-        super().__init__(f"rank {rank}: {operation} failed", cause=cause, next_step=next_step)
+        super().__init__(
+            f"rank {rank}: {operation} failed",
+            cause=cause,
+            next_step="look for the first worker that failed (its log is in the run's directory); "
+            "a worker may have run out of memory, or be much slower than the others (--timeout)",
+        )
 
 
 class WorkerError(PacelineError):

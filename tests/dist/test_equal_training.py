@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-
-
 from jobs import JOBS
 from reference import train_plainly
 
 TOLERANCE = 1e-5
 SIZES = (1, 2, 3, 4)
+WAYS = ("1", "2", "3", "4", "2 gloo", "3 gloo")
 DETERMINISTIC = [name for name in JOBS if name != "dropout"]
 
 AMPLIFICATION = {"batch_norm_micro": 20}
@@ -50,10 +49,10 @@ def relative_error(found: torch.Tensor, wanted: torch.Tensor, floor: float = 0.0
     return float((found.double() - wanted.double()).norm() / max(float(wanted.double().norm()), floor, 1e-30))
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", DETERMINISTIC)
-def test_first_steps_have_the_gradients_of_one_process(name, size, trained, plain):
-    found, wanted = trained[f"{name}/{size}"], plain[name]
+def test_first_steps_have_the_gradients_of_one_process(name, way, trained, plain):
+    found, wanted = trained[f"{name}/{way}"], plain[name]
     gradients = [key for key in wanted if key.startswith("gradient.")]
     assert gradients
     assert {key for key in found if key.startswith("gradient.")} == set(gradients)
@@ -66,10 +65,10 @@ def test_first_steps_have_the_gradients_of_one_process(name, size, trained, plai
     assert relative_error(found["losses"][:2], wanted["losses"][:2]) <= TOLERANCE
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", DETERMINISTIC)
-def test_whole_runs_stay_together(name, size, trained, plain):
-    found, wanted = trained[f"{name}/{size}"], plain[name]
+def test_whole_runs_stay_together(name, way, trained, plain):
+    found, wanted = trained[f"{name}/{way}"], plain[name]
     assert len(found["losses"]) == len(wanted["losses"])
     torch.testing.assert_close(found["losses"], wanted["losses"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found["metrics"], wanted["metrics"].to(found["metrics"]), rtol=1e-3, atol=1e-4)

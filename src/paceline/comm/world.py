@@ -13,7 +13,11 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
 from paceline.comm.group import Group
-from paceline.errors import LaunchError
+from paceline.errors import LaunchError, OptionError
+
+AUTO = "auto"
+TRANSPORTS = (AUTO, "gloo")
+"""What may carry tensors between workers on CPUs; `auto`: shared memory within a host, gloo between hosts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +30,20 @@ class World:
     local_size: int
     device: torch.device
     timeout_s: float
+    transport: str = AUTO
+    groups: dict[int, Group | None] = dataclasses.field(default_factory=dict)
+    """Those that were made, by size."""
 
     def group(self, size: int) -> Group | None:
         """The group of the first `size` ranks; None on a rank outside it.
 
         A collective call: every rank of the world makes it, in the same order.
         """
+        if size not in self.groups:
+            self.groups[size] = self._make_group(size)
+        return self.groups[size]
+
+    def _make_group(self, size: int) -> Group | None:
         if self.size == 1:
             return Group.alone(self.device)
         if size == self.size:
@@ -44,7 +56,10 @@ class World:
             return None
         if size == 1:
             return Group.alone(self.device)
-        return Group(process_group, self.rank, size, self.device, self.timeout_s)
+        group = Group(process_group, self.rank, size, self.device, self.timeout_s)
+        if self.device.type == "cpu" and self.transport == AUTO:
+            group.share_memory(self.local_size)
+        return group
 
     def leave(self) -> None:
         """Give back all process groups. Without it gloo's threads abort the interpreter at exit."""
@@ -52,7 +67,15 @@ class World:
             dist.destroy_process_group()
 
 
-def join(device_kind: str, timeout_s: float, loopback_port: int | None = None) -> World:
+def check_transport(transport: str) -> None:
+    """Raise OptionError unless it is one of `TRANSPORTS`."""
+    if transport not in TRANSPORTS:
+        raise OptionError(f"--transport {transport!r} is unknown", next_step=f"use {' or '.join(TRANSPORTS)}")
+
+
+def join(
+    device_kind: str, timeout_s: float, loopback_port: int | None = None, transport: str = AUTO
+) -> World:
     """Join the workers that the environment names, as the elastic agent and torchrun set it.
 
     Args:
@@ -60,6 +83,7 @@ def join(device_kind: str, timeout_s: float, loopback_port: int | None = None) -
         timeout_s: the limit of every wait for another worker.
         loopback_port: where all workers are on this host: rank 0 keeps the store on this port of
             127.0.0.1, and gloo is kept to the loopback interface. None: the launcher's own rendezvous.
+        transport: one of `TRANSPORTS`.
 
     Raises:
         LaunchError: the port is in use, or the other workers did not come.
@@ -71,7 +95,7 @@ def join(device_kind: str, timeout_s: float, loopback_port: int | None = None) -
     device = torch.device("cuda", local_rank) if device_kind == "cuda" else torch.device("cpu")
     if device_kind == "cuda":
         torch.cuda.set_device(device)
-    world = World(rank, size, local_rank, local_size, device, timeout_s)
+    world = World(rank, size, local_rank, local_size, device, timeout_s, transport)
     if size == 1:
         return world
     timeout = datetime.timedelta(seconds=timeout_s)

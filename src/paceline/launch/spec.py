@@ -26,6 +26,8 @@ class RunSpec(Record):
     epochs: int | None = None
     until: str | None = None
     precision: str = "auto"
+    transport: str = AUTO
+    """What carries tensors between workers on CPUs: `auto` or `gloo`."""
     timeout_s: float = 300.0
     """The limit of every wait for another worker."""
     store_port: int | None = None

@@ -63,7 +63,7 @@ class Worker:
     def _run(self) -> None:
         spec = self._spec
         loaded = load_job_file(spec.job_file, spec.settings)
-        world = join(device_kind(), spec.timeout_s, spec.store_port)
+        world = join(device_kind(), spec.timeout_s, spec.store_port, spec.transport)
         try:
             self._stop_on_signal()
             if world.rank == 0:
@@ -106,6 +106,7 @@ class Worker:
             command=spec.command,
         )
         plan = self._plan(loaded, world, everyone, cluster, datasets, precision)
+        group = world.group(plan.layout.workers)
         self._write(
             "plan",
             layout=plan.layout.to_json(),
@@ -113,10 +114,14 @@ class Worker:
             reason=plan.reason,
             chosen_by=plan.chosen_by,
             forecast_step_s=plan.forecast_step_s,
+            transport=group.transport if group is not None else None,
         )
-        group = world.group(plan.layout.workers)
         if group is None:
             return
+        if group.why_no_memory:
+            self._write(
+                "message", level="info", text=f"The workers talk through gloo: {group.why_no_memory}."
+            )
         self._session = session = Session(
             job,
             plan.layout,

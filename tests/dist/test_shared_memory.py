@@ -1,0 +1,219 @@
+"""Collectives through shared memory: right, the same on every worker, and never a hang. Real processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from paceline.comm import shared_memory
+from paceline.comm.shared_memory import SLOT_BYTES, SharedMemory, join_shared_memory
+from paceline.errors import CollectiveError
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64", reason="shared memory is for Linux on x86-64"
+)
+
+SLOT = SLOT_BYTES // 4
+LENGTHS = (1, 5, 8191, SLOT, SLOT + 3, 2 * SLOT + 1)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64)
+TIMEOUT_S = 2.0
+
+
+def own_tensor(rank: int, length: int, dtype: torch.dtype) -> torch.Tensor:
+    values = torch.randn(length, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
+    return (values * 1000).to(dtype)
+
+
+def run_workers(function: Callable[..., Any], size: int, *arguments: Any) -> dict[int, Any]:
+    """`function(memory, rank, size, *arguments)` in `size` processes; what each returned or raised."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "paceline.comm.shared_memory"])
+    manager = context.Manager()
+    barrier, told, results = manager.Barrier(size), manager.dict(), manager.dict()
+    processes = [
+        context.Process(target=work, args=(function, rank, size, barrier, told, results, *arguments))
+        for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    deadline_s = time.monotonic() + 100
+    try:
+        while any(p.is_alive() for p in processes) and len(results) < size:
+            assert time.monotonic() < deadline_s, "a worker hangs"
+            # Killed and stopped workers never report.
+            if len(results) == size - 1 and function in (kill_one, stop_one):
+                break
+            time.sleep(0.02)
+        return dict(results)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+        manager.shutdown()
+
+
+def work(function, rank, size, barrier, told, results, *arguments) -> None:
+    torch.set_num_threads(1)
+
+    def tell_all(value: Any, what: str) -> list[Any]:
+        told[what, rank] = value
+        barrier.wait(timeout=60)
+        return [told[what, r] for r in range(size)]
+
+    memory, reason = join_shared_memory(rank, size, size, TIMEOUT_S, tell_all)
+    assert memory is not None, reason
+    try:
+        results[rank] = function(memory, rank, size, *arguments)
+    except CollectiveError as error:
+        results[rank] = error.operation, error.timed_out, error.cause
+
+
+def collectives(memory: SharedMemory, rank: int, size: int) -> dict[str, bool]:
+    """Every collective on every length and type, against the same sum written out in this process."""
+    right = {}
+    for dtype in DTYPES:
+        for length in LENGTHS:
+            tensors = [own_tensor(r, length, dtype) for r in range(size)]
+            summed = tensors[rank].clone()
+            memory.sum_(summed, "a test")
+            wanted = tensors[0].clone()
+            for tensor in tensors[1:]:
+                wanted += tensor
+            rows = torch.zeros(size, length, dtype=dtype)
+            memory.gather(tensors[rank], rows, "a test")
+            copy = tensors[rank].clone()
+            memory.broadcast_(copy, "a test", source=size - 1)
+            right[f"sum {dtype} {length}"] = torch.equal(summed, wanted)
+            right[f"gather {dtype} {length}"] = torch.equal(rows, torch.stack(tensors))
+            right[f"broadcast {dtype} {length}"] = torch.equal(copy, tensors[-1])
+    return right
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_results_are_those_of_the_same_sum_in_one_process_bit_for_bit(size):
+    results = run_workers(collectives, size)
+    assert len(results) == size
+    for right in results.values():
+        assert len(right) == 3 * len(DTYPES) * len(LENGTHS)
+        assert all(right.values()), [name for name, is_right in right.items() if not is_right]
+
+
+def uneven_pace(memory: SharedMemory, rank: int, size: int) -> bool:
+    """Workers that come early and late by turns: a slot must not be written while another still reads it."""
+    right = True
+    for number in range(300):
+        if (number + rank) % 7 == 0:
+            time.sleep(0.001)
+        tensor = torch.full((1000,), float(number * size + rank))
+        memory.sum_(tensor, "a test")
+        right &= bool((tensor == sum(number * size + r for r in range(size))).all())
+    return right
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_workers_may_come_early_and_late(size):
+    assert run_workers(uneven_pace, size) == dict.fromkeys(range(size), True)
+
+
+def mismatch(memory: SharedMemory, rank: int, size: int, kind: str) -> None:
+    if kind == "length":
+        memory.sum_(torch.zeros(8 + rank), "a test")
+    elif kind == "type":
+        memory.sum_(torch.zeros(8, dtype=torch.float64 if rank else torch.float32), "a test")
+    elif rank:
+        memory.sum_(torch.zeros(8), "a test")
+    else:
+        memory.gather(torch.zeros(8), torch.zeros(2, 8), "a test")
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("length", "rank 0 called all-reduce of 8 × float32, rank 1 all-reduce of 9 × float32"),
+        ("type", "rank 0 called all-reduce of 8 × float32, rank 1 all-reduce of 8 × float64"),
+        ("order", "rank 0 called all-gather of 8 × float32, rank 1 all-reduce of 8 × float32"),
+    ],
+)
+def test_calls_that_do_not_match_are_reported_with_both_sides(kind, words):
+    operation, timed_out, cause = run_workers(mismatch, 2, kind)[0]
+    assert cause == words
+    assert not timed_out
+    assert "of a test (phase 1)" in operation
+
+
+def kill_one(memory: SharedMemory, rank: int, size: int) -> tuple[str, bool, str, float]:
+    memory.sum_(torch.zeros(8), "a test")
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    begin_s = time.monotonic()
+    try:
+        memory.sum_(torch.zeros(8), "the sum that rank 1 misses")
+    except CollectiveError as error:
+        return error.operation, error.timed_out, error.cause, time.monotonic() - begin_s
+    raise AssertionError("the death of a worker was not noticed")
+
+
+def test_a_death_is_noticed_within_a_second():
+    results = run_workers(kill_one, 3)
+    assert set(results) == {0, 2}
+    for operation, timed_out, cause, seconds in results.values():
+        assert operation == "all-reduce of the sum that rank 1 misses (phase 2)"
+        assert cause == "rank 1 of the group has ended"
+        assert not timed_out
+        assert seconds < 1.0
+
+
+def stop_one(memory: SharedMemory, rank: int, size: int) -> None:
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    memory.sum_(torch.zeros(8), "the sum that rank 1 misses")
+
+
+def test_a_silent_worker_is_named_when_the_time_is_up():
+    results = run_workers(stop_one, 2)
+    assert set(results) == {0}
+    operation, timed_out, cause = results[0]
+    assert operation == "all-reduce of the sum that rank 1 misses (phase 1)"
+    assert timed_out
+    assert cause == "rank 1 of the group did not answer within 2 s"
+
+
+def alone_with(offer: dict[str, Any]) -> Callable[[Any, str], list[Any]]:
+    """What rank 0 hears where rank 1 answers as it does, but for `offer`."""
+
+    def tell_all(value: Any, what: str) -> list[Any]:
+        return [value, {**value, **offer} if isinstance(value, dict) else value]
+
+    return tell_all
+
+
+def test_hosts_apart_share_no_memory():
+    memory, reason = join_shared_memory(0, 2, 1, TIMEOUT_S, alone_with({}))
+    assert memory is None
+    assert reason == "they are on several hosts"
+
+
+def test_memory_that_cannot_be_reserved_is_said(monkeypatch):
+    def refuse(*_: Any) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(shared_memory.os, "posix_fallocate", refuse)
+    memory, reason = join_shared_memory(0, 2, 2, TIMEOUT_S, alone_with({}))
+    assert memory is None
+    assert reason == "rank 0 cannot reserve shared memory: Cannot allocate memory"
+
+
+def test_the_memory_of_another_process_is_not_taken(tmp_path):
+    wrong = tmp_path / "memory"
+    wrong.write_bytes(bytes(shared_memory._total_bytes(2)))
+    with pytest.raises(OSError, match="is it on another host"):
+        shared_memory._map(wrong, 2, b"x" * 16)
