@@ -74,8 +74,8 @@ class Images(Points):
         self.x = self.x.view(length, 3, 2, 2) + offset
 
 
-def data_of(kind: type, length: int = LONG) -> Any:
-    return lambda split: kind(length, 1) if split == "train" else kind(31, 2)
+def data_of(kind: type, length: int = LONG, held_out: int = 31) -> Any:
+    return lambda split: kind(length, 1) if split == "train" else kind(held_out, 2)
 
 
 def cross_entropy(outputs: torch.Tensor, batch: Any) -> torch.Tensor:
@@ -98,6 +98,13 @@ def convolutional() -> nn.Module:
         nn.BatchNorm1d(16),
         nn.Tanh(),
         nn.Linear(16, 4),
+    )
+
+
+def without_statistics() -> nn.Module:
+    """Held-out batches are normalised by their own statistics."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8, track_running_stats=False), nn.ReLU(), nn.Flatten(), nn.Linear(32, 4)
     )
 
 
@@ -178,6 +185,11 @@ JOBS: dict[str, tuple[paceline.Job, int]] = {
         1,
     ),
     "batch_norm_micro": (dataclasses.replace(plain, model=convolutional, data=data_of(Images)), 2),
+    "batch_norm_without_statistics": (
+        # Three held-out samples: one of four workers has none.
+        dataclasses.replace(plain, model=without_statistics, data=data_of(Images, held_out=3)),
+        1,
+    ),
     "clipped": (dataclasses.replace(plain, clip_norm=0.05), 1),
     "clipped_weighted": (
         dataclasses.replace(

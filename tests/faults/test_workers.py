@@ -62,24 +62,22 @@ def wait_for_training(directory: Path, process: subprocess.Popen) -> None:
         time.sleep(0.1)
 
 
-def test_an_interrupted_run_keeps_its_weights(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "paceline",
-        "train",
-        str(TOY),
-        "--layout=dp_replicate=2",
-        "--steps=100000",
-    ]
+def start_long_run(directory: Path) -> subprocess.Popen:
+    """A run that does not end by itself; returns when it trains."""
+    arguments = ["--layout=dp_replicate=2", "--steps=100000", "--set=step_s=0.01", f"--out={directory}"]
     process = subprocess.Popen(
-        [*command, "--set=step_s=0.01", f"--out={tmp_path}"],
-        stdout=subprocess.PIPE,
+        [sys.executable, "-m", "paceline", "train", str(TOY), *arguments],
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         env=ENVIRONMENT,
     )
-    wait_for_training(tmp_path, process)
+    wait_for_training(directory, process)
+    return process
+
+
+def test_an_interrupted_run_keeps_its_weights(tmp_path):
+    process = start_long_run(tmp_path)
     os.kill(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=90)
     assert process.returncode == 130, error
@@ -91,19 +89,7 @@ def test_an_interrupted_run_keeps_its_weights(tmp_path):
 
 
 def test_workers_end_when_the_launcher_is_killed(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "paceline",
-        "train",
-        str(TOY),
-        "--layout=dp_replicate=2",
-        "--steps=100000",
-    ]
-    process = subprocess.Popen(
-        [*command, "--set=step_s=0.01", f"--out={tmp_path}", "--quiet"], env=ENVIRONMENT
-    )
-    wait_for_training(tmp_path, process)
+    process = start_long_run(tmp_path)
     assert len(workers_alive(tmp_path)) == 2
     process.kill()
     process.wait(timeout=30)

@@ -13,7 +13,7 @@ from typing import Any
 
 from paceline.errors import CollectiveError, PacelineError, WorkerError
 
-_MEMORY_HINT = "it may have run out of memory: use a smaller batch, more micro-batches, or fewer workers"
+_TO_SAVE_MEMORY = "use a smaller batch, more micro-batches, or fewer workers"
 
 
 def record(directory: Path, rank: int, error: BaseException) -> PacelineError:
@@ -62,8 +62,8 @@ def first_failure(directory: Path, exit_codes: Mapping[int, int]) -> PacelineErr
         return WorkerError(
             rank,
             f"rank {rank} was killed by {_signal_name(number)}",
-            cause=_MEMORY_HINT.split(":")[0] if number == signal.SIGKILL else "a crash in native code",
-            next_step=_MEMORY_HINT.split(": ")[1]
+            cause="it may have run out of memory" if number == signal.SIGKILL else "a crash in native code",
+            next_step=_TO_SAVE_MEMORY
             if number == signal.SIGKILL
             else f"see the end of its log in {directory / 'logs'}",
         )
@@ -109,7 +109,7 @@ def _as_worker_error(rank: int, error: BaseException) -> WorkerError:
         rank,
         f"rank {rank} raised {type(error).__name__}: {error}{where}",
         cause="not enough memory" if out_of_memory else "an error in the job's own code" if theirs else "",
-        next_step=_MEMORY_HINT.split(": ")[1] if out_of_memory else "",
+        next_step=_TO_SAVE_MEMORY if out_of_memory else "",
     )
 
 

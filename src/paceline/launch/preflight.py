@@ -13,8 +13,8 @@ from paceline.errors import DataError, JobError, LayoutError, PacelineError
 from paceline.launch.spec import AUTO, RunSpec
 from paceline.load import LoadedJob, load_job_file
 from paceline.records import Layout
-from paceline.train.data import GlobalBatch, Part, is_iterable, num_samples
-from paceline.train.order import Share, batches_per_epoch
+from paceline.train.data import GlobalBatch, Part, is_iterable, num_batches, num_samples
+from paceline.train.order import Share
 from paceline.train.precision import check_precision
 from paceline.train.replica import Replica
 from paceline.train.session import Datasets
@@ -41,8 +41,7 @@ def preflight(spec: RunSpec, device: str, max_workers: int) -> LoadedJob:
         Target.parse(spec.until, job)
     datasets = Datasets(job, spec.seed)
     dataset = _build(datasets, "train")
-    length = num_samples(dataset, "train")
-    per_epoch = None if length is None else batches_per_epoch(length, job.batch_size)
+    per_epoch = num_batches(dataset, job.batch_size)
     planned = plan_length(job, steps=spec.steps, epochs=spec.epochs, batches_per_epoch=per_epoch)
     num_samples(_build(datasets, "test"), "test")
     if device == "cpu":
@@ -85,7 +84,7 @@ def _try_step(loaded: LoadedJob, datasets: Datasets, seed: int, total_steps: int
             next_step="give the job a collate function",
         ) from error
     count = len(samples)
-    part = Part(batch, Share(0, count, count, borrowed=False))
+    part = Part(batch, Share(0, count, borrowed=False))
     try:
         replica = Replica(job, seed=seed, device=device, precision="fp32", total_steps=total_steps or 1)
         replica.attach(Group.alone(device))

@@ -28,7 +28,8 @@ from paceline.measure.machine import describe_host, device_kind, peak_memory_byt
 from paceline.plan.candidates import candidates
 from paceline.plan.choose import choose
 from paceline.records import Cluster, Host, Layout, Plan, describe
-from paceline.train.data import num_samples
+from paceline.train.allocator import keep_freed_memory
+from paceline.train.data import num_batches, num_samples
 from paceline.train.loop import Outcome, TrainingLoop, save, showcase
 from paceline.train.precision import choose_precision
 from paceline.train.session import Datasets, Session
@@ -77,6 +78,7 @@ class Worker:
         everyone = world.group(world.size)
         assert everyone is not None
         take_cores(world.local_rank, world.local_size)
+        keep_freed_memory()
         cluster = _gather_cluster(everyone, world)
         datasets = Datasets(job, spec.seed)
         chosen = None
@@ -139,8 +141,7 @@ class Worker:
         self._finish(session, world, outcome, plan)
 
     def _length(self, loaded: LoadedJob, datasets: Datasets) -> Length:
-        length = num_samples(datasets["train"], "train")
-        per_epoch = None if length is None else -(-length // loaded.job.batch_size)
+        per_epoch = num_batches(datasets["train"], loaded.job.batch_size)
         return plan_length(
             loaded.job, steps=self._spec.steps, epochs=self._spec.epochs, batches_per_epoch=per_epoch
         )

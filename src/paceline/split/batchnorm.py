@@ -29,8 +29,8 @@ class BatchShare:
 def share_batch_norms(model: nn.Module, share: BatchShare) -> list[str]:
     """Let the batch norms of `model` take their statistics over all workers of `share.group`.
 
-    The modules stay what they are: class, parameter names, buffers and hooks. In evaluation mode, or
-    while `share.group` is None, they compute what they always did.
+    The modules stay what they are: class, parameter names, buffers and hooks. Where they use running
+    statistics, or while `share.group` is None, they compute what they always did.
 
     Returns:
         The names of the modules that were reached.
@@ -44,21 +44,16 @@ def share_batch_norms(model: nn.Module, share: BatchShare) -> list[str]:
 
 
 def _forward(module: _BatchNorm, local_forward: Any, share: BatchShare, x: torch.Tensor) -> torch.Tensor:
-    uses_batch_statistics = module.training or module.running_mean is None
-    if share.group is None or share.group.size == 1 or not uses_batch_statistics:
-        result: torch.Tensor = local_forward(x)
-        return result
-    if not module.training:
-        # Evaluation without running statistics: each worker's share stands for itself,
-        # so that held-out metrics then depend on the number of workers (docs/log.md).
+    if share.group is None or share.group.size == 1 or not _uses_batch_statistics(module):
         return local_forward(x)  # type: ignore[no-any-return]
     module._check_input_dim(x)
-    if module.track_running_stats and module.num_batches_tracked is not None:
+    tracks = module.training and module.track_running_stats
+    if tracks and module.num_batches_tracked is not None:
         module.num_batches_tracked.add_(1)
     y, mean, variance, count = _GlobalBatchNorm.apply(
         x, module.weight, module.bias, module.eps, share.group, share.counts
     )
-    if module.track_running_stats and module.running_mean is not None and module.running_var is not None:
+    if tracks and module.running_mean is not None and module.running_var is not None:
         momentum = module.momentum
         if momentum is None:
             assert module.num_batches_tracked is not None
@@ -68,6 +63,10 @@ def _forward(module: _BatchNorm, local_forward: Any, share: BatchShare, x: torch
             module.running_mean.lerp_(mean.to(module.running_mean.dtype), momentum)
             module.running_var.lerp_(unbiased.to(module.running_var.dtype), momentum)
     return y  # type: ignore[no-any-return]
+
+
+def _uses_batch_statistics(module: _BatchNorm) -> bool:
+    return module.training or module.running_mean is None
 
 
 class _GlobalBatchNorm(torch.autograd.Function):

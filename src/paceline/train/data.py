@@ -70,6 +70,12 @@ def num_samples(dataset: Any, split: str) -> int | None:
     return length
 
 
+def num_batches(dataset: Any, batch_size: int) -> int | None:
+    """Global batches in an epoch of the training split; None for an iterable data set."""
+    length = num_samples(dataset, "train")
+    return None if length is None else batches_per_epoch(length, batch_size)
+
+
 class _Seeded:
     """A map-style data set whose samples may draw from torch's generator: seeded by (seed, epoch, index)."""
 
@@ -119,9 +125,7 @@ class ShareLoader:
     @property
     def batches_per_epoch(self) -> int | None:
         """None where the data set is iterable."""
-        if self._num_samples is None:
-            return None
-        return batches_per_epoch(self._num_samples, self._job.batch_size)
+        return num_batches(self._dataset, self._job.batch_size)
 
     def epoch(self, epoch: int) -> Iterator[GlobalBatch]:
         """The global batches of one epoch, in order.
@@ -206,10 +210,8 @@ class ShareLoader:
             )
 
 
-def evaluation_parts(
-    job: Job, dataset: Any, *, size: int, rank: int, device: torch.device
-) -> Iterator[tuple[Any, int]]:
-    """This worker's `(batch, samples)` of the test split, in its own order; empty shares are left out."""
+def evaluation_parts(job: Job, dataset: Any, *, size: int, rank: int, device: torch.device) -> Iterator[Part]:
+    """This worker's shares of the test split's batches, in its own order; as many on every worker."""
     batch_size = job.evaluation_batch_size or job.batch_size
     collate: Callable[[list[Any]], Any] = job.collate or default_collate
     length = num_samples(dataset, "test")
@@ -217,19 +219,18 @@ def evaluation_parts(
         stream = iter(dataset)
         while samples := _take(stream, batch_size):
             (share,) = shares(len(samples), 1, size, rank)
-            if share.samples:
-                yield to_device(collate(samples[share.begin : share.end]), device), share.samples
+            yield Part(to_device(collate(samples[share.begin : share.end]), device), share)
         return
-    index_lists = []
-    for begin in range(0, length, batch_size):
-        (share,) = shares(min(batch_size, length - begin), 1, size, rank)
-        if share.samples:
-            index_lists.append(list(range(begin + share.begin, begin + share.end)))
+    begins = range(0, length, batch_size)
+    mine = [shares(min(batch_size, length - begin), 1, size, rank)[0] for begin in begins]
+    index_lists = [
+        list(range(begin + share.begin, begin + share.end)) for begin, share in zip(begins, mine, strict=True)
+    ]
     loader = DataLoader(
         dataset, batch_sampler=index_lists, collate_fn=collate, num_workers=job.loader_workers
     )
-    for indices, batch in zip(index_lists, loader, strict=True):
-        yield to_device(batch, device), len(indices)
+    for share, batch in zip(mine, loader, strict=True):
+        yield Part(to_device(batch, device), share)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

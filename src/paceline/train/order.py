@@ -45,8 +45,6 @@ class Share:
 
     begin: int
     end: int
-    micro_samples: int
-    """Samples of the whole micro-batch, over all workers."""
     borrowed: bool
     """This worker's part is empty: it computes on the micro-batch's first sample with weight zero,
     so that it takes part in the collectives of the forward and backward pass."""
@@ -67,7 +65,7 @@ def shares(batch_samples: int, micro: int, size: int, rank: int) -> list[Share]:
         borrowed = first == last
         if borrowed:
             first, last = 0, 1
-        result.append(Share(begin + first, begin + last, end - begin, borrowed))
+        result.append(Share(begin + first, begin + last, borrowed))
     return result
 
 

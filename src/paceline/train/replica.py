@@ -165,14 +165,18 @@ class Replica:
         self.model.eval()
         try:
             with torch.no_grad():
-                for batch, samples in evaluation_parts(
+                for part in evaluation_parts(
                     self.job, dataset, size=self._group.size, rank=self._group.rank, device=self.device
                 ):
+                    self._share.counts = not part.share.borrowed
                     with self._autocast():
-                        outputs = self._call(batch)
+                        outputs = self._call(part.batch)
+                        if part.share.borrowed:
+                            continue
                         for row, (name, function) in enumerate(functions.items()):
-                            totals[row] += _sum_and_weight(name, function(outputs, batch), samples)
-                    totals[-1, 0] += samples
+                            value = function(outputs, part.batch)
+                            totals[row] += _sum_and_weight(name, value, part.share.samples)
+                    totals[-1, 0] += part.share.samples
         finally:
             self.model.train()
         totals = self._group.sum_(totals.to(self.device), "evaluation sums").to("cpu")

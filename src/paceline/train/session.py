@@ -14,6 +14,7 @@ from paceline.errors import LayoutError, RunError
 from paceline.job import Job
 from paceline.measure.machine import device_kind
 from paceline.records import Layout
+from paceline.train.allocator import keep_freed_memory
 from paceline.train.data import GlobalBatch, ShareLoader
 from paceline.train.replica import Replica, StepResult
 from paceline.train.seeds import derive, seed_everything
@@ -83,6 +84,7 @@ class Session:
         self.group = group
         self.job = job
         self.datasets = datasets or Datasets(job, seed)
+        keep_freed_memory()
         take_cores(self.world.local_rank, self.local_workers, self.layout.threads)
         self._loader = ShareLoader(
             job,
