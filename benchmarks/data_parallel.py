@@ -1,39 +1,45 @@
-"""Data parallelism against its alternatives: the four example jobs, in interleaved rounds.
+"""Data parallelism against its alternatives: the four example jobs, by turns.
 
-    python benchmarks/data_parallel.py                      # all jobs, three rounds; writes docs/data_parallel.md
-    python benchmarks/data_parallel.py --jobs text --rounds 5
+    python benchmarks/data_parallel.py --out docs/data_parallel_table.md     # all jobs: about a quarter of an hour
+    python benchmarks/data_parallel.py --jobs text --rounds 30
 
-Each round runs every job in every way, one after the other: one worker × one thread, one worker × all
-threads, the layout that `paceline train` chooses by itself, and a plain DistributedDataParallel script under
-torchrun with one process per core (`ddp_script.py`). All are whole processes on the job's real data, model,
-batch size and optimizer; evaluation and showcase are left out. The figure is the mean time of a step after
-the first ones. The ways are compared within a round: the machine's speed may drift between rounds.
+For each job `paceline train` first chooses a layout by itself. Then four programs are started: one worker × one
+thread, one worker × all threads, the chosen layout, and a plain DistributedDataParallel script under torchrun
+with one process per core (`ddp_script.py`). They train on the job's real data, model, batch size and optimizer,
+and take turns of about a second and a half: a round is one turn of each. The ways are compared within a
+round, as the machine's speed may drift between rounds; evaluation and showcase are left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from statistics import mean, median
+from statistics import median, quantiles
+
+from turns import Table
 
 ROOT = Path(__file__).parents[1]
-WARM_UP_STEPS = 10
-STEPS = {"text": 90, "image": 90, "speech": 600, "driving": 120}
-SETTINGS: dict[str, dict[str, str]] = {name: {} for name in STEPS}
-WAYS = ("one worker × 1 thread", "one worker × all threads", "paceline's choice", "DDP script")
+JOBS = ("text", "image", "speech", "driving")
+OURS = "paceline's choice"
+SINGLE, THREADED, DDP = "one worker × 1 thread", "one worker × all threads", "DDP script"
+WAYS = (SINGLE, THREADED, OURS, DDP)
+TURN_S = 1.5
+WARM_UP_STEPS = 8
 
 JOB_FILE = """
 import dataclasses
 from torch.utils.data import Subset
 from paceline.load import load_job
 
-whole = load_job({path!r}, {settings!r})
+whole = load_job({path!r})
 
 def data(split):
     dataset = whole.data(split)
@@ -45,30 +51,25 @@ job = dataclasses.replace(whole, data=data, showcase=None, evaluate_every_steps=
 
 @dataclasses.dataclass
 class Measured:
-    """One run: mean seconds per step, the layout that was trained, and the median of the last losses."""
+    """One job: what was chosen, and the seconds per global batch of each way, round by round."""
 
-    step_s: float
-    layout: str
-    loss: float
+    job: str
+    choice: str
+    step_s: dict[str, list[float]]
+
+    def ratios(self, way: str) -> list[float]:
+        """How many times as long as paceline's choice the way takes, round by round."""
+        return [theirs / ours for theirs, ours in zip(self.step_s[way], self.step_s[OURS], strict=True)]
 
 
 def main() -> None:
     arguments = parse_arguments()
-    results: dict[str, dict[str, list[Measured]]] = {job: {way: [] for way in WAYS} for job in arguments.jobs}
+    results = []
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(arguments.rounds):
-            for job in arguments.jobs:
-                for way in WAYS:
-                    where = Path(folder) / f"{number}-{job}-{WAYS.index(way)}"
-                    where.mkdir()
-                    measured = run(job, way, where)
-                    results[job][way].append(measured)
-                    print(
-                        f"round {number + 1}  {job:8} {way:25} {measured.step_s * 1e3:8.1f} ms  "
-                        f"loss {measured.loss:.4f}  {measured.layout}",
-                        flush=True,
-                    )
-    table = to_markdown(results, arguments.rounds)
+        for job in arguments.jobs:
+            results.append(measure(job, arguments.rounds, Path(folder)))
+            print(to_markdown(results[-1:]), flush=True)
+    table = to_markdown(results)
     print(table)
     if arguments.out:
         Path(arguments.out).write_text(table)
@@ -78,44 +79,72 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--jobs", nargs="+", choices=list(STEPS), default=list(STEPS))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", help="write the table to this file as well")
     return parser.parse_args()
 
 
-def run(job: str, way: str, where: Path) -> Measured:
-    """One whole run of `job` in one way, in processes of its own."""
-    path = where / f"{job}.py"
-    text = JOB_FILE.format(path=str(ROOT / "examples" / f"{job}.py"), settings=SETTINGS[job], name=job)
-    path.write_text(text)
-    if way == "DDP script":
-        return run_ddp(path, STEPS[job], where)
+def measure(job: str, rounds: int, folder: Path) -> Measured:
+    path = folder / f"{job}.py"
+    path.write_text(JOB_FILE.format(path=str(ROOT / "examples" / f"{job}.py"), name=job))
+    chosen = choose(path, folder / f"{job}-auto")
     layouts = {
-        "one worker × 1 thread": "dp_replicate=1,threads=1",
-        "one worker × all threads": f"dp_replicate=1,threads={num_cores()}",
-        "paceline's choice": "auto",
+        SINGLE: (1, "dp_replicate=1,threads=1"),
+        THREADED: (1, f"dp_replicate=1,threads={num_cores()}"),
+        OURS: (chosen["workers"], f"dp_replicate={chosen['workers']},threads={chosen['threads']}"),
     }
-    out = where / "run"
-    paceline = [sys.executable, "-m", "paceline", "train", str(path)]
-    call([*paceline, f"--layout={layouts[way]}", f"--steps={STEPS[job]}", f"--out={out}", "--quiet"])
+    step_s: dict[str, list[float]] = {way: [] for way in WAYS}
+    with contextlib.ExitStack() as stack:
+        tables = {}
+        for number, way in enumerate(WAYS):
+            where = folder / f"{job}-{number}"
+            tables[way] = Table(where)
+            if way == DDP:
+                command = [str(ROOT / "benchmarks" / "ddp_script.py"), str(path), str(where)]
+                stack.enter_context(running(num_cores(), command, where / "log"))
+            else:
+                workers, layout = layouts[way]
+                command = [str(ROOT / "benchmarks" / "paceline_script.py"), str(path), layout, str(where)]
+                stack.enter_context(running(workers, command, where / "log"))
+            stack.callback(tables[way].end)
+        batch_size, steps = chosen["batch_size"], {}
+        for way, table in tables.items():
+            table.turn(WARM_UP_STEPS)
+            steps[way] = max(1, round(TURN_S * WARM_UP_STEPS / table.turn(WARM_UP_STEPS).seconds))
+        for _ in range(rounds):
+            for way, table in tables.items():
+                turn = table.turn(steps[way])
+                step_s[way].append(turn.seconds * batch_size / turn.samples)
+    return Measured(job, chosen["label"], step_s)
+
+
+def choose(path: Path, out: Path) -> dict[str, object]:
+    """The layout that `paceline train` takes for the job, from the events of a run of one step."""
+    call([sys.executable, "-m", "paceline", "train", str(path), "--steps=1", f"--out={out}", "--quiet"])
     events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
-    steps = [e for e in events if e["event"] == "step"]
-    (batch_size,) = [e["batch_size"] for e in events if e["event"] == "run"]
-    (label,) = [e["label"] for e in events if e["event"] == "plan"]
-    counted = steps[WARM_UP_STEPS:]
-    seconds = sum(e["step_s"] for e in counted) * batch_size / sum(e["samples"] for e in counted)
-    return Measured(seconds, label, median(e["loss"] for e in steps[-20:]))
+    (plan,) = [e for e in events if e["event"] == "plan"]
+    (taken,) = [e for e in events if e["event"] == "trial" and e["label"] == plan["label"]]
+    (run,) = [e for e in events if e["event"] == "run"]
+    return {k: taken[k] for k in ("label", "workers", "threads")} | {"batch_size": run["batch_size"]}
 
 
-def run_ddp(path: Path, steps: int, where: Path) -> Measured:
-    out = where / "ddp.json"
-    script = str(ROOT / "benchmarks" / "ddp_script.py")
+@contextlib.contextmanager
+def running(processes: int, command: list[str], log: Path) -> Iterator[None]:
+    """The command under torchrun, waited for at the end."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    call([*torchrun, f"--nproc-per-node={num_cores()}", script, str(path), str(steps), str(out)])
-    found = json.loads(out.read_text())
-    label = f"{num_cores()} processes × 1 thread"
-    return Measured(mean(found["step_s"][WARM_UP_STEPS:]), label, median(found["losses"][-20:]))
+    # torchrun gives each of several processes one thread; a layout's own number of threads wins over that.
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*torchrun, f"--nproc-per-node={processes}", *command], stdout=output, stderr=subprocess.STDOUT
+        )
+        try:
+            yield
+            process.wait(timeout=120)
+        finally:
+            process.terminate()
+    if process.returncode:
+        sys.exit(f"{' '.join(command)}\n{log.read_text()}")
 
 
 def call(command: list[str]) -> None:
@@ -128,37 +157,36 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def to_markdown(results: dict[str, dict[str, list[Measured]]], rounds: int) -> str:
+def to_markdown(results: list[Measured]) -> str:
+    rounds = len(results[0].step_s[OURS])
     lines = [
-        f"Milliseconds per step: median (min – max) of {rounds} interleaved rounds, {num_cores()} cores.",
+        f"Milliseconds per step: median (middle half) of {rounds} rounds, {num_cores()} cores.",
         "",
         "| job | " + " | ".join(WAYS) + " | chosen |",
         "|---" * (len(WAYS) + 2) + "|",
     ]
-    for job, ways in results.items():
-        cells = []
-        for way in WAYS:
-            times = [m.step_s * 1e3 for m in ways[way]]
-            cells.append(f"{median(times):.1f} ({min(times):.1f} – {max(times):.1f})")
-        chosen = ", ".join(sorted({m.layout for m in ways["paceline's choice"]}))
-        lines.append(f"| {job} | " + " | ".join(cells) + f" | {chosen} |")
+    for measured in results:
+        cells = [spread([s * 1e3 for s in measured.step_s[way]], 1) for way in WAYS]
+        lines.append(f"| {measured.job} | " + " | ".join(cells) + f" | {measured.choice} |")
+    others = [way for way in WAYS if way != OURS]
     lines += [
         "",
-        "How many times as fast paceline's choice is: median (min – max) of the ratios within a round.",
+        "How many times as fast paceline's choice is: median (middle half) of the ratios within a round.",
         "",
-        "| job | " + " | ".join(way for way in WAYS if way != "paceline's choice") + " |",
-        "|---" * len(WAYS) + "|",
+        "| job | " + " | ".join(others) + " |",
+        "|---" * (len(others) + 1) + "|",
     ]
-    for job, ways in results.items():
-        cells = []
-        for way in (w for w in WAYS if w != "paceline's choice"):
-            ratios = [
-                theirs.step_s / ours.step_s
-                for theirs, ours in zip(ways[way], ways["paceline's choice"], strict=True)
-            ]
-            cells.append(f"{median(ratios):.2f} ({min(ratios):.2f} – {max(ratios):.2f})")
-        lines.append(f"| {job} | " + " | ".join(cells) + " |")
+    for measured in results:
+        cells = [spread(measured.ratios(way), 2) for way in others]
+        lines.append(f"| {measured.job} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def spread(values: list[float], digits: int) -> str:
+    if len(values) < 2:
+        return f"{values[0]:.{digits}f}"
+    low, _, high = quantiles(values, n=4, method="inclusive")
+    return f"{median(values):.{digits}f} ({low:.{digits}f} – {high:.{digits}f})"
 
 
 if __name__ == "__main__":

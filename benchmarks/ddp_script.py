@@ -1,6 +1,6 @@
-"""The peer: a job trained with DistributedDataParallel, as PyTorch's documentation writes it.
+"""The peer: a job trained with DistributedDataParallel, as PyTorch's documentation writes it, by turns (turns.py).
 
-    torchrun --standalone --nproc-per-node 2 benchmarks/ddp_script.py JOB_FILE STEPS OUT.json
+    torchrun --standalone --nproc-per-node 2 benchmarks/ddp_script.py JOB_FILE FOLDER
 
 Only model, data, loss and optimizer come from the job. Batch statistics stay local, gradients are averaged
 by DDP, the global batch is split by DistributedSampler.
@@ -9,16 +9,20 @@ by DDP, the global batch is split by DistributedSampler.
 from __future__ import annotations
 
 import inspect
-import json
+import itertools
 import sys
-import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, default_collate
+from turns import Player
 
 import paceline
+
+MANY = 1_000_000
 
 
 def call(replica: torch.nn.Module, accepted: set[str], batch: object) -> object:
@@ -30,16 +34,21 @@ def call(replica: torch.nn.Module, accepted: set[str], batch: object) -> object:
     return replica(*batch) if isinstance(batch, tuple) else replica(batch)
 
 
+def epochs(loader: DataLoader, sampler: DistributedSampler) -> Iterator[object]:
+    for epoch in itertools.count():
+        sampler.set_epoch(epoch)
+        yield from loader
+
+
 def main() -> None:
-    job_file, steps, out = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-    job = paceline.load_job(job_file)
+    job = paceline.load_job(sys.argv[1])
     dist.init_process_group("gloo")
     torch.manual_seed(0)
     model = job.model()
     accepted = set(inspect.signature(model.forward).parameters)
     replica = DistributedDataParallel(model)
     optimizer = job.optimizer([p for p in model.parameters() if p.requires_grad])
-    scheduler = job.schedule(optimizer, steps) if job.schedule else None
+    scheduler = job.schedule(optimizer, MANY) if job.schedule else None
     dataset = job.data("train")
     sampler = DistributedSampler(dataset, shuffle=True, seed=0)
     loader = DataLoader(
@@ -49,13 +58,10 @@ def main() -> None:
         collate_fn=job.collate or default_collate,
         drop_last=True,
     )
-    step_s: list[float] = []
-    losses: list[float] = []
-    epoch = 0
-    begin_s = time.perf_counter()
-    while len(step_s) < steps:
-        sampler.set_epoch(epoch)
-        for batch in loader:
+    player = Player(Path(sys.argv[2]), dist.get_rank())
+    batches = epochs(loader, sampler)
+    for steps in player.turns():
+        for batch in itertools.islice(batches, steps):
             outputs = call(replica, accepted, job.inputs(batch) if job.inputs else batch)
             loss = job.loss(outputs, batch)
             if isinstance(loss, tuple):
@@ -67,16 +73,7 @@ def main() -> None:
             optimizer.step()
             if scheduler is not None:
                 scheduler.step()
-            losses.append(loss.item())
-            now_s = time.perf_counter()
-            step_s.append(now_s - begin_s)
-            begin_s = now_s
-            if len(step_s) == steps:
-                break
-        epoch += 1
-    if dist.get_rank() == 0:
-        with open(out, "w") as file:
-            json.dump({"step_s": step_s, "losses": losses, "batch_size": job.batch_size}, file)
+            player.stepped(job.batch_size, loss.item())
     dist.destroy_process_group()
 
 
