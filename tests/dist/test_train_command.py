@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 import subprocess
 import sys
@@ -89,11 +90,12 @@ def test_report_is_written_again_from_the_events_alone(automatic):
 def test_until_stops_at_the_target_and_quiet_prints_nothing(tmp_path):
     process = paceline(
         "train", str(TOY), "--layout=dp_replicate=2,micro=2", "--epochs=200", "--until=accuracy=0.9", "--quiet",
-        f"--out={tmp_path}", "--set=loader_workers=1",
+        f"--out={tmp_path}", "--set=loader_workers=1", "--transport=gloo",
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     assert process.stdout == ""
     events = read_events(tmp_path)
+    assert of_kind(events, "plan")[0]["transport"] == "gloo"
     assert events[-1]["status"] == "target reached"
     evaluations = of_kind(events, "evaluation")
     assert evaluations[0]["step"] == 0
@@ -119,7 +121,10 @@ def test_the_same_command_under_torchrun_trains_the_same(automatic, tmp_path):
     )
     assert process.returncode == 0, process.stdout + process.stderr
     assert "finished" in process.stdout
-    losses = [s["loss"] for s in of_kind(read_events(tmp_path / "run"), "step")]
+    events = read_events(tmp_path / "run")
+    expected = "shared memory" if (sys.platform, platform.machine()) == ("linux", "x86_64") else "gloo"
+    assert of_kind(events, "plan")[0]["transport"] == expected
+    losses = [s["loss"] for s in of_kind(events, "step")]
     wanted = [s["loss"] for s in of_kind(read_events(automatic[0]), "step")]
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(wanted), rtol=1e-4, atol=1e-5)
 

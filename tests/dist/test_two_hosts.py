@@ -73,6 +73,10 @@ def test_two_hosts_train_what_one_process_trains(hosts, tmp_path):
     events = read_events(tmp_path / "host0")
     assert len(of_kind(events, "run")[0]["cluster"]["hosts"]) == 2
     assert {trial["workers"] for trial in of_kind(events, "trial")} == {1, 2}
+    (plan,) = of_kind(events, "plan")
+    if plan["layout"]["dp_replicate"] == 2:
+        assert plan["transport"] == "gloo"
+        assert "they are on several hosts" in of_kind(events, "message")[0]["text"]
     alone = paceline("train", str(TOY), "--seed=3", "--layout=dp_replicate=1", f"--out={tmp_path / 'alone'}")
     assert alone.returncode == 0, alone.stderr
     found = torch.tensor([s["loss"] for s in of_kind(events, "step")])

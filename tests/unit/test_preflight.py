@@ -66,6 +66,7 @@ def test_more_workers_than_gpus():
         ({"until": "f1=0.5"}, "no metric 'f1'"),
         ({"steps": 0}, "--steps is 0"),
         ({"precision": "fp8"}, "--precision is 'fp8'"),
+        ({"transport": "pigeon"}, "--transport is 'pigeon'"),
         ({"settings": {"depth": 3}}, "no option 'depth'"),
     ],
 )

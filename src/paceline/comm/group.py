@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -72,6 +73,12 @@ class Group:
             self.rank, self.size, local_size, self._timeout_s, self.gather_json
         )
 
+    def close(self) -> None:
+        """Give back what `share_memory` took."""
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None
+
     @classmethod
     def alone(cls, device: torch.device) -> Group:
         """A group of one: nothing is communicated."""
@@ -89,9 +96,8 @@ class Group:
         name = f"all-reduce of {what}"
         if self._memory is not None:
             # Done at once: with a copy on the very cores that compute, nothing would be hidden.
-            begin_s = time.perf_counter()
-            self._memory.sum_(tensor, what)
-            self.waited_s += time.perf_counter() - begin_s
+            with self._counted():
+                self._memory.sum_(tensor, what)
             return _Done()
         if self._swaps:
             return _Swap(self, tensor, name)
@@ -107,9 +113,8 @@ class Group:
             return rows
         name = f"all-gather of {what}"
         if self._memory is not None:
-            begin_s = time.perf_counter()
-            self._memory.gather(tensor, rows, what)
-            self.waited_s += time.perf_counter() - begin_s
+            with self._counted():
+                self._memory.gather(tensor, rows, what)
         elif self._swaps:
             other = 1 - self.rank
             self._exchange(name, rows[self.rank], rows[other])()
@@ -125,9 +130,8 @@ class Group:
     def broadcast_(self, tensor: torch.Tensor, what: str, source: int = 0) -> torch.Tensor:
         """Replace `tensor` by that of group rank `source`."""
         if self._memory is not None:
-            begin_s = time.perf_counter()
-            self._memory.broadcast_(tensor, what, source)
-            self.waited_s += time.perf_counter() - begin_s
+            with self._counted():
+                self._memory.broadcast_(tensor, what, source)
         elif self.size > 1:
             self._start(
                 f"broadcast of {what}",
@@ -152,6 +156,15 @@ class Group:
         """Return when every worker has come here."""
         self.sum_(torch.zeros(1, device=self.device), f"a barrier ({what})")
 
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Add what is done within to `waited_s`."""
+        begin_s = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.waited_s += time.perf_counter() - begin_s
+
     def _scratch_like(self, tensor: torch.Tensor) -> torch.Tensor:
         """A buffer to receive into. Kept: fresh memory costs a page fault every 4 KiB, at every step."""
         key = (tensor.numel(), tensor.dtype)
@@ -162,10 +175,8 @@ class Group:
     def _start(self, name: str, tensor: torch.Tensor, call: Callable[[], Any]) -> Pending:
         self._num_operations += 1
         name = f"{name} ({_size(tensor)}, operation {self._num_operations})"
-        begin_s = time.perf_counter()
-        with _Translated(self, name):
+        with self._counted(), _Translated(self, name):
             work = call()
-        self.waited_s += time.perf_counter() - begin_s
         return _Work(self, name, [work])
 
     def _exchange(self, name: str, outgoing: torch.Tensor, incoming: torch.Tensor) -> Callable[[], None]:
@@ -173,13 +184,11 @@ class Group:
         self._num_operations += 1
         name = f"{name} ({_size(outgoing)}, operation {self._num_operations})"
         other = 1 - self.rank
-        begin_s = time.perf_counter()
-        with _Translated(self, name):
+        with self._counted(), _Translated(self, name):
             works = [
                 dist.isend(outgoing, group=self._process_group, group_dst=other),
                 dist.irecv(incoming, group=self._process_group, group_src=other),
             ]
-        self.waited_s += time.perf_counter() - begin_s
         return _Work(self, name, works).wait
 
 
@@ -195,11 +204,9 @@ class _Work:
         self._group, self._name, self._works = group, name, works
 
     def wait(self) -> None:
-        begin_s = time.perf_counter()
-        with _Translated(self._group, self._name):
+        with self._group._counted(), _Translated(self._group, self._name):
             for work in self._works:
                 work.wait()
-        self._group.waited_s += time.perf_counter() - begin_s
 
 
 class _Swap:
@@ -212,9 +219,8 @@ class _Swap:
 
     def wait(self) -> None:
         self._wait()
-        begin_s = time.perf_counter()
-        self._tensor.add_(self._received)
-        self._group.waited_s += time.perf_counter() - begin_s
+        with self._group._counted():
+            self._tensor.add_(self._received)
 
 
 class _Translated:

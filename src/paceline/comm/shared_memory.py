@@ -91,6 +91,12 @@ class SharedMemory:
             else:
                 self._sum_in_shards(piece, what)
 
+    def close(self) -> None:
+        """Stop watching the others. The memory itself goes with the last process that maps it."""
+        for descriptor in self._peers.values():
+            os.close(descriptor)
+        self._peers = {}
+
     def _sum_in_shards(self, piece: torch.Tensor, what: str) -> None:
         """Each worker adds up one shard; then all collect the shards."""
         bounds = [rank * piece.numel() // self._size for rank in range(self._size + 1)]

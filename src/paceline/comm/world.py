@@ -62,7 +62,11 @@ class World:
         return group
 
     def leave(self) -> None:
-        """Give back all process groups. Without it gloo's threads abort the interpreter at exit."""
+        """Give back all groups. Without it gloo's threads abort the interpreter at exit."""
+        for group in self.groups.values():
+            if group is not None:
+                group.close()
+        self.groups.clear()
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -70,7 +74,7 @@ class World:
 def check_transport(transport: str) -> None:
     """Raise OptionError unless it is one of `TRANSPORTS`."""
     if transport not in TRANSPORTS:
-        raise OptionError(f"--transport {transport!r} is unknown", next_step=f"use {' or '.join(TRANSPORTS)}")
+        raise OptionError(f"--transport is {transport!r}", next_step=f"use {' or '.join(TRANSPORTS)}")
 
 
 def join(
