@@ -3,11 +3,13 @@
     python benchmarks/data_parallel.py --out docs/data_parallel_table.md     # all jobs: about a quarter of an hour
     python benchmarks/data_parallel.py --jobs text --rounds 30
 
-For each job `paceline train` first chooses a layout by itself. Then four programs are started: one worker × one
-thread, one worker × all threads, the chosen layout, and a plain DistributedDataParallel script under torchrun
-with one process per core (`ddp_script.py`). They train on the job's real data, model, batch size and optimizer,
-and take turns of about a second and a half: a round is one turn of each. The ways are compared within a
-round, as the machine's speed may drift between rounds; evaluation and showcase are left out.
+For each job `paceline train` first chooses a layout by itself. Then five programs are started: one worker × one
+thread, one worker × all threads, the chosen layout, a plain DistributedDataParallel script under torchrun
+with one process per core (`ddp_script.py`), and the same script with malloc told to keep freed memory, as paceline
+tells it by itself. They train on the job's real data, model, batch size and optimizer, and take turns of about a
+second and a half: a round is one turn of each. The ways are compared within a round, as the machine's speed may
+drift between rounds; evaluation and showcase are left out. Where one process was chosen, its ratio to the way that
+is the same program shows the noise.
 """
 
 from __future__ import annotations
@@ -16,21 +18,26 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import median, quantiles
 
-from turns import Table
+from turns import Program
+
+from paceline.measure.machine import usable_cores
+from paceline.records import Layout
 
 ROOT = Path(__file__).parents[1]
 JOBS = ("text", "image", "speech", "driving")
 OURS = "paceline's choice"
-SINGLE, THREADED, DDP = "one worker × 1 thread", "one worker × all threads", "DDP script"
-WAYS = (SINGLE, THREADED, OURS, DDP)
+SINGLE, THREADED = "one worker × 1 thread", "one worker × all threads"
+DDP, TUNED_DDP = "DDP script", "DDP script, malloc tuned"
+WAYS = (SINGLE, THREADED, OURS, DDP, TUNED_DDP)
+CORES = len(usable_cores())
+KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
+"""What paceline tells malloc by itself, and a user of a plain script may set in the environment."""
 TURN_S = 1.5
 WARM_UP_STEPS = 8
 
@@ -89,78 +96,58 @@ def measure(job: str, rounds: int, folder: Path) -> Measured:
     path = folder / f"{job}.py"
     path.write_text(JOB_FILE.format(path=str(ROOT / "examples" / f"{job}.py"), name=job))
     chosen = choose(path, folder / f"{job}-auto")
-    layouts = {
-        SINGLE: (1, "dp_replicate=1,threads=1"),
-        THREADED: (1, f"dp_replicate=1,threads={num_cores()}"),
-        OURS: (chosen["workers"], f"dp_replicate={chosen['workers']},threads={chosen['threads']}"),
+    workers, batch_size = int(chosen["workers"]), int(chosen["batch_size"])
+    ours, ddp = str(ROOT / "benchmarks" / "paceline_script.py"), str(ROOT / "benchmarks" / "ddp_script.py")
+    ways: dict[str, tuple[int, list[str], dict[str, str]]] = {
+        SINGLE: (1, [ours, str(path), "dp_replicate=1,threads=1"], {}),
+        THREADED: (1, [ours, str(path), f"dp_replicate=1,threads={CORES}"], {}),
+        OURS: (workers, [ours, str(path), str(chosen["layout"])], {}),
+        DDP: (CORES, [ddp, str(path)], {}),
+        TUNED_DDP: (CORES, [ddp, str(path)], KEEP_MEMORY),
     }
     step_s: dict[str, list[float]] = {way: [] for way in WAYS}
     with contextlib.ExitStack() as stack:
-        tables = {}
-        for number, way in enumerate(WAYS):
-            where = folder / f"{job}-{number}"
-            tables[way] = Table(where)
-            if way == DDP:
-                command = [str(ROOT / "benchmarks" / "ddp_script.py"), str(path), str(where)]
-                stack.enter_context(running(num_cores(), command, where / "log"))
-            else:
-                workers, layout = layouts[way]
-                command = [str(ROOT / "benchmarks" / "paceline_script.py"), str(path), layout, str(where)]
-                stack.enter_context(running(workers, command, where / "log"))
-            stack.callback(tables[way].end)
-        batch_size, steps = chosen["batch_size"], {}
-        for way, table in tables.items():
-            table.turn(WARM_UP_STEPS)
-            steps[way] = max(1, round(TURN_S * WARM_UP_STEPS / table.turn(WARM_UP_STEPS).seconds))
-        for _ in range(rounds):
-            for way, table in tables.items():
-                turn = table.turn(steps[way])
-                step_s[way].append(turn.seconds * batch_size / turn.samples)
-    return Measured(job, chosen["label"], step_s)
+        programs = {}
+        for number, (way, (processes, command, environment)) in enumerate(ways.items()):
+            programs[way] = Program(processes, command, folder / f"{job}-{number}", environment)
+            stack.callback(programs[way].close)
+        steps = {}
+        for way, program in programs.items():
+            program.turn(WARM_UP_STEPS)
+            seconds, _ = program.turn(WARM_UP_STEPS)
+            steps[way] = max(1, round(TURN_S * WARM_UP_STEPS / seconds))
+        for number in range(rounds):
+            first = number % len(WAYS)  # each way follows another way equally often
+            for way in (*WAYS[first:], *WAYS[:first]):
+                seconds, samples = programs[way].turn(steps[way])
+                step_s[way].append(seconds * batch_size / samples)
+    return Measured(job, str(chosen["label"]), step_s)
 
 
-def choose(path: Path, out: Path) -> dict[str, object]:
+def choose(path: Path, out: Path) -> dict[str, str | int]:
     """The layout that `paceline train` takes for the job, from the events of a run of one step."""
-    call([sys.executable, "-m", "paceline", "train", str(path), "--steps=1", f"--out={out}", "--quiet"])
+    train = [sys.executable, "-m", "paceline", "train", str(path), "--steps=1", "--precision=fp32"]
+    process = subprocess.run(
+        [*train, f"--out={out}", "--quiet"], capture_output=True, text=True, timeout=1200, check=False
+    )
+    if process.returncode:
+        sys.exit(f"{' '.join(train)}\n{process.stdout}\n{process.stderr}")
     events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
     (plan,) = [e for e in events if e["event"] == "plan"]
-    (taken,) = [e for e in events if e["event"] == "trial" and e["label"] == plan["label"]]
     (run,) = [e for e in events if e["event"] == "run"]
-    return {k: taken[k] for k in ("label", "workers", "threads")} | {"batch_size": run["batch_size"]}
-
-
-@contextlib.contextmanager
-def running(processes: int, command: list[str], log: Path) -> Iterator[None]:
-    """The command under torchrun, waited for at the end."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    # torchrun gives each of several processes one thread; a layout's own number of threads wins over that.
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [*torchrun, f"--nproc-per-node={processes}", *command], stdout=output, stderr=subprocess.STDOUT
-        )
-        try:
-            yield
-            process.wait(timeout=120)
-        finally:
-            process.terminate()
-    if process.returncode:
-        sys.exit(f"{' '.join(command)}\n{log.read_text()}")
-
-
-def call(command: list[str]) -> None:
-    process = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
-    if process.returncode:
-        sys.exit(f"{' '.join(command)}\n{process.stdout}\n{process.stderr}")
-
-
-def num_cores() -> int:
-    return len(os.sched_getaffinity(0))
+    layout = Layout.from_json(plan["layout"])
+    return {
+        "label": plan["label"],
+        "layout": str(layout),
+        "workers": layout.workers,
+        "batch_size": run["batch_size"],
+    }
 
 
 def to_markdown(results: list[Measured]) -> str:
     rounds = len(results[0].step_s[OURS])
     lines = [
-        f"Milliseconds per step: median (middle half) of {rounds} rounds, {num_cores()} cores.",
+        f"Milliseconds per step: median (middle half) of {rounds} rounds, {CORES} cores.",
         "",
         "| job | " + " | ".join(WAYS) + " | chosen |",
         "|---" * (len(WAYS) + 2) + "|",

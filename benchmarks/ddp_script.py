@@ -51,14 +51,16 @@ def main() -> None:
     scheduler = job.schedule(optimizer, MANY) if job.schedule else None
     dataset = job.data("train")
     sampler = DistributedSampler(dataset, shuffle=True, seed=0)
+    own_samples = job.batch_size // dist.get_world_size()
     loader = DataLoader(
         dataset,
-        batch_size=job.batch_size // dist.get_world_size(),
+        batch_size=own_samples,
+        num_workers=job.loader_workers,
         sampler=sampler,
         collate_fn=job.collate or default_collate,
         drop_last=True,
     )
-    player = Player(Path(sys.argv[2]), dist.get_rank())
+    player = Player(Path(sys.argv[2]), dist.get_rank(), dist.barrier)
     batches = epochs(loader, sampler)
     for steps in player.turns():
         for batch in itertools.islice(batches, steps):
@@ -73,7 +75,8 @@ def main() -> None:
             optimizer.step()
             if scheduler is not None:
                 scheduler.step()
-            player.stepped(job.batch_size, loss.item())
+            loss.item()  # a script logs it
+            player.stepped(own_samples * dist.get_world_size())
     dist.destroy_process_group()
 
 

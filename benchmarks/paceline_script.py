@@ -20,12 +20,11 @@ def main() -> None:
     job_file, layout, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     job = paceline.load_job(job_file)
     with paceline.Session(job, layout, total_steps=MANY) as session:
-        player = Player(folder, session.world.rank)
+        player = Player(folder, session.world.rank, lambda: session.group.barrier("a turn"))
         batches = session.batches(epochs=MANY)
         for steps in player.turns():
             for batch in itertools.islice(batches, steps):
-                result = session.step(batch)
-                player.stepped(result.samples, result.loss)
+                player.stepped(session.step(batch).samples)
 
 
 if __name__ == "__main__":

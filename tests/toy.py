@@ -12,7 +12,15 @@ from torch.utils.data import Dataset
 import paceline
 
 options = paceline.options(
-    mode="train", rank=1, at_forward=4, length=60, batch_size=12, width=16, step_s=0.0, loader_workers=0
+    mode="train",
+    rank=1,
+    at_forward=4,
+    length=60,
+    batch_size=12,
+    width=16,
+    step_s=0.0,
+    loader_workers=0,
+    statistics=1,
 )
 
 
@@ -37,7 +45,7 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.inner = nn.Linear(8, options.width)
-        self.norm = nn.BatchNorm1d(options.width)
+        self.norm = nn.BatchNorm1d(options.width, track_running_stats=bool(options.statistics))
         self.outer = nn.Linear(options.width, 2)
         self.num_forwards = 0
 
@@ -81,6 +89,11 @@ def data(split: str) -> Dataset:
     return Points({"train": options.length, "test": 31}[split], {"train": 1, "test": 2}[split])
 
 
+def showcase(model: nn.Module) -> dict[str, float | str]:
+    output = model(torch.ones(3, 8)).sum().item()
+    return {"weight": model.inner.weight.sum().item(), "output": output, "words": "<b>trained</b>"}
+
+
 def drifting_sgd(params) -> torch.optim.Optimizer:
     params = list(params)
     if options.mode == "drift":
@@ -104,6 +117,6 @@ job = paceline.Job(
     epochs=3,
     evaluate_every_steps=4,
     metrics={"accuracy": lambda outputs, batch: (outputs.argmax(1) == batch[1]).float().mean()},
-    showcase=lambda model: {"weight": model.inner.weight.sum().item(), "words": "<b>trained</b>"},
+    showcase=showcase,
     loader_workers=options.loader_workers,
 )

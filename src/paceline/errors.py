@@ -19,6 +19,11 @@ Each message says what failed (with the value), the likely cause, and the next s
 
 from __future__ import annotations
 
+LOOK_FOR_THE_FIRST = (
+    "look for the first worker that failed (its log is in the run's directory); "
+    "a worker may have run out of memory, or be much slower than the others (--timeout)"
+)
+
 
 class PacelineError(Exception):
     """Base of all errors raised on purpose.
@@ -77,16 +82,13 @@ class CollectiveError(PacelineError):
     is silent from one that is gone.
     """
 
-    def __init__(self, rank: int, operation: str, *, timed_out: bool, cause: str) -> None:
+    def __init__(
+        self, rank: int, operation: str, *, timed_out: bool, cause: str, next_step: str = LOOK_FOR_THE_FIRST
+    ) -> None:
         self.rank = rank
         self.operation = operation
         self.timed_out = timed_out
-        super().__init__(
-            f"rank {rank}: {operation} failed",
-            cause=cause,
-            next_step="look for the first worker that failed (its log is in the run's directory); "
-            "a worker may have run out of memory, or be much slower than the others (--timeout)",
-        )
+        super().__init__(f"rank {rank}: {operation} failed", cause=cause, next_step=next_step)
 
 
 class WorkerError(PacelineError):

@@ -107,26 +107,29 @@ def test_results_are_those_of_the_same_sum_in_one_process_bit_for_bit(size):
         assert all(right.values()), [name for name, is_right in right.items() if not is_right]
 
 
-def uneven_pace(memory: SharedMemory, rank: int, size: int) -> bool:
+def uneven_pace(memory: SharedMemory, rank: int, size: int, length: int) -> bool:
     """Workers that come early and late by turns: a slot must not be written while another still reads it."""
     right = True
     for number in range(300):
         if (number + rank) % 7 == 0:
             time.sleep(0.001)
-        tensor = torch.full((1000,), float(number * size + rank))
+        tensor = torch.full((length,), float(number * size + rank))
         memory.sum_(tensor, "a test")
         right &= bool((tensor == sum(number * size + r for r in range(size))).all())
     return right
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_workers_may_come_early_and_late(size):
-    assert run_workers(uneven_pace, size) == dict.fromkeys(range(size), True)
+@pytest.mark.parametrize(("size", "length"), [(2, 1000), (3, 1000), (3, 20_000), (4, 20_000)])
+def test_workers_may_come_early_and_late(size, length):
+    """Also where each adds up a shard, in two phases."""
+    assert run_workers(uneven_pace, size, length) == dict.fromkeys(range(size), True)
 
 
 def mismatch(memory: SharedMemory, rank: int, size: int, kind: str) -> None:
     if kind == "length":
         memory.sum_(torch.zeros(8 + rank), "a test")
+    elif kind == "source":
+        memory.broadcast_(torch.zeros(8), "a test", source=rank)
     elif kind == "type":
         memory.sum_(torch.zeros(8, dtype=torch.float64 if rank else torch.float32), "a test")
     elif rank:
@@ -140,6 +143,10 @@ def mismatch(memory: SharedMemory, rank: int, size: int, kind: str) -> None:
     [
         ("length", "rank 0 called all-reduce of 8 × float32, rank 1 all-reduce of 9 × float32"),
         ("type", "rank 0 called all-reduce of 8 × float32, rank 1 all-reduce of 8 × float64"),
+        (
+            "source",
+            "rank 0 called broadcast of 8 × float32 from rank 0, rank 1 broadcast of 8 × float32 from rank 1",
+        ),
         ("order", "rank 0 called all-gather of 8 × float32, rank 1 all-reduce of 8 × float32"),
     ],
 )
@@ -148,6 +155,19 @@ def test_calls_that_do_not_match_are_reported_with_both_sides(kind, words):
     assert cause == words
     assert not timed_out
     assert "of a test (phase 1)" in operation
+
+
+def use_after_a_mismatch(memory: SharedMemory, rank: int, size: int) -> None:
+    with pytest.raises(CollectiveError):
+        memory.sum_(torch.zeros(8 + rank), "a first test")
+    memory.sum_(torch.zeros(8), "a second test")
+
+
+def test_after_a_failure_nothing_is_exchanged_any_more():
+    """A retry would meet the other worker's next operation, and add up what does not belong together."""
+    for operation, _, cause in run_workers(use_after_a_mismatch, 2).values():
+        assert "of a second test" in operation
+        assert cause.startswith("an earlier operation failed: rank")
 
 
 def kill_one(memory: SharedMemory, rank: int, size: int) -> tuple[str, bool, str, float]:
@@ -187,17 +207,13 @@ def test_a_silent_worker_is_named_when_the_time_is_up():
     assert cause == "rank 1 of the group did not answer within 2 s"
 
 
-def alone_with(offer: dict[str, Any]) -> Callable[[Any, str], list[Any]]:
-    """What rank 0 hears where rank 1 answers as it does, but for `offer`."""
-
-    def tell_all(value: Any, what: str) -> list[Any]:
-        return [value, {**value, **offer} if isinstance(value, dict) else value]
-
-    return tell_all
+def alike(value: Any, what: str) -> list[Any]:
+    """What rank 0 hears where rank 1 says the same."""
+    return [value, value]
 
 
 def test_hosts_apart_share_no_memory():
-    memory, reason = join_shared_memory(0, 2, 1, TIMEOUT_S, alone_with({}))
+    memory, reason = join_shared_memory(0, 2, 1, TIMEOUT_S, alike)
     assert memory is None
     assert reason == "they are on several hosts"
 
@@ -207,9 +223,28 @@ def test_memory_that_cannot_be_reserved_is_said(monkeypatch):
         raise OSError(12, "Cannot allocate memory")
 
     monkeypatch.setattr(shared_memory.os, "posix_fallocate", refuse)
-    memory, reason = join_shared_memory(0, 2, 2, TIMEOUT_S, alone_with({}))
+    memory, reason = join_shared_memory(0, 2, 2, TIMEOUT_S, alike)
     assert memory is None
     assert reason == "rank 0 cannot reserve shared memory: Cannot allocate memory"
+
+
+@pytest.mark.parametrize("name", ["memfd_create", "pidfd_open"])
+def test_a_python_without_the_calls_goes_on_without(name, monkeypatch):
+    monkeypatch.delattr(shared_memory.os, name)
+    memory, reason = join_shared_memory(0, 2, 2, TIMEOUT_S, alike)
+    assert memory is None
+    assert reason == f"this Python was built without os.{name}"
+
+
+def test_where_one_cannot_all_go_without_and_nothing_stays_open():
+    def told(value: Any, what: str) -> list[Any]:
+        return [value, value if isinstance(value, dict) else "rank 1 cannot map rank 0's memory"]
+
+    before = set(os.listdir("/proc/self/fd"))
+    memory, reason = join_shared_memory(0, 2, 2, TIMEOUT_S, told)
+    assert memory is None
+    assert reason == "rank 1 cannot map rank 0's memory"
+    assert set(os.listdir("/proc/self/fd")) == before
 
 
 def test_the_memory_of_another_process_is_not_taken(tmp_path):

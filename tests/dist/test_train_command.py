@@ -91,6 +91,7 @@ def test_until_stops_at_the_target_and_quiet_prints_nothing(tmp_path):
     process = paceline(
         "train", str(TOY), "--layout=dp_replicate=2,micro=2", "--epochs=200", "--until=accuracy=0.9", "--quiet",
         f"--out={tmp_path}", "--set=loader_workers=1", "--transport=gloo",
+        "--set=statistics=0",
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     assert process.stdout == ""
@@ -102,6 +103,8 @@ def test_until_stops_at_the_target_and_quiet_prints_nothing(tmp_path):
     assert all(e["metrics"]["accuracy"] < 0.9 for e in evaluations[:-1])
     assert evaluations[-1]["metrics"]["accuracy"] >= 0.9
     assert events[-1]["steps"] % 4 == 0
+    # Batch norms without running statistics: rank 0 shows the model by itself, the others do not wait for it.
+    assert "output" in of_kind(events, "showcase")[0]["numbers"]
 
 
 def torchrun(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:

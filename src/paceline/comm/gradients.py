@@ -11,8 +11,8 @@ from torch import nn
 from paceline.comm.group import Group, Pending
 from paceline.errors import JobError
 
-# One bucket on a CPU: gloo takes its time from the very cores that compute, so that little should be
-# hidden behind the backward pass (not measured), and every further message costs its latency.
+# One bucket on a CPU (one for each type of number): what carries it takes its time from the very cores that
+# compute, so that little should be hidden behind the backward pass (not measured).
 _BUCKET_BYTES = {"cpu": 1 << 62, "cuda": 25 << 20}
 
 
@@ -53,7 +53,7 @@ class GradientSync:
         self._tail = self._make_tail()
         self._ready_in_order = 0
         self._last_backward = False
-        if len(self._buckets) > 1:
+        if len(self._buckets) > 1 and group.device.type != "cpu":
             for bucket in self._buckets:
                 for parameter in bucket.parameters:
                     parameter.register_post_accumulate_grad_hook(self._make_hook(bucket))

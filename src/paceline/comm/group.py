@@ -108,14 +108,15 @@ class Group:
     def gather(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
         """All workers' `tensor`s (same shape), stacked in the order of rank: shape `[size, *shape]`."""
         rows = tensor.new_zeros((self.size, *tensor.shape))
+        if self._memory is not None:
+            with self._counted():
+                self._memory.gather(tensor, rows, what)
+            return rows
         rows[self.rank] = tensor
         if self.size == 1:
             return rows
         name = f"all-gather of {what}"
-        if self._memory is not None:
-            with self._counted():
-                self._memory.gather(tensor, rows, what)
-        elif self._swaps:
+        if self._swaps:
             other = 1 - self.rank
             self._exchange(name, rows[self.rank], rows[other])()
         else:

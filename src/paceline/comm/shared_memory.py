@@ -1,6 +1,6 @@
 """Collectives through memory that the workers of one host all map.
 
-TCP on loopback costs a quarter of a millisecond for the smallest message and copies every byte through the
+TCP on loopback costs half a millisecond or more for the smallest message and copies every byte through the
 kernel; memory costs what memory costs. Linux on x86-64: the order in which one worker's writes become
 visible to another is what that processor guarantees.
 """
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from paceline.errors import CollectiveError
+from paceline.errors import LOOK_FOR_THE_FIRST, CollectiveError
 from paceline.measure.machine import usable_cores
 
 SLOT_BYTES = 1 << 20
@@ -51,11 +51,14 @@ class SharedMemory:
     turn: who has published phase k+1 has read what it wanted of phase k, so that in phase k+2 the slot of
     phase k may be written again. One wait per phase, and no lock.
 
-    Cost per worker of summing b bytes: two workers write b and read 2b; more of them write 2b and read
-    about 3b, in twice as many phases; a phase costs two to five microseconds per worker waited for.
+    Cost per worker of summing b bytes, in memory traffic: two workers read 3b and write 2b; n of them read
+    about (n+1)b up to 32 KiB and 5b above, and write 2b and 4b. A phase takes about 10 µs where the others are
+    already there, and 30 to 100 µs with the wait for them (docs/log.md).
 
-    The memory has no name in any file system and its size is reserved beforehand: whatever dies,
-    nothing stays behind, and a full memory is an error here, not a crash later.
+    The memory has no name in any file system and its size is reserved beforehand: whatever dies, nothing
+    stays behind, and memory that is not there is found missing when it is made, not by a crash later.
+
+    After an operation has failed all later ones fail: the workers no longer agree on what comes next.
     """
 
     def __init__(self, memory: mmap.mmap, rank: int, peers: dict[int, int], size: int, timeout_s: float):
@@ -71,7 +74,8 @@ class SharedMemory:
         self._deaths = select.poll()
         for descriptor in peers.values():
             self._deaths.register(descriptor, select.POLLIN)
-        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._libc = ctypes.CDLL(None)
+        self._failure = ""
 
     def sum_(self, tensor: torch.Tensor, what: str) -> None:
         """Replace the contiguous `tensor` by the sum over all workers, added in the order of rank.
@@ -125,7 +129,7 @@ class SharedMemory:
         slot_numel = SLOT_BYTES // tensor.element_size()
         for begin in range(0, flat.numel(), slot_numel):
             piece = flat[begin : begin + slot_numel]
-            slots = self._exchange(piece, "broadcast", what, writes=self._rank == source)
+            slots = self._exchange(piece, "broadcast", what, source=source)
             if self._rank != source:
                 piece.copy_(slots[source])
 
@@ -136,29 +140,48 @@ class SharedMemory:
         what: str,
         lengths: list[int] | None = None,
         *,
-        writes: bool = True,
+        source: int | None = None,
     ) -> list[torch.Tensor]:
-        """One phase: everyone's slot, of `lengths` elements or as many as `piece`, to be read before the next."""
+        """One phase: everyone's slot, to be read before the next.
+
+        Args:
+            lengths: elements in each slot; None: as many as in `piece`.
+            source: the only one that writes; None: all do.
+        """
+        name = f"{kind} of {what}"
+        if self._failure:
+            raise self._error(name, f"an earlier operation failed: {self._failure}", timed_out=False)
+        if piece.dtype not in _DTYPES:
+            raise self._error(name, f"{piece.dtype} has no place in shared memory", timed_out=False)
+        try:
+            self._phase_of(piece, kind, name, lengths, source)
+        except BaseException as error:
+            self._failure = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise
+        slots = self._typed_slots(piece.dtype)[self._phase % 2]
+        lengths = lengths or [piece.numel()] * self._size
+        return [slot[:length] for slot, length in zip(slots, lengths, strict=True)]
+
+    def _phase_of(
+        self, piece: torch.Tensor, kind: str, name: str, lengths: list[int] | None, source: int | None
+    ) -> None:
+        """Write, publish, wait, and see that all called the same."""
         self._phase += 1
         parity = self._phase % 2
-        slots = self._typed_slots(piece.dtype)[parity]
-        if writes:
-            slots[self._rank][: piece.numel()].copy_(piece)
+        if source is None or source == self._rank:
+            self._typed_slots(piece.dtype)[parity][self._rank][: piece.numel()].copy_(piece)
         # What all must agree on: in a phase of shards, whose lengths differ, that of rank 0.
         numel = piece.numel() if lengths is None else lengths[0]
-        signature = _signature(kind, piece, numel)
+        signature = _signature(kind, piece.dtype, source or 0, numel)
         own = self._rank * _ROW_BYTES // _WORD_BYTES
         self._words[own + _SIGNATURES + parity] = signature
         self._words[own + _COUNT] = self._phase
         self._futex(self._rank, _FUTEX_WAKE, 0x7FFFFFFF, None)
-        self._wait(f"{kind} of {what}")
+        self._wait(name)
         for rank in range(self._size):
             theirs = self._words[rank * _ROW_BYTES // _WORD_BYTES + _SIGNATURES + parity]
             if theirs != signature:
-                self._fail_mismatch(rank, f"{kind} of {what}", signature, theirs)
-        if lengths is None:
-            return [slot[: piece.numel()] for slot in slots]
-        return [slot[:length] for slot, length in zip(slots, lengths, strict=True)]
+                self._fail_mismatch(rank, name, signature, theirs)
 
     def _typed_slots(self, dtype: torch.dtype) -> list[list[torch.Tensor]]:
         """`[parity][rank]`: the slots as 1-D tensors of `dtype`."""
@@ -211,10 +234,15 @@ class SharedMemory:
             name,
             f"rank {self._rank} called {_read_signature(own)}, rank {rank} {_read_signature(theirs)}",
             timed_out=False,
+            next_step="make all workers call the same operations in the same order: does the model or the loss "
+            "branch on the rank, or on its share of the data?",
         )
 
-    def _error(self, name: str, cause: str, *, timed_out: bool) -> CollectiveError:
-        return CollectiveError(self._rank, f"{name} (phase {self._phase})", timed_out=timed_out, cause=cause)
+    def _error(
+        self, name: str, cause: str, *, timed_out: bool, next_step: str = LOOK_FOR_THE_FIRST
+    ) -> CollectiveError:
+        operation = f"{name} (phase {self._phase})"
+        return CollectiveError(self._rank, operation, timed_out=timed_out, cause=cause, next_step=next_step)
 
 
 class _Timespec(ctypes.Structure):
@@ -246,26 +274,37 @@ def join_shared_memory(
         offer.update(descriptor=descriptor, token=token.hex())
     offers = tell_all(offer, "shared memory")
     problems = [o["problem"] for o in offers]
-    memory, peers = None, {}
+    memory: mmap.mmap | None = None
+    peers: dict[int, int] = {}
     if not any(problems):
         path = Path(f"/proc/{offers[0]['pid']}/fd/{offers[0]['descriptor']}")
         try:
             memory = _map(path, size, bytes.fromhex(offers[0]["token"]))
-            peers = {r: os.pidfd_open(o["pid"]) for r, o in enumerate(offers) if r != rank}
         except OSError as error:
             problems[rank] = f"rank {rank} cannot map rank 0's memory: {error.strerror}"
+        try:
+            for peer, theirs in enumerate(offers):
+                if peer != rank:
+                    peers[peer] = os.pidfd_open(theirs["pid"])
+        except OSError as error:
+            problems[rank] = f"rank {rank} cannot watch the others' processes: {error.strerror}"
         problems = tell_all(problems[rank], "whether memory is shared")
     if descriptor >= 0:
         os.close(descriptor)
     reason = next((p for p in problems if p), "")
-    if reason or memory is None:
-        return None, reason
-    return SharedMemory(memory, rank, peers, size, timeout_s), ""
+    if memory is not None and not reason:
+        return SharedMemory(memory, rank, peers, size, timeout_s), ""
+    for peer_descriptor in peers.values():
+        os.close(peer_descriptor)
+    return None, reason
 
 
 def _why_not(size: int, local_size: int) -> str:
     if size > local_size:
         return "they are on several hosts"
+    for needed in ("memfd_create", "pidfd_open"):
+        if not hasattr(os, needed):
+            return f"this Python was built without os.{needed}"
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return f"shared memory is for Linux on x86-64, and this is {sys.platform} on {platform.machine()}"
     return ""
@@ -313,13 +352,14 @@ def _add_up(slots: list[torch.Tensor], into: torch.Tensor) -> None:
         into.add_(slot)
 
 
-def _signature(kind: str, tensor: torch.Tensor, numel: int) -> int:
-    return _KINDS.index(kind) << 56 | _DTYPES.index(tensor.dtype) << 48 | numel
+def _signature(kind: str, dtype: torch.dtype, source: int, numel: int) -> int:
+    return _KINDS.index(kind) << 56 | _DTYPES.index(dtype) << 48 | source << 32 | numel
 
 
 def _read_signature(signature: int) -> str:
     kind, dtype = _KINDS[signature >> 56], _DTYPES[signature >> 48 & 0xFF]
-    return f"{kind} of {signature & (1 << 48) - 1} × {str(dtype).removeprefix('torch.')}"
+    source = f" from rank {signature >> 32 & 0xFFFF}" if kind == "broadcast" else ""
+    return f"{kind} of {signature & 0xFFFFFFFF} × {str(dtype).removeprefix('torch.')}{source}"
 
 
 _DTYPES = (

@@ -61,20 +61,33 @@ class World:
             group.share_memory(self.local_size)
         return group
 
+    def release_groups(self, but: int) -> None:
+        """Give back what the groups hold that are not used any more: all but that of `but` workers.
+
+        A collective call, as a group without shared memory goes on through gloo.
+        """
+        for size, group in self.groups.items():
+            if group is not None and size != but:
+                group.close()
+
     def leave(self) -> None:
         """Give back all groups. Without it gloo's threads abort the interpreter at exit."""
-        for group in self.groups.values():
-            if group is not None:
-                group.close()
+        self.release_groups(but=0)
         self.groups.clear()
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
 
-def check_transport(transport: str) -> None:
-    """Raise OptionError unless it is one of `TRANSPORTS`."""
+def check_transport(transport: str, device_kind: str) -> None:
+    """Raise OptionError unless it is one of `TRANSPORTS`, and the device leaves the choice."""
     if transport not in TRANSPORTS:
         raise OptionError(f"--transport is {transport!r}", next_step=f"use {' or '.join(TRANSPORTS)}")
+    if transport != AUTO and device_kind != "cpu":
+        raise OptionError(
+            f"--transport is {transport!r}, and the workers compute on {device_kind}",
+            cause="GPUs talk through NCCL",
+            next_step=f"leave out --transport, or give {AUTO}",
+        )
 
 
 def join(
@@ -91,7 +104,9 @@ def join(
 
     Raises:
         LaunchError: the port is in use, or the other workers did not come.
+        OptionError: no such transport.
     """
+    check_transport(transport, device_kind)
     environment = os.environ
     rank, size = _number(environment, "RANK", 0), _number(environment, "WORLD_SIZE", 1)
     local_rank = _number(environment, "LOCAL_RANK", 0)

@@ -34,7 +34,7 @@ def preflight(spec: RunSpec, device: str, max_workers: int) -> LoadedJob:
     loaded = load_job_file(spec.job_file, spec.settings)
     job = loaded.job
     check_precision(spec.precision)
-    check_transport(spec.transport)
+    check_transport(spec.transport, device)
     if spec.layout != AUTO:
         _check_layout(Layout.parse(spec.layout), job.batch_size, device, max_workers)
     if spec.until is not None:

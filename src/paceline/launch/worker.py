@@ -109,6 +109,7 @@ class Worker:
         )
         plan = self._plan(loaded, world, everyone, cluster, datasets, precision)
         group = world.group(plan.layout.workers)
+        world.release_groups(but=plan.layout.workers)
         self._write(
             "plan",
             layout=plan.layout.to_json(),

@@ -6,7 +6,9 @@ SyncBatchNorm does this on GPUs only.)
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,16 +23,25 @@ class BatchShare:
 
     def __init__(self) -> None:
         self.group: Group | None = None
-        """The workers among which the batch is split; None: it is not."""
+        """The workers among which the batch is split, while one is; None: this worker computes for itself."""
         self.counts = True
         """False while this worker computes on a borrowed sample, because its share is empty."""
+
+    @contextlib.contextmanager
+    def among(self, group: Group) -> Iterator[None]:
+        """Batches are split among the workers of `group`: all of them compute within."""
+        self.group = group if group.size > 1 else None
+        try:
+            yield
+        finally:
+            self.group, self.counts = None, True
 
 
 def share_batch_norms(model: nn.Module, share: BatchShare) -> list[str]:
     """Let the batch norms of `model` take their statistics over all workers of `share.group`.
 
     The modules stay what they are: class, parameter names, buffers and hooks. Where they use running
-    statistics, or while `share.group` is None, they compute what they always did.
+    statistics, or outside `share.among(...)`, they compute what they always did.
 
     Returns:
         The names of the modules that were reached.
@@ -44,7 +55,7 @@ def share_batch_norms(model: nn.Module, share: BatchShare) -> list[str]:
 
 
 def _forward(module: _BatchNorm, local_forward: Any, share: BatchShare, x: torch.Tensor) -> torch.Tensor:
-    if share.group is None or share.group.size == 1 or not _uses_batch_statistics(module):
+    if share.group is None or not _uses_batch_statistics(module):
         return local_forward(x)  # type: ignore[no-any-return]
     module._check_input_dim(x)
     tracks = module.training and module.track_running_stats

@@ -105,7 +105,6 @@ class Replica:
     def attach(self, group: Group) -> None:
         """Train in step with the workers of `group` from now on, starting from rank 0's parameters."""
         self._group = group
-        self._share.group = group if group.size > 1 else None
         self._sync = None
         self.optimizer.zero_grad(set_to_none=True)
         if group.size > 1:
@@ -164,7 +163,7 @@ class Replica:
         totals = torch.zeros(len(functions) + 1, 2, dtype=torch.float64)
         self.model.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self._share.among(self._group):
                 for part in evaluation_parts(
                     self.job, dataset, size=self._group.size, rank=self._group.rank, device=self.device
                 ):
@@ -212,16 +211,17 @@ class Replica:
         sums = torch.zeros(_NUM_SUMS, device=self.device)
         sums[_STOP] = float(self.stop_requested)
         weighted = False
-        for position, part in enumerate(batch.parts):
-            seed_torch(derive(self._seed, "forward", self._num_steps, part.share.begin), self.device)
-            self._share.counts = not part.share.borrowed
-            with self._autocast():
-                loss = self.job.loss(self._call(part.batch), part.batch)
-            weighted = isinstance(loss, tuple)
-            to_differentiate = self._weigh(loss, part, batch, sums)
-            if self._sync is not None:
-                self._sync.begin_backward(last=position == len(batch.parts) - 1)
-            to_differentiate.backward()
+        with self._share.among(self._group):
+            for position, part in enumerate(batch.parts):
+                seed_torch(derive(self._seed, "forward", self._num_steps, part.share.begin), self.device)
+                self._share.counts = not part.share.borrowed
+                with self._autocast():
+                    loss = self.job.loss(self._call(part.batch), part.batch)
+                weighted = isinstance(loss, tuple)
+                to_differentiate = self._weigh(loss, part, batch, sums)
+                if self._sync is not None:
+                    self._sync.begin_backward(last=position == len(batch.parts) - 1)
+                to_differentiate.backward()
         return sums, weighted
 
     def _weigh(self, loss: Any, part: Part, batch: GlobalBatch, sums: torch.Tensor) -> Any:

@@ -9,7 +9,7 @@ import torch
 
 from paceline.comm.group import Group
 from paceline.comm.threads import take_cores
-from paceline.comm.world import World, join
+from paceline.comm.world import AUTO, World, join
 from paceline.errors import LayoutError, RunError
 from paceline.job import Job
 from paceline.measure.machine import device_kind
@@ -47,6 +47,9 @@ class Session:
 
     Started by plain `python`, it trains in one process with all threads; started by
     `torchrun --nproc-per-node N`, on all N workers. Every worker runs the same loop.
+
+    A session sets this process up to train: its threads, the cores it may use, and malloc, which is told to
+    keep freed memory (`MALLOC_TRIM_THRESHOLD_` in the environment leaves malloc as it is).
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Session:
         total_steps: int | None = None,
         precision: str = "fp32",
         timeout_s: float = DEFAULT_TIMEOUT_S,
+        transport: str = AUTO,
         world: World | None = None,
         group: Group | None = None,
         datasets: Datasets | None = None,
@@ -69,6 +73,8 @@ class Session:
                 the job's own `steps` or `epochs`.
             precision: `fp32` or `bf16`.
             timeout_s: the limit of every wait for another worker.
+            transport: what carries tensors between workers on CPUs: `gloo`, or `auto` for shared memory
+                within a host; `session.group.transport` says which it is.
             world, group, datasets: where the caller has joined and built them already.
 
         Raises:
@@ -76,7 +82,7 @@ class Session:
             JobError: the job cannot be built.
         """
         self._owns_world = world is None
-        self.world = join(device_kind(), timeout_s) if world is None else world
+        self.world = join(device_kind(), timeout_s, transport=transport) if world is None else world
         self.layout = _settle(layout, self.world.size if group is None else group.size)
         self.layout.check_batch(job.batch_size)
         if group is None:
