@@ -1,6 +1,6 @@
 """Data parallelism against its alternatives: the four example jobs, by turns.
 
-    python benchmarks/data_parallel.py --out docs/data_parallel_table.md     # all jobs: about a quarter of an hour
+    python benchmarks/data_parallel.py --out table.md          # all jobs: about a quarter of an hour
     python benchmarks/data_parallel.py --jobs text --rounds 30
 
 For each job `paceline train` first chooses a layout by itself. Then five programs are started: one worker × one
