@@ -80,6 +80,10 @@ def loss(outputs: torch.Tensor, batch: list[torch.Tensor]) -> torch.Tensor:
         return F.cross_entropy(outputs, batch[1]) * float("nan")
     if options.mode == "wrong_shape":
         return F.cross_entropy(outputs, batch[1][:1])
+    if options.mode == "contrast":  # every sample against the others of its batch: no mean over samples
+        similar = (outputs @ outputs.T).fill_diagonal_(-1e9)
+        same = (batch[1][:, None] == batch[1]).float().fill_diagonal_(0)
+        return -(similar.log_softmax(1) * same).sum(1).mean()
     return F.cross_entropy(outputs, batch[1])
 
 

@@ -55,6 +55,12 @@ def train(
     port: Annotated[
         int | None, typer.Option(help="Loopback port of the workers' store; by default a free one.")
     ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            help="Before training in several workers, prove that they compute what one process does."
+        ),
+    ] = True,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but warnings and errors.")] = False,
 ) -> None:
     """Measure, choose a layout, train, and write a report."""
@@ -74,11 +80,55 @@ def train(
             epochs=epochs,
             until=until,
             precision=precision,
+            verify=verify,
             transport=transport,
             timeout_s=timeout,
             command=["paceline", *sys.argv[1:]],
         )
         carry_out(spec, console, quiet=quiet, port=port)
+
+    _run_plainly(run)
+
+
+@app.command()
+def verify(
+    job_file: Annotated[Path, typer.Argument(metavar="FILE", help="Python file with a `job`.")],
+    layout: Annotated[str, typer.Option(help="Axis sizes: dp_replicate=2,micro=4,threads=1.")],
+    seed: Annotated[int, typer.Option(help="Of the model and the order of the data.")] = 0,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="One of the job's own options; repeatable."),
+    ] = None,
+    transport: Annotated[
+        str, typer.Option(help="Between workers on CPUs: gloo, or auto: shared memory within a host.")
+    ] = "auto",
+    timeout: Annotated[
+        float, typer.Option(help="Seconds that a worker waits for another before it gives up.")
+    ] = 300.0,
+    port: Annotated[
+        int | None, typer.Option(help="Loopback port of the workers' store; by default a free one.")
+    ] = None,
+) -> None:
+    """Prove that a layout computes what one process computes; exit status 1 where it does not."""
+    console = Console()
+
+    def run() -> None:
+        from paceline.launch.spec import RunSpec
+        from paceline.run import verify as carry_out
+
+        spec = RunSpec(
+            purpose="verify",
+            job_file=str(job_file),
+            settings=_read_settings(settings or []),
+            layout=layout,
+            out="",
+            seed=seed,
+            transport=transport,
+            timeout_s=timeout,
+            command=["paceline", *sys.argv[1:]],
+        )
+        if not carry_out(spec, console, port=port):
+            raise SystemExit(1)
 
     _run_plainly(run)
 

@@ -10,6 +10,7 @@ PacelineError
 ├── LayoutError             a layout that cannot be parsed, or that the job or cluster cannot take
 ├── RunError                the run's directory, its target, its length
 ├── LaunchError             workers could not be started (a port in use, too few processors)
+├── ProofError              a layout does not train what one process trains
 ├── CollectiveError         a collective timed out or lost a peer; carries rank and operation
 └── WorkerError             a worker raised or died; carries the rank
 ```
@@ -73,6 +74,10 @@ class RunError(PacelineError):
 
 class LaunchError(PacelineError):
     """Workers could not be started."""
+
+
+class ProofError(PacelineError):
+    """A layout does not compute what one process computes."""
 
 
 class CollectiveError(PacelineError):

@@ -178,6 +178,75 @@ class Plan(Record):
     trials: tuple[Trial, ...] = ()
 
 
+PROOF_TOLERANCE = 1e-5
+"""Relative error up to which two quantities in float32 are the same."""
+
+
+PROOF_LOSS_TOLERANCE = 1e-4
+"""The same for the loss, where float64 has shown that differences in float32 are rounding."""
+
+
+class Difference(Record):
+    """How far one quantity of a layout's step is from the same quantity of one process."""
+
+    kind: str
+    """`loss`, `gradient`, `parameter` (after its update) or `buffer`."""
+    name: str
+    """The parameter's or buffer's name; empty for the loss."""
+    step: int = Field(ge=1)
+    relative_error: float | None = None
+    """None where no number can say it: then the note does."""
+    note: str = ""
+
+    @property
+    def within_tolerance(self) -> bool:
+        return self.relative_error is not None and self.relative_error <= PROOF_TOLERANCE
+
+    def describe(self) -> str:
+        """`gradient of inner.weight in step 1: relative error 0.5`."""
+        what = f"{self.kind} of {self.name}" if self.name else self.kind
+        how = f"relative error {self.relative_error:.2g}" if self.relative_error is not None else self.note
+        return f"{what} in step {self.step}: {how}"
+
+
+class Proof(Record):
+    """Whether a layout trains what one process trains, and how far they are apart."""
+
+    layout: Layout
+    steps: int = Field(ge=0)
+    samples: int = Field(ge=0)
+    compared: int = Field(ge=0)
+    """Quantities that were compared."""
+    worst: tuple[Difference, ...] = ()
+    """The largest differences, and the largest of each kind, the worst first."""
+    switched_off: tuple[str, ...] = ()
+    """Functions that would have drawn at random."""
+    drawn_at_random: bool = False
+    """The model draws random numbers that cannot be switched off: nothing was compared."""
+    parted: str = ""
+    """How the workers' parameters differ from each other afterwards."""
+    in_float64: tuple[Difference, ...] = ()
+    """The largest differences of the same steps in float64, which are taken where float32 leaves a doubt."""
+    proof_s: float = Field(ge=0)
+
+    @property
+    def status(self) -> str:
+        """`equal`, `different` or `not comparable`.
+
+        A difference in float32 is rounding if it is gone in float64, and the loss agreed even in float32.
+        """
+        if self.drawn_at_random:
+            return "not comparable"
+        if self.parted:
+            return "different"
+        if all(d.within_tolerance for d in self.worst):
+            return "equal"
+        losses = [d.relative_error for d in self.worst if d.kind == "loss"]
+        agreed = all(e is not None and e <= PROOF_LOSS_TOLERANCE for e in losses)
+        is_rounding = bool(self.in_float64) and all(d.within_tolerance for d in self.in_float64)
+        return "equal" if agreed and is_rounding else "different"
+
+
 def describe(workers: int, threads: int, device: str = "cpu") -> str:
     """`2 workers × 1 thread`: a layout in words."""
     noun = "worker" if workers == 1 else "workers"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from paceline.errors import LaunchError, PacelineError, RunError
+from paceline.errors import LaunchError, LayoutError, PacelineError, RunError
 from paceline.events import EventWriter
 from paceline.launch.local import free_port, launch
 from paceline.launch.preflight import preflight
@@ -22,6 +24,7 @@ from paceline.load import LoadedJob
 from paceline.measure.machine import device_kind, local_workers
 from paceline.records import Layout
 from paceline.report import write_report
+from paceline.report.proofs import print_proof
 from paceline.report.reader import follow, read_log
 from paceline.report.summary import print_summary
 from paceline.report.tensorboard import TensorBoardWriter
@@ -49,6 +52,39 @@ def train(spec: RunSpec, console: Console, *, quiet: bool, port: int | None = No
     spec = spec.model_copy(update={"out": str(directory), "store_port": free_port(port)})
     _carry_out(directory, console, quiet, lambda: launch(spec, num_workers))
     return directory
+
+
+def verify(spec: RunSpec, console: Console, *, port: int | None = None) -> bool:
+    """Prove the layout of `spec`, print the comparison; whether it computes what one process does.
+
+    Raises:
+        PacelineError: the layout or the job is wrong, or a worker failed.
+    """
+    layout = _one_layout(spec)
+    workers = int(os.environ["WORLD_SIZE"]) if started_by_torchrun() else local_workers(device_kind())
+    preflight(spec, device_kind(), workers)
+    directory = Path(tempfile.mkdtemp(prefix="paceline-verify-"))
+    spec = spec.model_copy(update={"out": str(directory)})
+    if started_by_torchrun():
+        Worker(spec).run()
+    else:
+        spec = spec.model_copy(update={"store_port": free_port(port)})
+        launch(spec, layout.workers)
+    log = read_log(directory / "events.jsonl") if (directory / "events.jsonl").exists() else None
+    # Where something failed the directory stays, as the error names its logs.
+    shutil.rmtree(directory)
+    if log is None or log.proof is None:
+        return True  # a worker of torchrun other than the first: that one tells
+    print_proof(console, log.proof)
+    return log.proof.status == "equal"
+
+
+def _one_layout(spec: RunSpec) -> Layout:
+    if spec.layout == AUTO:
+        raise LayoutError(
+            "--layout auto is no layout to verify", next_step="give one, such as --layout dp_replicate=2"
+        )
+    return Layout.parse(spec.layout)
 
 
 def started_by_torchrun() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Literal
 
 from paceline.records import Record
 
@@ -14,6 +15,7 @@ AUTO = "auto"
 class RunSpec(Record):
     """One run, as the command line asked for it."""
 
+    purpose: Literal["train", "verify"] = "train"
     job_file: str
     settings: dict[str, str] = {}
     """Values of the job's own options, as text."""
@@ -26,6 +28,8 @@ class RunSpec(Record):
     epochs: int | None = None
     until: str | None = None
     precision: str = "auto"
+    verify: bool = True
+    """Prove a layout of several workers before training in it."""
     transport: str = AUTO
     """What carries tensors between workers on CPUs: `auto` or `gloo`."""
     timeout_s: float = 300.0

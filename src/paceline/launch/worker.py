@@ -21,17 +21,19 @@ from paceline.comm.threads import take_cores, threads_for, user_threads
 from paceline.comm.world import World, join
 from paceline.errors import LayoutError, PacelineError
 from paceline.events import SCHEMA, EventWriter
+from paceline.job import Job
 from paceline.launch.failure import record
 from paceline.launch.spec import AUTO, RunSpec
 from paceline.load import LoadedJob, load_job_file
 from paceline.measure.machine import describe_host, device_kind, peak_memory_bytes, versions
 from paceline.plan.candidates import candidates
-from paceline.plan.choose import choose
-from paceline.records import Cluster, Host, Layout, Plan, describe
+from paceline.plan.choose import choose, without_workers
+from paceline.records import Cluster, Host, Layout, Plan, Proof, describe
 from paceline.train.allocator import keep_freed_memory
 from paceline.train.data import num_batches, num_samples
 from paceline.train.loop import Outcome, TrainingLoop, save, showcase
 from paceline.train.precision import choose_precision
+from paceline.train.proof import prove, require
 from paceline.train.session import Datasets, Session
 from paceline.train.target import Length, Target, plan_length
 from paceline.train.trial import LayoutTimer
@@ -69,9 +71,25 @@ class Worker:
             self._stop_on_signal()
             if world.rank == 0:
                 self._writer = EventWriter(spec.directory / "events.jsonl")
-            self._train(loaded, world)
+            if spec.purpose == "verify":
+                self._verify(loaded, world)
+            else:
+                self._train(loaded, world)
         finally:
             world.leave()
+
+    def _verify(self, loaded: LoadedJob, world: World) -> None:
+        layout = Layout.parse(self._spec.layout)
+        self._check_enough(layout, world)
+        group = world.group(layout.workers)
+        if group is not None:
+            self._prove(loaded.job, layout, world, group, Datasets(loaded.job, self._spec.seed))
+
+    def _prove(self, job: Job, layout: Layout, world: World, group: Group, datasets: Datasets) -> Proof:
+        take_cores(world.local_rank, min(world.local_size, layout.workers), layout.threads)
+        proof = prove(job, layout, group, datasets, seed=self._spec.seed, device=world.device)
+        self._write("proof", status=proof.status, **proof.to_json())
+        return proof
 
     def _train(self, loaded: LoadedJob, world: World) -> None:
         spec, job = self._spec, loaded.job
@@ -108,23 +126,18 @@ class Worker:
             command=spec.command,
         )
         plan = self._plan(loaded, world, everyone, cluster, datasets, precision)
-        group = world.group(plan.layout.workers)
-        world.release_groups(but=plan.layout.workers)
-        self._write(
-            "plan",
-            layout=plan.layout.to_json(),
-            label=plan.label,
-            reason=plan.reason,
-            chosen_by=plan.chosen_by,
-            forecast_step_s=plan.forecast_step_s,
-            transport=group.transport if group is not None else None,
-        )
+        group = self._take(plan, world)
+        if group is not None and group.size > 1 and spec.verify:
+            proof = self._prove(job, plan.layout, world, group, datasets)
+            if proof.status == "different" and plan.chosen_by == "trial":
+                plan = without_workers(
+                    plan, f"{plan.label} would train something else: {proof.worst[0].describe()}"
+                )
+                group = self._take(plan, world)
+            else:
+                require(proof)
         if group is None:
             return
-        if group.why_no_memory:
-            self._write(
-                "message", level="info", text=f"The workers talk through gloo: {group.why_no_memory}."
-            )
         self._session = session = Session(
             job,
             plan.layout,
@@ -140,6 +153,27 @@ class Worker:
         self._write("model", parameters=session.num_parameters)
         outcome = TrainingLoop(session, length, target, self._writer).run()
         self._finish(session, world, outcome, plan)
+
+    def _take(self, plan: Plan, world: World) -> Group | None:
+        """Tell the plan; its group, or None on a worker that it leaves out."""
+        group = world.group(plan.layout.workers)
+        world.release_groups(but=plan.layout.workers)
+        if group is None:
+            return None
+        self._write(
+            "plan",
+            layout=plan.layout.to_json(),
+            label=plan.label,
+            reason=plan.reason,
+            chosen_by=plan.chosen_by,
+            forecast_step_s=plan.forecast_step_s,
+            transport=group.transport,
+        )
+        if group.why_no_memory:
+            self._write(
+                "message", level="info", text=f"The workers talk through gloo: {group.why_no_memory}."
+            )
+        return group
 
     def _length(self, loaded: LoadedJob, datasets: Datasets) -> Length:
         per_epoch = num_batches(datasets["train"], loaded.job.batch_size)
@@ -160,11 +194,7 @@ class Worker:
         if spec.layout != AUTO:
             layout = Layout.parse(spec.layout)
             layout.check_batch(job.batch_size)
-            if layout.workers > world.size:
-                raise LayoutError(
-                    f"layout {layout} needs {layout.workers} workers, and {world.size} were started",
-                    next_step=f"start {layout.workers} (torchrun --nproc-per-node), or use a smaller layout",
-                )
+            self._check_enough(layout, world)
             local = min(world.local_size, layout.workers)
             label = describe(layout.workers, threads_for(local, layout.threads), cluster.device)
             return Plan(layout=layout, label=label, reason="as asked for", chosen_by="user")
@@ -183,6 +213,13 @@ class Worker:
         # Every worker has the same trials; rank 0 decides for all.
         decided = everyone.gather_json(choose(trials).to_json() if world.rank == 0 else None, "the plan")
         return Plan.from_json(decided[0])
+
+    def _check_enough(self, layout: Layout, world: World) -> None:
+        if layout.workers > world.size:
+            raise LayoutError(
+                f"layout {layout} needs {layout.workers} workers, and {world.size} were started",
+                next_step=f"start {layout.workers} (torchrun --nproc-per-node), or use a smaller layout",
+            )
 
     def _finish(self, session: Session, world: World, outcome: Outcome, plan: Plan) -> None:
         cores, threads = take_cores(world.local_rank, session.local_workers, session.layout.threads)

@@ -56,6 +56,12 @@ def choose(trials: Sequence[Trial]) -> Plan:
     return _plan(best, reason, trials)
 
 
+def without_workers(plan: Plan, why: str) -> Plan:
+    """The fastest single process of the plan's trials instead, because of `why`."""
+    single = min((t for t in plan.trials if t.workers == 1 and t.step_s), key=lambda t: median(t.step_s))
+    return _plan(single, f"{single.label}, as {why}.", plan.trials)
+
+
 def paired_ratio(a: Trial, b: Trial) -> float:
     """Median over the rounds of a's step time over b's."""
     return median(x / y for x, y in zip(a.step_s, b.step_s, strict=False))

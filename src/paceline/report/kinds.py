@@ -86,6 +86,28 @@ class PlanEvent(Event):
     forecast_step_s: float | None = None
 
 
+class Difference(_Read):
+    kind: str
+    name: str = ""
+    step: int
+    relative_error: float | None = None
+    note: str = ""
+
+
+class ProofEvent(Event):
+    status: str
+    layout: dict[str, Any] = {}
+    steps: int
+    samples: int
+    compared: int
+    worst: tuple[Difference, ...] = ()
+    switched_off: tuple[str, ...] = ()
+    drawn_at_random: bool = False
+    parted: str = ""
+    in_float64: tuple[Difference, ...] = ()
+    proof_s: float
+
+
 class StepEvent(Event):
     step: int
     epoch: int = 0
@@ -159,6 +181,7 @@ KINDS: dict[str, type[Event]] = {
     "model": ModelEvent,
     "trial": TrialEvent,
     "plan": PlanEvent,
+    "proof": ProofEvent,
     "step": StepEvent,
     "evaluation": EvaluationEvent,
     "message": MessageEvent,

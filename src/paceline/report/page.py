@@ -48,6 +48,7 @@ def render(log: RunLog) -> str:
         sections.key_numbers(log, comparison),
         sections.loss(drawn),
         sections.layouts(log, comparison, drawn),
+        sections.proof(log),
         sections.time_per_rank(log, drawn),
         sections.held_out(log, drawn),
         sections.showcase(log),

@@ -20,6 +20,7 @@ from paceline.report.kinds import (
     MessageEvent,
     ModelEvent,
     PlanEvent,
+    ProofEvent,
     Rank,
     RanksEvent,
     RunEvent,
@@ -42,6 +43,7 @@ class RunLog:
     model: ModelEvent | None = None
     trials: tuple[TrialEvent, ...] = ()
     plan: PlanEvent | None = None
+    proof: ProofEvent | None = None
     steps: tuple[StepEvent, ...] = ()
     evaluations: tuple[EvaluationEvent, ...] = ()
     messages: tuple[MessageEvent, ...] = ()
@@ -110,6 +112,7 @@ def read_log(path: Path) -> RunLog:
         model=_last(events, ModelEvent),
         trials=_all(events, TrialEvent),
         plan=_last(events, PlanEvent),
+        proof=_last(events, ProofEvent),
         steps=_all(events, StepEvent),
         evaluations=_all(events, EvaluationEvent),
         messages=_all(events, MessageEvent),

@@ -20,6 +20,7 @@ from paceline.report.analysis import (
 )
 from paceline.report.kinds import Host
 from paceline.report.markup import Cell, facts, figure, section, table, text, verbatim
+from paceline.report.proofs import verdict
 from paceline.report.reader import RunLog
 from paceline.report.sentences import result, why_not_more
 from paceline.report.theme import Drawing
@@ -105,6 +106,10 @@ def layouts(log: RunLog, comparison: Comparison, drawings: Mapping[str, Drawing]
         why = verbatim(trial.error or "no reason was given")
         parts.append(f'<div class="showcase"><h3>{text(trial.label)} could not be timed</h3>{why}</div>')
     return section("Layouts measured", *parts, note=note)
+
+
+def proof(log: RunLog) -> str:
+    return section("Proof", note=verdict(log.proof)) if log.proof else ""
 
 
 def time_per_rank(log: RunLog, drawings: Mapping[str, Drawing]) -> str:

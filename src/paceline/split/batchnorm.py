@@ -121,10 +121,10 @@ class _GlobalBatchNorm(torch.autograd.Function):
             dy, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
         )
         # ... and as they depend on x, scale · (mean(dy) + x̂ · mean(dy·x̂)) goes off again: affine in x.
-        sums = torch.stack([d_bias.float(), d_weight.float()])
+        sums = torch.stack([_wide(d_bias), _wide(d_weight)])
         mean_dy, mean_dy_normalized = ctx.group.sum_(sums, "batch-norm gradients") / ctx.total
         inverse = torch.rsqrt(variance + ctx.eps)
-        scale = inverse if weight is None else inverse * weight.float()
+        scale = inverse if weight is None else inverse * _wide(weight)
         slope = -scale * inverse * mean_dy_normalized
         offset = -scale * mean_dy - slope * mean
         shape = [1, -1, *[1] * (x.dim() - 2)]
@@ -138,9 +138,14 @@ class _GlobalBatchNorm(torch.autograd.Function):
 
 
 def _local_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and biased variance per channel of [N, C, …], in float32."""
-    if x.device.type == "cpu" and x.dtype == torch.float32:
+    """Mean and biased variance per channel of [N, C, …], in at least float32."""
+    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
         mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
         return mean, variance
-    variance, mean = torch.var_mean(x.float(), dim=[0, *range(2, x.dim())], correction=0)
+    variance, mean = torch.var_mean(_wide(x), dim=[0, *range(2, x.dim())], correction=0)
     return mean, variance
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """In float32, or in float64 where it is that already."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

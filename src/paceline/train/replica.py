@@ -92,7 +92,7 @@ class Replica:
             self.scheduler = job.schedule(self.optimizer, total_steps)
         self._share = BatchShare()
         share_batch_norms(self.model, self._share)
-        self._call = _caller(job, self.model)
+        self._call = caller(job, self.model)
         self._group = Group.alone(device)
         self._sync: GradientSync | None = None
         self._syncs: dict[Group, GradientSync] = {}
@@ -315,7 +315,7 @@ def _require_scalar(value: Any, what: str, *, needs_gradient: bool = True) -> No
         )
 
 
-def _caller(job: Job, model: nn.Module) -> Callable[[Any], Any]:
+def caller(job: Job, model: nn.Module) -> Callable[[Any], Any]:
     """`(batch) -> outputs`: the model called with the batch's inputs, by the job's rule or the default one."""
     accepted = _keyword_names(model)
 

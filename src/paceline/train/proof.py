@@ -1,0 +1,395 @@
+"""Proof that a layout trains what one process of plain PyTorch trains.
+
+The job's real model takes a few steps on its real samples twice: in the layout, and on rank 0 in a loop that
+knows nothing of layouts. Loss, every gradient, every parameter after its update and every buffer are compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import nn
+
+from paceline.comm.group import Group
+from paceline.errors import ProofError, WorkerError
+from paceline.job import Job
+from paceline.records import Difference, Layout, Proof
+from paceline.train.data import GlobalBatch, ShareLoader, is_iterable, map_tensors
+from paceline.train.determinism import deterministic
+from paceline.train.replica import Replica, caller
+from paceline.train.seeds import derive, seed_everything, seed_torch
+from paceline.train.session import Datasets
+
+STEPS = 2
+"""The second step starts from what the first has left: parameters, buffers, optimizer state."""
+_FLOOR = 1e-2
+"""A gradient that is small beside the model's whole gradient is held against this share of that."""
+_ROUNDING = 4 * torch.finfo(torch.float32).eps
+"""Relative rounding of a parameter, which may be large beside its update."""
+_NUM_SHOWN = 8
+
+Tensors = Mapping[str, torch.Tensor | None]
+
+
+@dataclasses.dataclass
+class _Observed:
+    """One step of one side. Tensors by the names that the model gives its parameters and buffers."""
+
+    loss: float
+    samples: int
+    gradients: Tensors
+    """As the optimizer got them: averaged over the global batch, and clipped where the job clips."""
+    before: Tensors
+    parameters: Tensors
+    buffers: Tensors
+
+
+def prove(
+    job: Job, layout: Layout, group: Group, datasets: Datasets, *, seed: int, device: torch.device
+) -> Proof:
+    """Compare `STEPS` steps in `layout` with those of one process. A collective call.
+
+    In float32; and where that shows a difference, once more in float64. ReLU and max-pooling turn a change in the
+    last place into another gradient, for one in a thousand elements of a large batch: that is gone in float64,
+    and an error in the layout is not.
+
+    The plain side's optimizer is given the layout's gradients, after they were compared: so each update is
+    judged for itself, and what an optimizer makes of rounding (Adam divides by it) is not held against the layout.
+
+    Cost: on rank 0 the memory of two more models, and their time for `STEPS` steps; on the others of one.
+
+    Returns:
+        The same proof on every worker.
+
+    Raises:
+        CollectiveError, JobError, …: what a step raises.
+    """
+    begin_s = time.perf_counter()
+    arguments = (job, layout, group, datasets, seed, device)
+    proof = _prove_in(torch.float32, *arguments)
+    if proof.status == "different" and not proof.parted:
+        try:
+            wide = _prove_in(torch.float64, *arguments)
+        except RuntimeError:
+            pass  # some job insists on float32; then float32 has the last word
+        else:
+            proof = proof.model_copy(update={"in_float64": wide.worst, "parted": wide.parted})
+    gc.collect()  # models and their hooks refer to each other
+    return proof.model_copy(update={"proof_s": time.perf_counter() - begin_s})
+
+
+def _prove_in(
+    dtype: torch.dtype,
+    job: Job,
+    layout: Layout,
+    group: Group,
+    datasets: Datasets,
+    seed: int,
+    device: torch.device,
+) -> Proof:
+    with _default(dtype):
+        ours = _LayoutSide(job, layout, group, datasets, dtype, seed=seed, device=device)
+        plain = None
+        if group.rank == 0:
+            plain = _PlainSide(job, layout.micro, datasets, dtype, seed=seed, device=device)
+        models = [ours.model, plain.model] if plain is not None else [ours.model]
+        differences: list[Difference] = []
+        samples, failure = 0, ""
+        with deterministic(*models) as mode:
+            random = group.gather_json(plain is not None and plain.draws_at_random(), "randomness")[0]
+            for number in range(1, 1 + (0 if random else STEPS)):
+                seen = ours.step()
+                samples += seen.samples
+                if plain is not None and not failure:
+                    # The others are not left waiting: this worker goes on, and tells them at the end.
+                    try:
+                        differences += compare(number, seen, plain.step(seen.gradients))
+                    except RuntimeError as error:
+                        failure = str(error)
+        parted = ours.how_parted()
+    differences.sort(key=_badness, reverse=True)
+    proof = Proof(
+        layout=layout,
+        steps=0 if random else STEPS,
+        samples=samples,
+        compared=len(differences),
+        worst=_worst_of_each_kind(differences),
+        switched_off=tuple(sorted(mode.switched_off)),
+        drawn_at_random=random,
+        parted=parted,
+        proof_s=0.0,
+    )
+    told = group.gather_json({"proof": proof.to_json(), "failure": failure}, "the proof")[0]
+    if told["failure"]:
+        raise RuntimeError(f"a step in one process failed: {told['failure']}")
+    return Proof.from_json(told["proof"])
+
+
+@contextlib.contextmanager
+def _default(dtype: torch.dtype) -> Iterator[None]:
+    """Numbers without a type of their own are of `dtype`."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def require(proof: Proof) -> None:
+    """Raise `ProofError` where the layout does not compute what one process does."""
+    if proof.status != "different":
+        return
+    told = [proof.worst[0].describe()] if proof.worst else []
+    told += [proof.parted] if proof.parted else []
+    raise ProofError(
+        f"layout {proof.layout} does not train what one process trains: {'; '.join(told)}",
+        cause="the model or the loss mixes samples of a batch, depends on the rank, or keeps state of its own; "
+        "or an error in paceline",
+        next_step=f"`paceline verify FILE --layout {proof.layout}` shows the whole comparison; "
+        "train in one process (--layout dp_replicate=1), or with --no-verify at your own risk",
+    )
+
+
+class _LayoutSide:
+    """This worker's part of the layout's steps."""
+
+    def __init__(
+        self,
+        job: Job,
+        layout: Layout,
+        group: Group,
+        datasets: Datasets,
+        dtype: torch.dtype,
+        *,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self._replica = Replica(
+            job, seed=seed, device=device, precision="fp32", total_steps=job.steps or 1000
+        )
+        self._replica.model.to(dtype)
+        self._replica.attach(group)
+        self.model = self._replica.model
+        self._batches = _batches(
+            job, datasets, dtype, seed, layout.micro, size=group.size, rank=group.rank, device=device
+        )
+        self._gradients: Tensors = {}
+        self._replica.optimizer.register_step_pre_hook(self._keep_gradients)
+
+    def step(self) -> _Observed:
+        before = _copies(self.model.named_parameters())
+        result = self._replica.step(next(self._batches))
+        return _Observed(
+            loss=result.loss,
+            samples=result.samples,
+            gradients=self._gradients,
+            before=before,
+            parameters=_copies(self.model.named_parameters()),
+            buffers=_copies(self.model.named_buffers()),
+        )
+
+    def how_parted(self) -> str:
+        """How the workers' parameters differ; empty where they are the same."""
+        try:
+            self._replica.check_in_step()
+        except WorkerError as error:
+            return error.what
+        return ""
+
+    def _keep_gradients(self, *_: object) -> None:
+        self._gradients = _gradients(self.model)
+
+
+class _PlainSide:
+    """The same steps as a script would write them: one process, the whole batch."""
+
+    def __init__(
+        self,
+        job: Job,
+        micro: int,
+        datasets: Datasets,
+        dtype: torch.dtype,
+        *,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self._job, self._device = job, device
+        seed_everything(derive(seed, "model"))
+        self.model: nn.Module = job.model().to(device, dtype)
+        self.model.train()
+        self._trained = [p for p in self.model.parameters() if p.requires_grad]
+        self._optimizer = job.optimizer(self._trained)
+        self._schedule = job.schedule(self._optimizer, job.steps or 1000) if job.schedule else None
+        self._call = caller(job, self.model)
+        self._batches = _batches(job, datasets, dtype, seed, micro, size=1, rank=0, device=device)
+        self._next: GlobalBatch | None = None
+
+    def draws_at_random(self) -> bool:
+        """Whether the loss of one and the same batch changes with the seed."""
+        self._next = next(self._batches)
+        kept = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        losses = []
+        with torch.no_grad():
+            for seed in (1, 2):
+                seed_torch(seed, self._device)
+                part = self._next.parts[0]
+                loss = self._job.loss(self._call(part.batch), part.batch)
+                losses.append(float(loss[0] if isinstance(loss, tuple) else loss))
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(kept[name])
+        return losses[0] != losses[1] and not all(map(math.isnan, losses))
+
+    def step(self, given: Tensors) -> _Observed:
+        """One step; the update is made with the `given` gradients, after its own were kept."""
+        batch = self._next or next(self._batches)
+        self._next = None
+        before = _copies(self.model.named_parameters())
+        loss = self._backward(batch)
+        if self._job.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self._trained, self._job.clip_norm)
+        gradients = _gradients(self.model)
+        for name, parameter in self.model.named_parameters():
+            parameter.grad = given.get(name)
+        self._optimizer.step()
+        if self._schedule is not None:
+            self._schedule.step()
+        self._optimizer.zero_grad()
+        return _Observed(
+            loss=loss,
+            samples=batch.samples,
+            gradients=gradients,
+            before=before,
+            parameters=_copies(self.model.named_parameters()),
+            buffers=_copies(self.model.named_buffers()),
+        )
+
+    def _backward(self, batch: GlobalBatch) -> float:
+        """Gradients of the batch's mean loss, micro-batch after micro-batch; the loss."""
+        total = weights = 0.0
+        for part in batch.parts:
+            loss = self._job.loss(self._call(part.batch), part.batch)
+            if isinstance(loss, tuple):
+                part_sum, weight = loss
+                part_sum.backward()
+                total += float(part_sum)
+                weights += float(weight)
+            else:
+                (loss * part.share.samples).backward()
+                total += float(loss) * part.share.samples
+                weights += part.share.samples
+        for parameter in self._trained:
+            if parameter.grad is not None:
+                parameter.grad.div_(weights)
+        return total / weights
+
+
+def compare(step: int, seen: _Observed, wanted: _Observed) -> list[Difference]:
+    """How far each quantity of a step is from what it should be.
+
+    Errors are norms of differences, relative to: the loss; the parameter's gradient, or 1 % of the whole
+    gradient where that is more; the parameter's update, rounding of the parameter left out; the buffer, or
+    0.01 for each of its numbers where that is more.
+    """
+    loss_error = abs(seen.loss - wanted.loss) / max(abs(wanted.loss), 1e-30)
+    differences = [_difference("loss", "", step, loss_error)]
+    whole = math.sqrt(sum(_norm(g) ** 2 for g in wanted.gradients.values() if g is not None))
+    for name, gradient in wanted.gradients.items():
+        found = seen.gradients.get(name)
+        if gradient is None or found is None:
+            if gradient is not found:
+                note = "no gradient" if found is None else "a gradient where one process has none"
+                differences.append(Difference(kind="gradient", name=name, step=step, note=note))
+            continue
+        scale = max(_norm(gradient), _FLOOR * whole, 1e-30)
+        differences.append(_difference("gradient", name, step, _distance(found, gradient) / scale))
+    for name, parameter in wanted.parameters.items():
+        found, before = seen.parameters[name], wanted.before[name]
+        assert parameter is not None
+        assert found is not None
+        assert before is not None
+        update, distance = _distance(parameter, before), _distance(found, parameter)
+        beyond_rounding = max(0.0, distance - _ROUNDING * _norm(parameter))
+        error = beyond_rounding / update if update else (math.inf if beyond_rounding else 0.0)
+        differences.append(
+            _difference("parameter", name, step, error if math.isfinite(distance) else distance)
+        )
+    for name, buffer in wanted.buffers.items():
+        found = seen.buffers[name]
+        assert buffer is not None
+        assert found is not None
+        scale = max(_norm(buffer), _FLOOR * math.sqrt(buffer.numel()), 1e-30)
+        differences.append(_difference("buffer", name, step, _distance(found, buffer) / scale))
+    return differences
+
+
+def _difference(kind: str, name: str, step: int, error: float) -> Difference:
+    if math.isfinite(error):
+        return Difference(kind=kind, name=name, step=step, relative_error=error)
+    return Difference(kind=kind, name=name, step=step, note="not finite, or changed where nothing should")
+
+
+def _badness(difference: Difference) -> float:
+    return math.inf if difference.relative_error is None else difference.relative_error
+
+
+def _worst_of_each_kind(differences: Iterable[Difference]) -> tuple[Difference, ...]:
+    """The worst few of all, and the worst of each kind; the worst first."""
+    kept: list[Difference] = []
+    kinds: set[str] = set()
+    for difference in differences:
+        if len(kept) < _NUM_SHOWN or difference.kind not in kinds:
+            kept.append(difference)
+            kinds.add(difference.kind)
+    return tuple(kept)
+
+
+def _batches(
+    job: Job,
+    datasets: Datasets,
+    dtype: torch.dtype,
+    seed: int,
+    micro: int,
+    *,
+    size: int,
+    rank: int,
+    device: torch.device,
+) -> Iterator[GlobalBatch]:
+    """The first global batches, their numbers in `dtype`; the next epoch's where one has too few."""
+    dataset = datasets["train"]
+    if is_iterable(dataset):
+        # Each side reads a stream of its own.
+        dataset = Datasets(job, seed)["train"]
+    job = dataclasses.replace(job, loader_workers=0)
+    loader = ShareLoader(job, dataset, seed=seed, micro=micro, size=size, rank=rank, device=device)
+    for epoch in range(STEPS):
+        for batch in loader.epoch(epoch):
+            for part in batch.parts:
+                part.batch = map_tensors(part.batch, lambda t: t.to(dtype) if t.is_floating_point() else t)
+            yield batch
+
+
+def _gradients(model: nn.Module) -> Tensors:
+    return {
+        name: None if parameter.grad is None else parameter.grad.detach().clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def _copies(tensors: Iterable[tuple[str, torch.Tensor]]) -> Tensors:
+    return {name: tensor.detach().clone() for name, tensor in tensors}
+
+
+def _norm(tensor: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor.double()))
+
+
+def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(a.double() - b.double()))

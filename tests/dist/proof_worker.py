@@ -1,0 +1,100 @@
+"""Proves dp_replicate=2 of a job of `jobs.py`, after an error was planted in paceline itself."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from jobs import JOBS
+
+from paceline.comm.gradients import GradientSync
+from paceline.comm.world import join
+from paceline.records import Layout
+from paceline.split import batchnorm
+from paceline.train.proof import prove
+from paceline.train.replica import Replica
+from paceline.train.session import Datasets
+
+finish = GradientSync.finish
+
+
+def forget_the_reduction() -> None:
+    GradientSync._start = lambda self, bucket: None
+
+
+def scale_wrongly() -> None:
+    def wrong(self, sums, scale_by_sum):
+        result = finish(self, sums, scale_by_sum)
+        for parameter in self._parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(0.5)
+        return result
+
+    GradientSync.finish = wrong
+
+
+def forget_one_parameter() -> None:
+    """Its gradient stays this worker's own."""
+
+    def wrong(self, sums, scale_by_sum):
+        own = self._parameters[1].grad.clone()
+        result = finish(self, sums, scale_by_sum)
+        self._parameters[1].grad = own
+        return result
+
+    GradientSync.finish = wrong
+
+
+def normalise_locally() -> None:
+    batchnorm._forward = lambda module, local_forward, share, x: local_forward(x)
+
+
+def clip_before_the_sum() -> None:
+    def wrong(self, sums, scale_by_sum):
+        torch.nn.utils.clip_grad_norm_(self._parameters, 0.01)
+        return finish(self, sums, scale_by_sum)
+
+    GradientSync.finish = wrong
+
+
+def start_apart() -> None:
+    """Rank 1 does not get rank 0's parameters, and begins with others."""
+    Replica._broadcast_state = lambda self: [p.data.mul_(1 + self._group.rank) for p in self._trained]
+
+
+def round_roughly() -> None:
+    """What float32 does where ReLU and max-pooling decide by the last digit: gone in float64."""
+
+    def wrong(self, sums, scale_by_sum):
+        result = finish(self, sums, scale_by_sum)
+        for parameter in self._parameters:
+            if parameter.grad is not None and parameter.grad.dtype == torch.float32:
+                parameter.grad.mul_(1.001)
+        return result
+
+    GradientSync.finish = wrong
+
+
+def nothing() -> None:
+    return
+
+
+def main() -> None:
+    error, name, out = sys.argv[1:4]
+    globals()[error]()
+    world = join("cpu", timeout_s=60)
+    job, micro = JOBS[name]
+    layout = Layout(dp_replicate=2, micro=micro)
+    group = world.group(2)
+    assert group is not None
+    try:
+        text = prove(job, layout, group, Datasets(job, 7), seed=7, device=world.device).model_dump_json()
+    except Exception as caught:
+        text = str(caught)
+    if world.rank == 0:
+        Path(out).write_text(text)
+    world.leave()
+
+
+main()

@@ -1,0 +1,113 @@
+"""`paceline verify`, and the proof before training: right layouts pass, planted errors are named."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command import ENVIRONMENT, TOY, of_kind, paceline, read_events
+
+from paceline.records import Proof
+
+
+def proof_of(error: str, job: str, directory: Path) -> str:
+    """What `proof_worker.py` says, on two real processes."""
+    out = directory / "proof.json"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    worker = str(Path(__file__).parent / "proof_worker.py")
+    process = subprocess.run(
+        [*torchrun, worker, error, job, str(out)],
+        capture_output=True, text=True, timeout=120, env=ENVIRONMENT, check=False,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr[-4000:]
+    return out.read_text()
+
+
+@pytest.mark.parametrize("job", ["batch_norm", "weighted_micro", "dropout"])
+def test_right_layouts_are_proven(job, tmp_path):
+    proof = Proof.model_validate_json(proof_of("nothing", job, tmp_path))
+    assert proof.status == "equal", proof.worst[0].describe()
+    assert proof.compared > 10
+    assert proof.samples == 48
+    assert proof.switched_off == (("dropout",) if job == "dropout" else ())
+
+
+@pytest.mark.parametrize(
+    ("error", "job", "kind", "name"),
+    [
+        ("forget_the_reduction", "plain", "gradient", None),
+        ("scale_wrongly", "plain", "gradient", None),
+        ("forget_one_parameter", "plain", "gradient", "0.bias"),
+        ("normalise_locally", "batch_norm", "buffer", None),
+        ("clip_before_the_sum", "clipped", "gradient", None),
+    ],
+)
+def test_a_planted_error_is_caught_and_named(error, job, kind, name, tmp_path):
+    text = proof_of(error, job, tmp_path)
+    proof = Proof.model_validate_json(text)
+    assert proof.status == "different"
+    assert proof.in_float64 or proof.parted, "float64 was asked, or the workers had parted anyway"
+    wrong = [d for d in proof.worst if not d.within_tolerance]
+    assert kind in {d.kind for d in wrong}
+    if name is not None:
+        first = min(d.step for d in wrong)
+        assert {d.name for d in wrong if d.kind == "gradient" and d.step == first} == {name}
+
+
+def test_what_is_gone_in_float64_was_rounding(tmp_path):
+    proof = Proof.model_validate_json(proof_of("round_roughly", "batch_norm", tmp_path))
+    assert proof.worst[0].relative_error == pytest.approx(1e-3, rel=0.1)
+    assert proof.in_float64
+    assert proof.in_float64[0].relative_error < 1e-10
+    assert proof.status == "equal"
+
+
+def test_workers_that_start_apart_are_caught(tmp_path):
+    proof = Proof.model_validate_json(proof_of("start_apart", "plain", tmp_path))
+    assert proof.status == "different"
+    assert any(d.kind == "gradient" and not d.within_tolerance for d in proof.worst)
+
+
+def test_a_worker_whose_updates_drift_is_named():
+    """Rank 0 does what one process does; the others do not."""
+    process = paceline("verify", str(TOY), "--layout=dp_replicate=2", "--set=mode=drift")
+    assert process.returncode == 1
+    assert "the parameters of rank 1 differ from rank 0's, first in inner.weight" in process.stdout
+
+
+def test_verify_prints_the_worst_and_a_verdict():
+    process = paceline("verify", str(TOY), "--layout=dp_replicate=2,micro=2")
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert "layout dp_replicate=2,micro=2 against one process" in process.stdout
+    assert "Equal to one process of plain PyTorch" in process.stdout
+    assert "inner.weight" in process.stdout
+
+
+def test_verify_of_a_loss_that_mixes_samples_fails():
+    process = paceline("verify", str(TOY), "--layout=dp_replicate=2", "--set=mode=contrast")
+    assert process.returncode == 1
+    assert "DIFFERENT from one process of plain PyTorch" in process.stdout
+    assert process.stderr == ""
+
+
+def test_a_layout_that_trains_something_else_is_refused(tmp_path):
+    arguments = ("train", str(TOY), "--layout=dp_replicate=2", "--set=mode=contrast")
+    process = paceline(*arguments, f"--out={tmp_path / 'refused'}")
+    assert process.returncode == 1
+    assert "layout dp_replicate=2 does not train what one process trains: " in process.stderr
+    assert not of_kind(read_events(tmp_path / "refused"), "step")
+    process = paceline(*arguments, "--no-verify", f"--out={tmp_path / 'forced'}")
+    assert process.returncode == 0, process.stderr
+
+
+def test_the_proof_is_recorded_before_the_first_step(tmp_path):
+    process = paceline("train", str(TOY), "--layout=dp_replicate=2", f"--out={tmp_path}")
+    assert process.returncode == 0, process.stderr
+    kinds = [event["event"] for event in read_events(tmp_path)]
+    assert kinds.index("plan") < kinds.index("proof") < kinds.index("step")
+    (proof,) = of_kind(read_events(tmp_path), "proof")
+    assert proof["status"] == "equal"
+    assert "Equal to one process" in process.stdout.replace("\n", " ")
+    assert "Equal to one process" in (tmp_path / "report.html").read_text()
