@@ -92,6 +92,17 @@ def test_verify_of_a_loss_that_mixes_samples_fails():
     assert process.stderr == ""
 
 
+def test_a_model_with_noise_of_its_own_is_not_comparable_and_trains_all_the_same(tmp_path):
+    process = paceline("verify", str(TOY), "--layout=dp_replicate=2", "--set=mode=random")
+    assert process.returncode == 1
+    assert "Not proven: the model draws random numbers that cannot be switched off" in process.stdout
+    process = paceline(
+        "train", str(TOY), "--layout=dp_replicate=2", "--set=mode=random", f"--out={tmp_path}"
+    )
+    assert process.returncode == 0, process.stderr
+    assert of_kind(read_events(tmp_path), "proof")[0]["status"] == "not comparable"
+
+
 def test_a_layout_that_trains_something_else_is_refused(tmp_path):
     arguments = ("train", str(TOY), "--layout=dp_replicate=2", "--set=mode=contrast")
     process = paceline(*arguments, f"--out={tmp_path / 'refused'}")

@@ -29,8 +29,9 @@ def verdict(proof: ProofEvent) -> str:
     )
     worst = f"{_what(proof.worst[0])}, {_how_far(proof.worst[0])}" if proof.worst else "nothing"
     if proof.status != "equal":
-        parted = f" Afterwards {proof.parted}." if proof.parted else ""
-        return f"DIFFERENT from one process of plain PyTorch: {worst}.{parted}{off}"
+        found = [] if not proof.worst or _is_equal(proof.worst[0]) else [worst]
+        found += [proof.parted] if proof.parted else []
+        return f"DIFFERENT from one process of plain PyTorch: {'; '.join(found)}.{off}"
     if not proof.in_float64:
         return f"Equal to one process of plain PyTorch: {told}; the worst is {worst}.{off}"
     wide = proof.in_float64[0]

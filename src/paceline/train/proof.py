@@ -146,7 +146,7 @@ def require(proof: Proof) -> None:
     """Raise `ProofError` where the layout does not compute what one process does."""
     if proof.status != "different":
         return
-    told = [proof.worst[0].describe()] if proof.worst else []
+    told = [d.describe() for d in proof.worst[:1] if not d.within_tolerance]
     told += [proof.parted] if proof.parted else []
     raise ProofError(
         f"layout {proof.layout} does not train what one process trains: {'; '.join(told)}",
