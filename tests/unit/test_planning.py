@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from paceline.errors import LayoutError
 from paceline.plan.candidates import candidates
-from paceline.plan.choose import LEAST_GAIN, choose
+from paceline.plan.choose import LEAST_GAIN, choose, without_workers
 from paceline.records import Cluster, Host, Layout, Trial
 
 
@@ -124,3 +124,13 @@ def test_never_slower_than_one_process(single, several):
     if plan.layout.workers == 2:
         ratio = median(b / a for a, b in zip(single, several, strict=True))
         assert ratio <= 1 - LEAST_GAIN + 1e-12
+
+
+def test_a_plan_whose_layout_trains_something_else_falls_back_to_the_fastest_single_process():
+    plan = choose([trial(1, 1, 3.0, 3.1, 3.2), trial(1, 2, 2.0, 2.1, 2.2), trial(2, 1, 1.0, 1.1, 1.2)])
+    assert plan.layout.workers == 2
+    instead = without_workers(plan, "2×1 would train something else")
+    assert str(instead.layout) == "dp_replicate=1,threads=2"
+    assert instead.reason == "1×2, as 2×1 would train something else."
+    assert instead.forecast_step_s == 2.1
+    assert instead.trials == plan.trials

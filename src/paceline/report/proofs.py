@@ -31,7 +31,8 @@ def verdict(proof: ProofEvent) -> str:
     if proof.status != "equal":
         found = [] if not proof.worst or _is_equal(proof.worst[0]) else [worst]
         found += [proof.parted] if proof.parted else []
-        return f"DIFFERENT from one process of plain PyTorch: {'; '.join(found)}.{off}"
+        layout = Layout.from_json(proof.layout)
+        return f"Layout {layout} is DIFFERENT from one process of plain PyTorch: {'; '.join(found)}.{off}"
     if not proof.in_float64:
         return f"Equal to one process of plain PyTorch: {told}; the worst is {worst}.{off}"
     wide = proof.in_float64[0]
