@@ -55,6 +55,8 @@ class Model(nn.Module):
             time.sleep(options.step_s)
         if self.num_forwards == options.at_forward and os.environ.get("RANK") == str(options.rank):
             misbehave()
+        if options.mode == "narrow":  # insists on float32
+            x = x @ torch.eye(8, dtype=torch.float32)
         if options.mode == "random" and self.training:  # noise of its own, which no switch turns off
             x = x + torch.rand_like(x)
         return self.outer(torch.tanh(self.norm(self.inner(x))))
@@ -82,7 +84,10 @@ def loss(outputs: torch.Tensor, batch: list[torch.Tensor]) -> torch.Tensor:
         return F.cross_entropy(outputs, batch[1]) * float("nan")
     if options.mode == "wrong_shape":
         return F.cross_entropy(outputs, batch[1][:1])
-    if options.mode == "contrast":  # every sample against the others of its batch: no mean over samples
+    if options.mode in (
+        "contrast",
+        "narrow",
+    ):  # every sample against the others of its batch: no mean over samples
         similar = (outputs @ outputs.T).fill_diagonal_(-1e9)
         same = (batch[1][:, None] == batch[1]).float().fill_diagonal_(0)
         return -(similar.log_softmax(1) * same).sum(1).mean()

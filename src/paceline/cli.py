@@ -23,9 +23,22 @@ app = typer.Typer(
 _INTERRUPTED = 130
 
 
+JobFile = Annotated[Path, typer.Argument(metavar="FILE", help="Python file with a `job`.")]
+Seed = Annotated[int, typer.Option(help="Of the model, the order of the data and dropout.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="One of the job's own options; repeatable."),
+]
+Transport = Annotated[
+    str, typer.Option(help="Between workers on CPUs: gloo, or auto: shared memory within a host.")
+]
+Timeout = Annotated[float, typer.Option(help="Seconds that a worker waits for another before it gives up.")]
+Port = Annotated[int | None, typer.Option(help="Loopback port of the workers' store; by default a free one.")]
+
+
 @app.command()
 def train(
-    job_file: Annotated[Path, typer.Argument(metavar="FILE", help="Python file with a `job`.")],
+    job_file: JobFile,
     layout: Annotated[
         str, typer.Option(help="`auto`, or axis sizes: dp_replicate=2,micro=4,threads=1.")
     ] = "auto",
@@ -35,26 +48,17 @@ def train(
         str | None,
         typer.Option(metavar="METRIC=VALUE", help="Stop when a held-out metric reaches a value: loss=1.5."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the model, the order of the data and dropout.")] = 0,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="One of the job's own options; repeatable."),
-    ] = None,
+    seed: Seed = 0,
+    settings: Settings = None,
     out: Annotated[
         Path | None, typer.Option(help="The run's directory; by default a new one below runs/.")
     ] = None,
     precision: Annotated[
         str, typer.Option(help="fp32, bf16, or auto: bf16 where the device measures faster.")
     ] = "auto",
-    transport: Annotated[
-        str, typer.Option(help="Between workers on CPUs: gloo, or auto: shared memory within a host.")
-    ] = "auto",
-    timeout: Annotated[
-        float, typer.Option(help="Seconds that a worker waits for another before it gives up.")
-    ] = 300.0,
-    port: Annotated[
-        int | None, typer.Option(help="Loopback port of the workers' store; by default a free one.")
-    ] = None,
+    transport: Transport = "auto",
+    timeout: Timeout = 300.0,
+    port: Port = None,
     verify: Annotated[
         bool,
         typer.Option(
@@ -92,22 +96,13 @@ def train(
 
 @app.command()
 def verify(
-    job_file: Annotated[Path, typer.Argument(metavar="FILE", help="Python file with a `job`.")],
+    job_file: JobFile,
     layout: Annotated[str, typer.Option(help="Axis sizes: dp_replicate=2,micro=4,threads=1.")],
-    seed: Annotated[int, typer.Option(help="Of the model and the order of the data.")] = 0,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="One of the job's own options; repeatable."),
-    ] = None,
-    transport: Annotated[
-        str, typer.Option(help="Between workers on CPUs: gloo, or auto: shared memory within a host.")
-    ] = "auto",
-    timeout: Annotated[
-        float, typer.Option(help="Seconds that a worker waits for another before it gives up.")
-    ] = 300.0,
-    port: Annotated[
-        int | None, typer.Option(help="Loopback port of the workers' store; by default a free one.")
-    ] = None,
+    seed: Seed = 0,
+    settings: Settings = None,
+    transport: Transport = "auto",
+    timeout: Timeout = 300.0,
+    port: Port = None,
 ) -> None:
     """Prove that a layout computes what one process computes; exit status 1 where it does not."""
     console = Console()

@@ -227,7 +227,15 @@ class Proof(Record):
     """How the workers' parameters differ from each other afterwards."""
     in_float64: tuple[Difference, ...] = ()
     """The largest differences of the same steps in float64, which are taken where float32 leaves a doubt."""
+    why_not_float64: str = ""
+    """Why those steps could not be taken in float64."""
     proof_s: float = Field(ge=0)
+
+    @property
+    def what_differs(self) -> str:
+        """The worst difference beyond rounding, and how the workers have parted."""
+        found = [difference.describe() for difference in self.worst[:1] if not difference.within_tolerance]
+        return "; ".join(found + ([self.parted] if self.parted else []))
 
     @property
     def status(self) -> str:

@@ -92,6 +92,16 @@ def test_verify_of_a_loss_that_mixes_samples_fails():
     assert process.stderr == ""
 
 
+def test_a_job_that_insists_on_float32_is_judged_by_that_and_nobody_waits():
+    process = paceline(
+        "verify", str(TOY), "--layout=dp_replicate=2", "--set=mode=narrow", "--timeout=60", timeout_s=50
+    )
+    assert process.returncode == 1
+    assert "DIFFERENT from one process of plain PyTorch" in process.stdout
+    assert "It could not be judged in float64: a step in one process failed" in process.stdout
+    assert process.stderr == ""
+
+
 def test_a_model_with_noise_of_its_own_is_not_comparable_and_trains_all_the_same(tmp_path):
     process = paceline("verify", str(TOY), "--layout=dp_replicate=2", "--set=mode=random")
     assert process.returncode == 1

@@ -130,9 +130,7 @@ class Worker:
         if group is not None and group.size > 1 and spec.verify:
             proof = self._prove(job, plan.layout, world, group, datasets)
             if proof.status == "different" and plan.chosen_by == "trial":
-                plan = without_workers(
-                    plan, f"{plan.label} would train something else: {proof.worst[0].describe()}"
-                )
+                plan = without_workers(plan, f"{plan.label} would train something else: {proof.what_differs}")
                 group = self._take(plan, world)
             else:
                 require(proof)

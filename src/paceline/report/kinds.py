@@ -105,6 +105,7 @@ class ProofEvent(Event):
     drawn_at_random: bool = False
     parted: str = ""
     in_float64: tuple[Difference, ...] = ()
+    why_not_float64: str = ""
     proof_s: float
 
 

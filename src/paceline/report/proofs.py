@@ -32,7 +32,11 @@ def verdict(proof: ProofEvent) -> str:
         found = [] if not proof.worst or _is_equal(proof.worst[0]) else [worst]
         found += [proof.parted] if proof.parted else []
         layout = Layout.from_json(proof.layout)
-        return f"Layout {layout} is DIFFERENT from one process of plain PyTorch: {'; '.join(found)}.{off}"
+        narrow = (
+            f" It could not be judged in float64: {proof.why_not_float64}." if proof.why_not_float64 else ""
+        )
+        different = f"Layout {layout} is DIFFERENT from one process of plain PyTorch"
+        return f"{different}: {'; '.join(found)}.{narrow}{off}"
     if not proof.in_float64:
         return f"Equal to one process of plain PyTorch: {told}; the worst is {worst}.{off}"
     wide = proof.in_float64[0]

@@ -76,8 +76,9 @@ def prove(
     if proof.status == "different" and not proof.parted:
         try:
             wide = _prove_in(torch.float64, *arguments)
-        except RuntimeError:
-            pass  # some job insists on float32; then float32 has the last word
+        except RuntimeError as error:
+            # Some job insists on float32: then that has the last word.
+            proof = proof.model_copy(update={"why_not_float64": str(error).splitlines()[0]})
         else:
             proof = proof.model_copy(update={"in_float64": wide.worst, "parted": wide.parted})
     gc.collect()  # models and their hooks refer to each other
@@ -102,12 +103,20 @@ def _prove_in(
         differences: list[Difference] = []
         samples, failure = 0, ""
         with deterministic(*models) as mode:
-            random = group.gather_json(plain is not None and plain.draws_at_random(), "randomness")[0]
+            random = False
+            if plain is not None:
+                # The others are not left waiting: this worker goes on, and tells them.
+                try:
+                    random = plain.draws_at_random()
+                except RuntimeError as error:
+                    failure = str(error)
+            random, failure = group.gather_json([random, failure], "randomness")[0]
+            if failure:
+                raise RuntimeError(f"a step in one process failed: {failure}")
             for number in range(1, 1 + (0 if random else STEPS)):
                 seen = ours.step()
                 samples += seen.samples
                 if plain is not None and not failure:
-                    # The others are not left waiting: this worker goes on, and tells them at the end.
                     try:
                         differences += compare(number, seen, plain.step(seen.gradients))
                     except RuntimeError as error:
@@ -146,10 +155,8 @@ def require(proof: Proof) -> None:
     """Raise `ProofError` where the layout does not compute what one process does."""
     if proof.status != "different":
         return
-    told = [d.describe() for d in proof.worst[:1] if not d.within_tolerance]
-    told += [proof.parted] if proof.parted else []
     raise ProofError(
-        f"layout {proof.layout} does not train what one process trains: {'; '.join(told)}",
+        f"layout {proof.layout} does not train what one process trains: {proof.what_differs}",
         cause="the model or the loss mixes samples of a batch, depends on the rank, or keeps state of its own; "
         "or an error in paceline",
         next_step=f"`paceline verify FILE --layout {proof.layout}` shows the whole comparison; "
