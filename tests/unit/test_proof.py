@@ -8,11 +8,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from paceline.records import Difference, Layout, Proof
+from paceline.train.comparison import Observed, compare
 from paceline.train.determinism import deterministic
-from paceline.train.proof import _Observed, compare
 
 
-def observed(**changes: object) -> _Observed:
+def observed(**changes: object) -> Observed:
     """A step of a model with one layer, `a`, and one running mean."""
     generator = torch.Generator().manual_seed(0)
     gradient, before = torch.randn(20, generator=generator), torch.randn(20, generator=generator)
@@ -24,10 +24,10 @@ def observed(**changes: object) -> _Observed:
         "parameters": {"a": before - 0.1 * gradient},
         "buffers": {"mean": torch.ones(3), "count": torch.tensor(2)},
     }
-    return _Observed(**{**fields, **changes})
+    return Observed(**{**fields, **changes})
 
 
-def worst(seen: _Observed, wanted: _Observed) -> Difference:
+def worst(seen: Observed, wanted: Observed) -> Difference:
     return max(
         compare(1, seen, wanted), key=lambda d: float("inf") if d.relative_error is None else d.relative_error
     )

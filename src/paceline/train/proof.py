@@ -11,7 +11,7 @@ import dataclasses
 import gc
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from paceline.comm.group import Group
 from paceline.errors import ProofError, WorkerError
 from paceline.job import Job
 from paceline.records import Difference, Layout, Proof
+from paceline.train.comparison import Observed, Tensors, badness, compare, worst_of_each_kind
 from paceline.train.data import GlobalBatch, ShareLoader, is_iterable, map_tensors
 from paceline.train.determinism import deterministic
 from paceline.train.replica import Replica, caller
@@ -28,26 +29,6 @@ from paceline.train.session import Datasets
 
 STEPS = 2
 """The second step starts from what the first has left: parameters, buffers, optimizer state."""
-_FLOOR = 1e-2
-"""A gradient that is small beside the model's whole gradient is held against this share of that."""
-_ROUNDING = 4 * torch.finfo(torch.float32).eps
-"""Relative rounding of a parameter, which may be large beside its update."""
-_NUM_SHOWN = 8
-
-Tensors = Mapping[str, torch.Tensor | None]
-
-
-@dataclasses.dataclass
-class _Observed:
-    """One step of one side. Tensors by the names that the model gives its parameters and buffers."""
-
-    loss: float
-    samples: int
-    gradients: Tensors
-    """As the optimizer got them: averaged over the global batch, and clipped where the job clips."""
-    before: Tensors
-    parameters: Tensors
-    buffers: Tensors
 
 
 def prove(
@@ -122,13 +103,13 @@ def _prove_in(
                     except RuntimeError as error:
                         failure = str(error)
         parted = ours.how_parted()
-    differences.sort(key=_badness, reverse=True)
+    differences.sort(key=badness, reverse=True)
     proof = Proof(
         layout=layout,
         steps=0 if random else STEPS,
         samples=samples,
         compared=len(differences),
-        worst=_worst_of_each_kind(differences),
+        worst=worst_of_each_kind(differences),
         switched_off=tuple(sorted(mode.switched_off)),
         drawn_at_random=random,
         parted=parted,
@@ -190,10 +171,10 @@ class _LayoutSide:
         self._gradients: Tensors = {}
         self._replica.optimizer.register_step_pre_hook(self._keep_gradients)
 
-    def step(self) -> _Observed:
+    def step(self) -> Observed:
         before = _copies(self.model.named_parameters())
         result = self._replica.step(next(self._batches))
-        return _Observed(
+        return Observed(
             loss=result.loss,
             samples=result.samples,
             gradients=self._gradients,
@@ -253,7 +234,7 @@ class _PlainSide:
                 buffer.copy_(kept[name])
         return losses[0] != losses[1] and not all(map(math.isnan, losses))
 
-    def step(self, given: Tensors) -> _Observed:
+    def step(self, given: Tensors) -> Observed:
         """One step; the update is made with the `given` gradients, after its own were kept."""
         batch = self._next or next(self._batches)
         self._next = None
@@ -268,7 +249,7 @@ class _PlainSide:
         if self._schedule is not None:
             self._schedule.step()
         self._optimizer.zero_grad()
-        return _Observed(
+        return Observed(
             loss=loss,
             samples=batch.samples,
             gradients=gradients,
@@ -295,66 +276,6 @@ class _PlainSide:
             if parameter.grad is not None:
                 parameter.grad.div_(weights)
         return total / weights
-
-
-def compare(step: int, seen: _Observed, wanted: _Observed) -> list[Difference]:
-    """How far each quantity of a step is from what it should be.
-
-    Errors are norms of differences, relative to: the loss; the parameter's gradient, or 1 % of the whole
-    gradient where that is more; the parameter's update, rounding of the parameter left out; the buffer, or
-    0.01 for each of its numbers where that is more.
-    """
-    loss_error = abs(seen.loss - wanted.loss) / max(abs(wanted.loss), 1e-30)
-    differences = [_difference("loss", "", step, loss_error)]
-    whole = math.sqrt(sum(_norm(g) ** 2 for g in wanted.gradients.values() if g is not None))
-    for name, gradient in wanted.gradients.items():
-        found = seen.gradients.get(name)
-        if gradient is None or found is None:
-            if gradient is not found:
-                note = "no gradient" if found is None else "a gradient where one process has none"
-                differences.append(Difference(kind="gradient", name=name, step=step, note=note))
-            continue
-        scale = max(_norm(gradient), _FLOOR * whole, 1e-30)
-        differences.append(_difference("gradient", name, step, _distance(found, gradient) / scale))
-    for name, parameter in wanted.parameters.items():
-        found, before = seen.parameters[name], wanted.before[name]
-        assert parameter is not None
-        assert found is not None
-        assert before is not None
-        update, distance = _distance(parameter, before), _distance(found, parameter)
-        beyond_rounding = max(0.0, distance - _ROUNDING * _norm(parameter))
-        error = beyond_rounding / update if update else (math.inf if beyond_rounding else 0.0)
-        differences.append(
-            _difference("parameter", name, step, error if math.isfinite(distance) else distance)
-        )
-    for name, buffer in wanted.buffers.items():
-        found = seen.buffers[name]
-        assert buffer is not None
-        assert found is not None
-        scale = max(_norm(buffer), _FLOOR * math.sqrt(buffer.numel()), 1e-30)
-        differences.append(_difference("buffer", name, step, _distance(found, buffer) / scale))
-    return differences
-
-
-def _difference(kind: str, name: str, step: int, error: float) -> Difference:
-    if math.isfinite(error):
-        return Difference(kind=kind, name=name, step=step, relative_error=error)
-    return Difference(kind=kind, name=name, step=step, note="not finite, or changed where nothing should")
-
-
-def _badness(difference: Difference) -> float:
-    return math.inf if difference.relative_error is None else difference.relative_error
-
-
-def _worst_of_each_kind(differences: Iterable[Difference]) -> tuple[Difference, ...]:
-    """The worst few of all, and the worst of each kind; the worst first."""
-    kept: list[Difference] = []
-    kinds: set[str] = set()
-    for difference in differences:
-        if len(kept) < _NUM_SHOWN or difference.kind not in kinds:
-            kept.append(difference)
-            kinds.add(difference.kind)
-    return tuple(kept)
 
 
 def _batches(
@@ -392,11 +313,3 @@ def _gradients(model: nn.Module) -> Tensors:
 
 def _copies(tensors: Iterable[tuple[str, torch.Tensor]]) -> Tensors:
     return {name: tensor.detach().clone() for name, tensor in tensors}
-
-
-def _norm(tensor: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor.double()))
-
-
-def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(a.double() - b.double()))
