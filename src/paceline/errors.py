@@ -8,6 +8,7 @@ PacelineError
 │   ├── DataError           an empty data set, a bad sample, data that cannot be found
 │   └── LossError           the loss is not a scalar, not finite, or cannot be differentiated
 ├── LayoutError             a layout that cannot be parsed, or that the job or cluster cannot take
+│   └── SplitError          the model cannot be split in this way
 ├── RunError                the run's directory, its target, its length
 ├── LaunchError             workers could not be started (a port in use, too few processors)
 ├── ProofError              a layout does not train what one process trains
@@ -66,6 +67,10 @@ class LossError(JobError):
 
 class LayoutError(PacelineError):
     """A layout that cannot be parsed, or that the job or the cluster cannot take."""
+
+
+class SplitError(LayoutError):
+    """The model cannot be split in this way."""
 
 
 class RunError(PacelineError):

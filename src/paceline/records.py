@@ -12,8 +12,14 @@ from paceline.errors import LayoutError
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "ep", "tp")
 """The mesh axes, outermost first, by the ecosystem's names."""
 
-SUPPORTED_AXES = frozenset({"dp_replicate"})
+SUPPORTED_AXES = frozenset({"pp", "dp_replicate", "dp_shard", "tp"})
 """Axes that may be larger than one today."""
+
+SCHEDULE_NAMES = ("gpipe", "1f1b", "interleaved", "bfs", "zb-h1", "zbv")
+"""Orders of a pipeline's work, made in `paceline.plan.schedules`."""
+
+RECOMPUTE = ("none", "selective", "full")
+"""What a backward pass computes again: nothing; all but products of matrices; all of each piece."""
 
 
 class Record(BaseModel):
@@ -67,6 +73,14 @@ class Layout(Record):
     tp: int = Field(default=1, ge=1)
     micro: int = Field(default=1, ge=1)
     """Micro-batches in a step: gradients are accumulated over them."""
+    schedule: str = "1f1b"
+    """Order of a pipeline's work: one of `paceline.plan.schedules.SCHEDULES`."""
+    stages: int | None = Field(default=None, ge=1)
+    """Pipeline stages of each worker; None: as many as the schedule is made for."""
+    zero: int | None = Field(default=None, ge=1, le=3)
+    """What `dp_shard` shards: 1 the optimizer's state, 2 gradients too, 3 parameters too; None: 3, and 2 in a pipeline."""
+    recompute: str = "none"
+    """One of `RECOMPUTE`."""
     threads: int | None = Field(default=None, ge=1)
     """Threads of each worker; None shares out the host's cores."""
 
@@ -79,6 +93,16 @@ class Layout(Record):
         return product
 
     @property
+    def splits_model(self) -> bool:
+        """Whether a worker has less than the whole model."""
+        return self.pp * self.tp * self.dp_shard > 1
+
+    @property
+    def zero_stage(self) -> int:
+        """`zero`, or what stands for None: a pipeline's worker runs each of its blocks many times in a step."""
+        return self.zero or (2 if self.pp > 1 else 3)
+
+    @property
     def data_parallel(self) -> int:
         """Among how many workers a micro-batch is split."""
         return self.dp_replicate * self.dp_shard
@@ -89,6 +113,14 @@ class Layout(Record):
         parts = parts or ["dp_replicate=1"]
         if self.micro > 1:
             parts.append(f"micro={self.micro}")
+        if self.pp > 1 and self.schedule != "1f1b":
+            parts.append(f"schedule={self.schedule}")
+        if self.stages is not None:
+            parts.append(f"stages={self.stages}")
+        if self.zero is not None:
+            parts.append(f"zero={self.zero}")
+        if self.recompute != "none":
+            parts.append(f"recompute={self.recompute}")
         if self.threads is not None:
             parts.append(f"threads={self.threads}")
         return ",".join(parts)
@@ -101,7 +133,7 @@ class Layout(Record):
             LayoutError: an unknown key, a size that is no whole number of at least 1, or an axis
                 that this version cannot split along.
         """
-        sizes: dict[str, int] = {}
+        values: dict[str, int | str] = {}
         for part in filter(None, (p.strip() for p in text.split(","))):
             key, equals, value = (p.strip() for p in part.partition("="))
             if key not in cls.model_fields:
@@ -111,29 +143,33 @@ class Layout(Record):
                     cause=f"perhaps {near[0]!r} was meant" if near else "",
                     next_step=f"keys are {', '.join(cls.model_fields)}; or `auto`",
                 )
-            if key in sizes:
+            if key in values:
                 raise LayoutError(f"layout {text!r} gives {key!r} twice", next_step="give each key once")
-            if not equals or not value.isdecimal() or int(value) < 1:
-                raise LayoutError(
-                    f"layout {text!r}: {key} is {value!r}",
-                    next_step=f"give a whole number of at least 1, as in {key}=2",
-                )
-            sizes[key] = int(value)
-        if not sizes:
+            values[key] = _read_name(text, key, value) if key in _NAMED else _read_size(text, key, value)
+        if not values:
             raise LayoutError(
                 f"layout {text!r} is empty", next_step="give `auto`, or axis sizes such as `dp_replicate=2`"
             )
         for axis in AXES:
-            if sizes.get(axis, 1) > 1 and axis not in SUPPORTED_AXES:
+            if axis not in SUPPORTED_AXES and values.get(axis, 1) != 1:
                 raise LayoutError(
-                    f"layout {text!r}: {axis}={sizes[axis]} cannot be trained by this version",
-                    cause="it splits the batch (dp_replicate), not yet the model",
-                    next_step=f"use dp_replicate={sizes[axis]}, or `auto`",
+                    f"layout {text!r}: {axis}={values[axis]} cannot be trained by this version",
+                    cause=f"it splits along {', '.join(a for a in AXES if a in SUPPORTED_AXES)}",
+                    next_step=f"use dp_shard={values[axis]}, or `auto`",
+                )
+        for key, axis in (("schedule", "pp"), ("stages", "pp"), ("zero", "dp_shard")):
+            if key in values and values.get(axis, 1) == 1:
+                raise LayoutError(
+                    f"layout {text!r} gives {key}, and {axis} is 1",
+                    next_step=f"give {axis} a size of at least 2, or leave {key} out",
                 )
         try:
-            return cls(**sizes)
-        except ValidationError as error:  # pragma: no cover - parse has checked every value
-            raise LayoutError(f"layout {text!r}: {error}") from error
+            return cls(**values)  # type: ignore[arg-type]
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise LayoutError(
+                f"layout {text!r}: {first['loc'][0]} is {first['input']!r}", cause=first["msg"]
+            ) from error
 
     def check_batch(self, batch_size: int) -> None:
         """Raise `LayoutError` where a global batch of `batch_size` samples cannot be divided evenly."""
@@ -148,6 +184,29 @@ class Layout(Record):
             cause="every worker computes the same number of samples of each micro-batch",
             next_step=f"use a batch_size of {nearest}, or another layout",
         )
+
+
+_NAMED = {"schedule": SCHEDULE_NAMES, "recompute": RECOMPUTE}
+
+
+def _read_name(text: str, key: str, value: str) -> str:
+    if value in _NAMED[key]:
+        return value
+    near = difflib.get_close_matches(value, _NAMED[key], n=1)
+    raise LayoutError(
+        f"layout {text!r}: {key} is {value!r}",
+        cause=f"perhaps {near[0]!r} was meant" if near else "",
+        next_step=f"use one of {', '.join(_NAMED[key])}",
+    )
+
+
+def _read_size(text: str, key: str, value: str) -> int:
+    if value.isdecimal() and int(value) >= 1:
+        return int(value)
+    raise LayoutError(
+        f"layout {text!r}: {key} is {value!r}",
+        next_step=f"give a whole number of at least 1, as in {key}=2",
+    )
 
 
 class Trial(Record):

@@ -141,6 +141,27 @@ class Group:
             ).wait()
         return tensor
 
+    def start_send(self, tensor: torch.Tensor, to: int, what: str, channel: int = 0) -> Pending:
+        """Begin to send the contiguous `tensor` to group rank `to`; it must stay as it is until `wait()`.
+
+        Messages from one worker to another on one channel arrive in order.
+        """
+        name = f"sending {what} to rank {to} of the group"
+        return self._start(
+            name,
+            tensor,
+            lambda: dist.isend(tensor, group=self._process_group, group_dst=to, tag=channel),
+        )
+
+    def receive_(self, tensor: torch.Tensor, source: int, what: str, channel: int = 0) -> None:
+        """Fill the contiguous `tensor` with what group rank `source` sends next on this channel."""
+        name = f"receiving {what} from rank {source} of the group"
+        self._start(
+            name,
+            tensor,
+            lambda: dist.irecv(tensor, group=self._process_group, group_src=source, tag=channel),
+        ).wait()
+
     def gather_json(self, value: Any, what: str) -> list[Any]:
         """Every worker's `value` (anything that JSON can say), in the order of rank."""
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)

@@ -31,48 +31,52 @@ class World:
     device: torch.device
     timeout_s: float
     transport: str = AUTO
-    groups: dict[int, Group | None] = dataclasses.field(default_factory=dict)
-    """Those that were made, by size."""
+    groups: dict[tuple[int, ...], Group | None] = dataclasses.field(default_factory=dict)
+    """Those that were made, by the ranks of their members."""
 
     def group(self, size: int) -> Group | None:
         """The group of the first `size` ranks; None on a rank outside it.
 
         A collective call: every rank of the world makes it, in the same order.
         """
-        if size not in self.groups:
-            self.groups[size] = self._make_group(size)
-        return self.groups[size]
+        return self.group_of(tuple(range(size)))
 
-    def _make_group(self, size: int) -> Group | None:
-        if self.size == 1:
-            return Group.alone(self.device)
-        if size == self.size:
+    def group_of(self, ranks: tuple[int, ...]) -> Group | None:
+        """The group of `ranks`, in their order; None on a rank outside it. A collective call like `group`."""
+        if ranks not in self.groups:
+            self.groups[ranks] = self._make_group(ranks)
+        return self.groups[ranks]
+
+    def _make_group(self, ranks: tuple[int, ...]) -> Group | None:
+        if self.size == 1 or len(ranks) == 1:
+            return Group.alone(self.device) if self.rank in ranks else None
+        if ranks == tuple(range(self.size)):
             process_group = dist.group.WORLD
         else:
             process_group = dist.new_group(
-                list(range(size)), timeout=datetime.timedelta(seconds=self.timeout_s)
+                list(ranks), timeout=datetime.timedelta(seconds=self.timeout_s), sort_ranks=False
             )
-        if self.rank >= size:
+        if self.rank not in ranks:
             return None
-        if size == 1:
-            return Group.alone(self.device)
-        group = Group(process_group, self.rank, size, self.device, self.timeout_s)
+        group = Group(process_group, ranks.index(self.rank), len(ranks), self.device, self.timeout_s)
         if self.device.type == "cpu" and self.transport == AUTO:
             group.share_memory(self.local_size)
         return group
 
     def release_groups(self, but: int) -> None:
-        """Give back what the groups hold that are not used any more: all but that of `but` workers.
+        """Give back what the groups of the first ranks hold that are not used any more: all but that of `but` workers.
 
         A collective call, as a group without shared memory goes on through gloo.
         """
-        for size, group in self.groups.items():
-            if group is not None and size != but:
+        for ranks, group in self.groups.items():
+            if group is not None and ranks == tuple(range(len(ranks))) and len(ranks) != but:
                 group.close()
 
     def leave(self) -> None:
         """Give back all groups. Without it gloo's threads abort the interpreter at exit."""
-        self.release_groups(but=0)
+        for group in self.groups.values():
+            if group is not None:
+                group.close()
         self.groups.clear()
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()

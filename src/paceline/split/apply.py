@@ -1,0 +1,197 @@
+"""Applying a layout to a model, in one fixed order.
+
+1. **Pieces** are found: everything below works piece by piece.
+2. **Pipeline**: parameters of other stages leave. First, as what is not here need not be divided.
+3. **Tensor parallelism** divides what is left; it must see whole parameters, and gives plain, smaller ones.
+4. **Batch norms** take statistics over the workers among which the batch is split.
+5. **Recomputation** wraps each piece; the collectives of tensor parallelism run again within it.
+6. **Sharding** lays what is left of each piece end to end and keeps a part of it; last, because it changes where
+   parameters live, and because what it gathers is what the others compute with.
+
+After that every parameter that the plan names has been reached, or an error says which was not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from paceline.comm.group import Group
+from paceline.comm.mesh import Mesh
+from paceline.errors import SplitError
+from paceline.records import Layout
+from paceline.split import rules as rules  # fills the tables of tensor parallelism
+from paceline.split.pieces import Piece, find_pieces
+from paceline.split.placement import Shard, take
+from paceline.split.recompute import recomputed
+from paceline.split.stages import PieceCalls, Stages, plan_stages
+from paceline.split.tensor_mode import TensorParallel
+from paceline.split.tensor_plan import TensorSplit, divide_parameters, plan_tensor_split
+
+Cut = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclasses.dataclass
+class LocalParameter:
+    """What one worker has of a parameter."""
+
+    name: str
+    parameter: nn.Parameter
+    shape: tuple[int, ...]
+    """Of the whole."""
+    shard: Shard | None
+    """How tensor parallelism divided it."""
+    holders: tuple[int, ...]
+    """The pipeline's workers that have it, ascending."""
+
+
+class SplitModel:
+    """A model of which this worker has a part."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: Layout,
+        mesh: Mesh,
+        run: Callable[[], Any],
+        worker_of: Callable[[int], int],
+        num_stages: int,
+    ) -> None:
+        """Split `model`, in place. A collective call of all workers of `mesh`.
+
+        Args:
+            run: one forward of the model and the loss, on a small batch.
+            worker_of: the pipeline's worker that has a stage.
+
+        Raises:
+            SplitError: the model cannot be split so.
+            LayoutError: the model has too few pieces.
+        """
+        self.model, self.layout, self.mesh = model, layout, mesh
+        self.replaced: dict[nn.Parameter, tuple[nn.Parameter, Cut] | None] = {}
+        """What stands for each parameter that is not here as it was: see `swap_parameters`."""
+        whole = dict(model.named_parameters())
+        shapes = {name: tuple(p.shape) for name, p in whole.items()}
+        self.calls = PieceCalls(model, find_pieces(model, 2 * num_stages))
+        self.stages: Stages | None = None
+        self.tensor: TensorParallel | None = None
+        self.tensor_split: TensorSplit | None = None
+        if layout.tp > 1:
+            self.tensor_split = self._agree_on_tensor_split(run)
+        if layout.pp > 1:
+            self.stages = self._agree_on_stages(run, num_stages)
+        holders = self._holders(whole, worker_of)
+        self._drop({name: p for name, p in whole.items() if mesh.pipeline.rank not in holders[name]})
+        if self.tensor_split is not None:
+            self._divide(mesh.tensor)
+        shards = self.tensor_split.shards if self.tensor_split is not None else {}
+        names = {id(p): name for name, p in model.named_parameters()}
+        self.names = names
+        self.parameters = {
+            name: LocalParameter(name, p, shapes[name], shards.get(name), holders[name])
+            for name, p in model.named_parameters()
+            if mesh.pipeline.rank in holders[name]
+        }
+        self.requires_grad = {name: p.requires_grad for name, p in whole.items()}
+        self.shapes, self.all_holders, self.shards = shapes, holders, shards
+        self._check_reached()
+
+    def compute(self, piece: Piece, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run a piece that is here."""
+        how = self.layout.recompute if piece.module.training else "none"
+        return recomputed(forward, how, piece.module, self.computing_again)(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """Within it, calls to torch are made on this worker's pieces of tensors."""
+        if self.tensor is None or self.tensor.is_active:
+            yield
+        else:
+            with self.tensor:
+                yield
+
+    computing_again = computing
+
+    def whole(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """What tensor parallelism divided like the parameter `name`, made whole. A collective call of `mesh.tensor`."""
+        shard = self.shards.get(name)
+        if shard is None:
+            return tensor
+        from paceline.split.exchange import gather_whole
+
+        return gather_whole(tensor, shard, self.mesh.tensor, f"{name}")
+
+    def _agree_on_tensor_split(self, run: Callable[[], Any]) -> TensorSplit:
+        split = plan_tensor_split(self.model, run, self.layout.tp)
+        told = self.mesh.everyone.gather_json(
+            {name: [shard.dim, list(shard.parts)] for name, shard in split.shards.items()}, "the tensor split"
+        )[0]
+        shards = {name: Shard(dim, tuple(parts)) for name, (dim, parts) in told.items()}
+        if not shards:
+            raise SplitError(
+                f"nothing in the model can be divided by tp={self.layout.tp}",
+                cause="tensor parallelism divides linear layers, embeddings and convolutions whose sizes are multiples of tp",
+                next_step=_nearest_tp(self.model, run, self.layout.tp),
+            )
+        return dataclasses.replace(split, shards=shards)
+
+    def _agree_on_stages(self, run: Callable[[], Any], num_stages: int) -> Stages:
+        stages = plan_stages(self.model, self.calls, run, num_stages)
+        return Stages.from_json(self.mesh.everyone.gather_json(stages.to_json(), "the pipeline's stages")[0])
+
+    def _holders(
+        self, whole: dict[str, nn.Parameter], worker_of: Callable[[int], int]
+    ) -> dict[str, tuple[int, ...]]:
+        if self.stages is None:
+            return dict.fromkeys(whole, (0,))
+        return {name: tuple(sorted({worker_of(s) for s in self.stages.holders[name]})) for name in whole}
+
+    def _drop(self, parameters: dict[str, nn.Parameter]) -> None:
+        """Replace parameters that other stages have by ones without memory."""
+        absent = {
+            p: nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+            for p in parameters.values()
+        }
+        for module in self.model.modules():
+            for key, held in module._parameters.items():
+                if held is not None and held in absent:
+                    module._parameters[key] = absent[held]
+        self.replaced.update(dict.fromkeys(parameters.values()))
+
+    def _divide(self, group: Group) -> None:
+        assert self.tensor_split is not None
+        self.tensor = TensorParallel(group)
+        divided = divide_parameters(self.model, self.tensor_split, group.rank)
+        by_new = {id(new): name for name, new in self.model.named_parameters()}
+        for old, new in divided.items():
+            shard = self.tensor_split.shards[by_new[id(new)]]
+            if not new.is_meta:
+                self.replaced[old] = new, _cutter(shard, group)
+
+    def _check_reached(self) -> None:
+        for name, shard in self.shards.items():
+            if name in self.parameters:
+                local = self.parameters[name]
+                size = local.shape[shard.dim] // self.layout.tp
+                if local.parameter.shape[shard.dim] != size:
+                    raise SplitError(
+                        f"{name} should have been divided along dimension {shard.dim} and was not",
+                        cause="an error in paceline",
+                        next_step="leave out tp, and report it",
+                    )
+
+
+def _cutter(shard: Shard, group: Group) -> Cut:
+    return lambda tensor: take(tensor, shard, group.rank, group.size).clone()
+
+
+def _nearest_tp(model: nn.Module, run: Callable[[], Any], wanted: int) -> str:
+    for other in sorted(range(2, 2 * wanted + 1), key=lambda n: (abs(n - wanted), n)):
+        if other != wanted and plan_tensor_split(model, run, other).shards:
+            return f"use tp={other}, or another axis (dp_shard, pp)"
+    return "use another axis (dp_shard, pp)"

@@ -1,0 +1,212 @@
+"""Cutting a model into pipeline stages: which piece is computed where.
+
+The model's forward runs once, whole, on a small batch. Each call of a piece is timed, in the order of the program, and the
+row of calls is cut where the slowest stage is fastest. A piece that is called several times may fall into several
+stages; each of them then has its parameters, as has each stage that reads a parameter between the pieces.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from paceline.errors import LayoutError
+from paceline.split.pieces import Piece
+from paceline.split.trees import map_tensors, tensors_in
+
+_CALL = "_paceline_call"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stages:
+    """Where everything is computed. Stages are counted along the model; one worker may have several."""
+
+    num_stages: int
+    calls: Mapping[tuple[str, int], int]
+    """(name of a piece, number of the call) -> stage."""
+    holders: Mapping[str, tuple[int, ...]]
+    """Name of a parameter -> the stages that have it, ascending."""
+    cost_s: tuple[float, ...]
+    """Seconds of one forward, measured on a small batch, of each stage."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "num_stages": self.num_stages,
+            "calls": [[name, number, stage] for (name, number), stage in self.calls.items()],
+            "holders": {name: list(stages) for name, stages in self.holders.items()},
+            "cost_s": list(self.cost_s),
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Stages:
+        return cls(
+            data["num_stages"],
+            {(name, number): stage for name, number, stage in data["calls"]},
+            {name: tuple(stages) for name, stages in data["holders"].items()},
+            tuple(data["cost_s"]),
+        )
+
+
+class PieceCalls:
+    """Lets the calls of a model's pieces be seen: `on_call(piece, forward, args, kwargs)` stands in for them."""
+
+    def __init__(self, model: nn.Module, pieces: Sequence[Piece]) -> None:
+        self.on_call: Callable[[Piece, Callable[..., Any], Any, Any], Any] | None = None
+        self.pieces = list(pieces)
+        self._is_inside = False
+        for piece in pieces:
+            piece.module.forward = self._standing_in(piece, piece.module.forward)  # type: ignore[method-assign]
+
+    def _standing_in(self, piece: Piece, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def inside(*args: Any, **kwargs: Any) -> Any:
+            self._is_inside = True
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self._is_inside = False
+
+        @functools.wraps(forward)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            if self._is_inside:
+                return forward(*args, **kwargs)
+            if self.on_call is None:
+                return inside(*args, **kwargs)
+            return self.on_call(piece, inside, args, kwargs)
+
+        return called
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether a piece is being computed."""
+        return self._is_inside
+
+
+class _Trace(TorchFunctionMode):
+    """Follows one forward: which piece each value comes from, and which parameters are read between them."""
+
+    def __init__(self, calls: PieceCalls, names: Mapping[int, str]) -> None:
+        super().__init__()
+        self._calls, self._names = calls, names
+        self.seen: list[tuple[str, int]] = []
+        self.seconds: list[float] = []
+        self.read_between: dict[str, set[int]] = {}
+        """Name of a parameter -> numbers of the calls beside which it is read."""
+        self._counts: dict[str, int] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self._calls.is_inside or not tensors_in(result):
+            return result
+        read = tensors_in((args, kwargs))
+        numbers = [getattr(t, _CALL) for t in read if hasattr(t, _CALL)]
+        parameters = [self._names[id(t)] for t in read if id(t) in self._names]
+        number = max(numbers, default=max(len(self.seen) - 1, 0))
+        for name in parameters:
+            self.read_between.setdefault(name, set()).add(number)
+        if numbers or parameters:
+            map_tensors(result, lambda t: _note(t, number))
+        return result
+
+    def call(self, piece: Piece, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        number = self._counts.get(piece.name, 0)
+        self._counts[piece.name] = number + 1
+        begin_s = time.perf_counter()
+        result = forward(*args, **kwargs)
+        self.seconds.append(time.perf_counter() - begin_s)
+        self.seen.append((piece.name, number))
+        given = {id(t) for t in tensors_in((args, kwargs))}
+        place = len(self.seen) - 1
+        for tensor in tensors_in((args, kwargs)):
+            if id(tensor) in self._names:
+                self.read_between.setdefault(self._names[id(tensor)], set()).add(place)
+        map_tensors(result, lambda t: t if id(t) in given else _note(t, place))
+        return result
+
+
+def _note(tensor: torch.Tensor, number: int) -> torch.Tensor:
+    setattr(tensor, _CALL, number)
+    return tensor
+
+
+def plan_stages(
+    model: nn.Module, calls: PieceCalls, run: Callable[[], Any], num_stages: int, *, rounds: int = 2
+) -> Stages:
+    """Where to compute what, in `num_stages` stages of about equal time.
+
+    Args:
+        run: one forward of the model, from a fresh batch each time.
+
+    Raises:
+        LayoutError: the model has fewer pieces than stages.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    seconds: list[float] = []
+    for _ in range(rounds):
+        trace = _Trace(calls, names)
+        calls.on_call = trace.call
+        try:
+            with trace, torch.no_grad():
+                run()
+        finally:
+            calls.on_call = None
+        seconds = [min(pair) for pair in zip(seconds or trace.seconds, trace.seconds, strict=False)]
+    if len(trace.seen) < num_stages:
+        raise LayoutError(
+            f"the model has {len(trace.seen)} pieces to cut between, and {num_stages} pipeline stages were asked for",
+            cause="a stage needs at least one piece: a block of a list, or a module that the model calls",
+            next_step=f"use at most pp={len(trace.seen)}" if len(trace.seen) > 1 else "use another axis",
+        )
+    stage_of = cut_evenly(seconds, num_stages)
+    where = dict(zip(trace.seen, stage_of, strict=True))
+    holders: dict[str, set[int]] = {}
+    by_id = {id(p): name for name, p in model.named_parameters()}
+    modules = {piece.name: piece.module for piece in calls.pieces}
+    for (name, _), stage in where.items():
+        for parameter in modules[name].parameters():
+            holders.setdefault(by_id[id(parameter)], set()).add(stage)
+    for name, numbers in trace.read_between.items():
+        holders.setdefault(name, set()).update(stage_of[min(n, len(stage_of) - 1)] for n in numbers)
+    for name in by_id.values():
+        # One that nothing reads is kept somewhere.
+        holders.setdefault(name, {0})
+    cost_s = [0.0] * num_stages
+    for stage, cost in zip(stage_of, seconds, strict=True):
+        cost_s[stage] += cost
+    return Stages(num_stages, where, {n: tuple(sorted(s)) for n, s in holders.items()}, tuple(cost_s))
+
+
+def cut_evenly(costs: Sequence[float], num_parts: int) -> list[int]:
+    """The part of each cost, in order, none empty, such that the largest sum of a part is least.
+
+    Dynamic programming over (first costs, parts): O(n² · parts).
+    """
+    num = len(costs)
+    sums = [0.0]
+    for cost in costs:
+        sums.append(sums[-1] + cost)
+    best: list[list[float]] = [[float("inf")] * (num + 1) for _ in range(num_parts + 1)]
+    cut_at = [[0] * (num + 1) for _ in range(num_parts + 1)]
+    best[0][0] = 0.0
+    for part in range(1, num_parts + 1):
+        for end in range(part, num + 1):
+            for begin in range(part - 1, end):
+                worst = max(best[part - 1][begin], sums[end] - sums[begin])
+                if worst < best[part][end]:
+                    best[part][end], cut_at[part][end] = worst, begin
+    result = [0] * num
+    end = num
+    for part in range(num_parts, 0, -1):
+        begin = cut_at[part][end]
+        result[begin:end] = [part - 1] * (end - begin)
+        end = begin
+    return result

@@ -1,0 +1,198 @@
+"""Finding what tensor parallelism can divide in a model: which weights, along which dimension.
+
+The model's forward runs once on whole tensors that are only said to be divided, so that the data is followed through
+whatever the model does: a linear layer that reads a whole input is divided by its outputs, one that reads a
+divided input by its inputs, and vectors that meet divided data along with it. Where the data then has to be made whole
+again, the weights that it comes from are looked at once more: divided into more parts (the heads of queries, keys
+and values in one weight), or left whole where they are small; and the forward runs again, until nothing changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from paceline.split.placement import Shard, is_divisible, take
+from paceline.split.tensor_mode import Thought, map_tensors, mark, shard_of
+
+_ORIGINS = "_paceline_origins"
+_TRANSPOSED = "_paceline_transposed"
+_TRANSPOSES = (torch.Tensor.T.__get__, torch.Tensor.mT.__get__, torch.Tensor.t, torch.t, torch.transpose, torch.Tensor.transpose)
+
+LEAST_SHARE = 0.01
+"""Of the model's parameters: a smaller weight is left whole where dividing it costs a message of its own."""
+_MOST_PASSES = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSplit:
+    """What is divided, by the names of the parameters, and how much of the model that is."""
+
+    num_workers: int
+    shards: Mapping[str, Shard]
+    divided: int
+    """Elements of the divided parameters."""
+    elements: int
+    """Of all parameters."""
+
+
+class Planning(Thought):
+    """One pass over the model."""
+
+    def __init__(
+        self, num_workers: int, names: Mapping[int, str], num_elements: int, left_whole: set[str], parts: Mapping[str, tuple[int, ...]]
+    ) -> None:
+        """
+        Args:
+            names: of the parameters, by id.
+            left_whole: what may not be divided.
+            parts: into what parts the outputs of a weight are divided, where it is not one.
+        """
+        super().__init__(num_workers)
+        self._names, self._num_elements, self._left_whole, self._parts = names, num_elements, left_whole, parts
+        self.shards: dict[str, Shard] = {}
+        self.gathered: dict[str, int] = {}
+        """Elements that had to be made whole, by the weights that they come from."""
+        self.better: dict[str, tuple[int, ...]] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs)
+        if func in _TRANSPOSES and isinstance(args[0], nn.Parameter) and args[0].dim() == 2:
+            setattr(result, _TRANSPOSED, args[0])
+        return result
+
+    def weigh(self, weight: torch.Tensor, shard: Shard, *, saves_only_memory: bool = False) -> None:
+        behind = getattr(weight, _TRANSPOSED, None)
+        if behind is not None and shard_of(weight) is None:
+            self.weigh(behind, shard.at(1 - shard.dim), saves_only_memory=saves_only_memory)
+            found = shard_of(behind)
+            if found is not None:
+                self.made(weight, found.at(1 - found.dim), behind)
+            return
+        name = self._names.get(id(weight))
+        if name is None or shard_of(weight) is not None or name in self._left_whole:
+            return
+        if saves_only_memory and weight.numel() < LEAST_SHARE * self._num_elements:
+            return
+        parts = self._parts.get(name)
+        if parts is not None and sum(parts) == shard.size:
+            shard = Shard(shard.dim, parts)
+        if is_divisible(shard, self.num_workers):
+            self.shards[name] = shard
+            mark(weight, shard)
+
+    def is_weight(self, tensor: torch.Tensor) -> bool:
+        return isinstance(tensor, nn.Parameter) or hasattr(tensor, _TRANSPOSED)
+
+    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        if shard_of(tensor) is None:
+            return tensor
+        for name in self._origins(tensor):
+            self.gathered[name] = self.gathered.get(name, 0) + tensor.numel()
+        return tensor.view_as(tensor)
+
+    def cut(self, tensor: torch.Tensor, shard: Shard) -> torch.Tensor:
+        if shard_of(tensor) == shard:
+            return tensor
+        name = self._names.get(id(tensor))
+        if name is not None and shard_of(tensor) is None and name not in self._left_whole:
+            self.shards[name] = shard
+            return mark(tensor, shard)
+        return mark(self.whole(tensor).view_as(tensor), shard)
+
+    def made(self, result: Any, shard: Shard | None, *sources: Any) -> Any:
+        origins: frozenset[str] = frozenset()
+        for source in sources:
+            if isinstance(source, torch.Tensor) and shard_of(source) is not None:
+                origins |= self._origins(source)
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            setattr(tensor, _ORIGINS, origins)
+            return mark(tensor, shard)
+
+        return note(result) if isinstance(result, torch.Tensor) else map_tensors(result, note)
+
+    def would_fit(self, tensor: torch.Tensor, shard: Shard) -> None:
+        for name in self._origins(tensor):
+            if name in self.shards and self.shards[name].size == shard.size:
+                self.better[name] = shard.parts
+
+    def _origins(self, tensor: torch.Tensor) -> frozenset[str]:
+        name = self._names.get(id(tensor))
+        return frozenset([name]) if name is not None else getattr(tensor, _ORIGINS, frozenset())
+
+
+def plan_tensor_split(model: nn.Module, run: Callable[[], Any], num_workers: int, fixed: set[str] = frozenset()) -> TensorSplit:  # type: ignore[assignment]
+    """What to divide among `num_workers`.
+
+    Args:
+        run: one forward of the model and its loss. Buffers and random state are put back afterwards.
+        fixed: names of parameters that must stay whole.
+    """
+    parameters = {name: p for name, p in model.named_parameters()}
+    names = {id(p): name for name, p in parameters.items()}
+    num_elements = sum(p.numel() for p in parameters.values())
+    left_whole, parts = set(fixed), {}
+    tried: set[tuple[str, tuple[int, ...]]] = set()
+    for _ in range(_MOST_PASSES):
+        planning = Planning(num_workers, names, num_elements, left_whole, parts)
+        with _unmarked(parameters.values()), _undisturbed(model), planning:
+            run()
+        better = {(n, p) for n, p in planning.better.items() if n in planning.gathered and (n, p) not in tried}
+        if better:
+            tried |= better
+            parts.update(better)
+            continue
+        small = {n for n in planning.gathered if parameters[n].numel() < LEAST_SHARE * num_elements}
+        if not small - left_whole:
+            break
+        left_whole |= small
+    shards = planning.shards
+    return TensorSplit(num_workers, shards, sum(parameters[n].numel() for n in shards), num_elements)
+
+
+@contextlib.contextmanager
+def _unmarked(parameters: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            mark(parameter, None)
+
+
+@contextlib.contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Buffers and random state are afterwards what they were."""
+    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with torch.random.fork_rng(), torch.no_grad():
+        try:
+            yield
+        finally:
+            for name, buffer in model.named_buffers():
+                if name in kept:
+                    buffer.copy_(kept[name])
+
+
+def divide_parameters(
+    model: nn.Module, split: TensorSplit, rank: int
+) -> dict[nn.Parameter, nn.Parameter]:
+    """Replace the parameters of `split` by this worker's pieces, everywhere in the model; old -> new."""
+    replaced: dict[nn.Parameter, nn.Parameter] = {}
+    for name, parameter in list(model.named_parameters()):
+        shard = split.shards.get(name)
+        if shard is not None:
+            piece = take(parameter.detach(), shard, rank, split.num_workers).clone()
+            replaced[parameter] = nn.Parameter(piece, requires_grad=parameter.requires_grad)
+            mark(replaced[parameter], shard)
+    for module in model.modules():
+        for name, held in module._parameters.items():
+            if held is not None and held in replaced:
+                module._parameters[name] = replaced[held]
+    return replaced

@@ -1,0 +1,67 @@
+"""Tensors nested in tuples, lists, dicts, dataclasses and whatever is registered with torch's pytree."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils import _pytree
+
+
+def flatten(value: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """The leaves, and what puts others in their places."""
+    leaves, spec = _pytree.tree_flatten(value)
+    inner = [_fields(leaf) for leaf in leaves]
+    if not any(fields is not None for fields in inner):
+        return leaves, lambda new: _pytree.tree_unflatten(new, spec)
+    flat: list[Any] = []
+    parts: list[tuple[int, Callable[[list[Any]], Any]] | None] = []
+    for leaf, fields in zip(leaves, inner, strict=True):
+        if fields is None:
+            flat.append(leaf)
+            parts.append(None)
+        else:
+            below, rebuild = flatten(fields)
+            flat += below
+            parts.append((len(below), _rebuilder(leaf, rebuild)))
+
+    def restore(new: list[Any]) -> Any:
+        rest, result = list(new), []
+        for part in parts:
+            if part is None:
+                result.append(rest.pop(0))
+            else:
+                count, rebuild = part
+                result.append(rebuild(rest[:count]))
+                del rest[:count]
+        return _pytree.tree_unflatten(result, spec)
+
+    return flat, restore
+
+
+def _fields(value: Any) -> dict[str, Any] | None:
+    """The fields of a dataclass that holds tensors."""
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return None
+    fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    return fields if tensors_in(fields) else None
+
+
+def _rebuilder(value: Any, rebuild: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
+    return lambda new: dataclasses.replace(value, **rebuild(new))
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [leaf for leaf in flatten(value)[0] if isinstance(leaf, torch.Tensor)]
+
+
+def map_tensors(value: Any, function: Callable[[torch.Tensor], Any]) -> Any:
+    """`value` with `function` applied to its tensors."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    leaves, restore = flatten(value)
+    return restore([function(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves])

@@ -1,0 +1,125 @@
+"""Running a pipeline: one worker's part of a step, action after action of the schedule."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from paceline.comm.links import StageLinks
+from paceline.errors import SplitError
+from paceline.plan.schedules import make_schedule
+from paceline.records import Layout
+from paceline.split.apply import SplitModel
+from paceline.split.pieces import Piece
+from paceline.split.pipeline import AbsentPieces, Flight, PipelineStage, backward
+from paceline.train.data import GlobalBatch, Part
+from paceline.train.seeds import mix
+
+Call = Callable[[Any], Any]
+
+
+class Pipeline:
+    """The stages of one worker."""
+
+    def __init__(self, split: SplitModel, layout: Layout, device: torch.device, call: Call) -> None:
+        """
+        Args:
+            call: `(batch) -> outputs` of the model.
+        """
+        assert split.stages is not None
+        self._split, self._layout, self._device, self._call = split, layout, device, call
+        self._stages = split.stages
+        schedule = make_schedule(layout.schedule, layout.pp, layout.micro, layout.stages)
+        self._rank = split.mesh.pipeline.rank
+        self.links = StageLinks(split.mesh.pipeline, schedule.worker_of, self._stages.num_stages)
+        absent = AbsentPieces()
+        own = [s for s in range(self._stages.num_stages) if schedule.worker_of(s) == self._rank]
+        self._modes = {
+            stage: PipelineStage(
+                stage, self._stages, split.calls, self.links, absent, split.names, device, self._compute
+            )
+            for stage in own
+        }
+        self._last = self._stages.num_stages - 1
+        self._seed = 0
+        self._calls_seen = 0
+
+    @property
+    def has_last(self) -> bool:
+        """Whether the model's outputs come to this worker."""
+        return self._last in self._modes
+
+    def step(self, batch: GlobalBatch, seed_of: Callable[[Part], int], loss_of: Callable[[Part, Any], torch.Tensor], around: Callable[[Part], contextlib.AbstractContextManager[Any]]) -> None:
+        """Forward and backward over the micro-batches of `batch`.
+
+        Args:
+            seed_of: of a micro-batch's random numbers.
+            loss_of: `(part, outputs)` -> what to differentiate; called where the last stage is.
+            around: what the forward and the backward of a micro-batch run in.
+        """
+        schedule = make_schedule(self._layout.schedule, self._layout.pp, len(batch.parts), self._layout.stages)
+        flights: dict[tuple[int, int], Flight] = {}
+        for action in schedule.actions(self._rank):
+            part = batch.parts[action.micro]
+            key = action.stage, action.micro
+            with around(part):
+                if action.kind == "F":
+                    flight, outputs = self._forward(action.stage, part, seed_of(part))
+                    if action.stage == self._last:
+                        flight.loss = loss_of(part, outputs)
+                    flights[key] = flight
+                elif action.kind in ("B", "I"):
+                    backward(flights.pop(key), action.stage, self.links, self._device)
+        self.links.flush()
+
+    def forward(self, part: Part, seed: int) -> Any:
+        """The model's outputs for one micro-batch, on the worker that has the last stage; absent tensors elsewhere."""
+        outputs = None
+        for stage in sorted(self._modes):
+            outputs = self._forward(stage, part, seed)[1]
+        return outputs
+
+    def _forward(self, stage: int, part: Part, seed: int) -> tuple[Flight, Any]:
+        torch.default_generator.manual_seed(seed)
+        self._seed, self._calls_seen = seed, 0
+        mode = self._modes[stage]
+        with self._split.computing():
+            with mode.running() as flight:
+                outputs = self._call(part.batch)
+            outputs = mode.collect(outputs)
+        return flight, outputs
+
+    def _compute(self, piece: Piece, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run a piece with random numbers of its own: the code between the pieces draws the same on all stages."""
+        state = torch.default_generator.get_state()
+        self._calls_seen += 1
+        seed = mix(self._seed, hash_of(piece.name) + self._calls_seen)
+        torch.default_generator.manual_seed(seed)
+        if self._device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        try:
+            return self._split.compute(piece, forward, args, kwargs)
+        finally:
+            torch.default_generator.set_state(state)
+
+
+def hash_of(name: str) -> int:
+    """A number for a name, the same in every process."""
+    return int.from_bytes(name.encode()[-7:], "little")
+
+
+def check_stages(layout: Layout) -> int:
+    """Pipeline stages of a layout in all.
+
+    Raises:
+        LayoutError: the schedule cannot take its sizes.
+    """
+    if layout.pp == 1:
+        return 1
+    return make_schedule(layout.schedule, layout.pp, layout.micro, layout.stages).num_stages
+
+
+__all__ = ["Pipeline", "SplitError", "check_stages"]
