@@ -141,6 +141,18 @@ class Group:
             ).wait()
         return tensor
 
+    def all_gather_(self, full: torch.Tensor, what: str) -> None:
+        """Fill `full`, 1-D and divisible by the group's size, of which each worker has filled its own range."""
+        if self.size == 1:
+            return
+        length = full.numel() // self.size
+        rows = self.gather(full[self.rank * length : (self.rank + 1) * length].clone(), what)
+        full.view(self.size, length).copy_(rows)
+
+    def reduce_scatter_(self, full: torch.Tensor, what: str) -> None:
+        """Afterwards the own range of `full`, 1-D and divisible by the group's size, holds the sum over all workers."""
+        self.sum_(full, what)
+
     def start_send(self, tensor: torch.Tensor, to: int, what: str, channel: int = 0) -> Pending:
         """Begin to send the contiguous `tensor` to group rank `to`; it must stay as it is until `wait()`.
 

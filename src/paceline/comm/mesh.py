@@ -28,6 +28,13 @@ class Mesh:
     """`dp_replicate × dp_shard`: the workers among which a micro-batch is split."""
 
 
+    @property
+    def waited_s(self) -> float:
+        """Seconds that this worker has spent in collectives of its groups."""
+        groups = {id(g): g for g in (self.everyone, self.pipeline, self.replicate, self.shard, self.tensor, self.data)}
+        return sum(group.waited_s for group in groups.values())
+
+
 _GROUPS = {
     "everyone": AXES,
     "pipeline": ("pp",),
@@ -56,6 +63,22 @@ def build_mesh(world: World, layout: Layout) -> Mesh | None:
     if own is None:
         return None
     return Mesh(layout, world.rank, dict(zip(AXES, own, strict=True)), **groups)
+
+
+def make_mesh(world: World, layout: Layout) -> Mesh | None:
+    """The mesh of `layout`, as `build_mesh`; where only the batch is split one group is all that is needed."""
+    if layout.splits_model:
+        return build_mesh(world, layout)
+    group = world.group(layout.workers)
+    return None if group is None else data_mesh(group, layout)
+
+
+def data_mesh(group: Group, layout: Layout | None = None) -> Mesh:
+    """The mesh of workers that each have the whole model, and split the batch."""
+    alone = Group.alone(group.device)
+    layout = layout or Layout(dp_replicate=group.size)
+    coordinates = {axis: group.rank if axis == "dp_replicate" else 0 for axis in AXES}
+    return Mesh(layout, group.rank, coordinates, group, alone, group, alone, alone, group)
 
 
 def _lines(places: list[tuple[int, ...]], varying: list[int]) -> list[list[tuple[int, ...]]]:

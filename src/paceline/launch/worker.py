@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from paceline.comm.group import Group
+from paceline.comm.mesh import Mesh, make_mesh
 from paceline.comm.threads import take_cores, threads_for, user_threads
 from paceline.comm.world import World, join
 from paceline.errors import LayoutError, PacelineError
@@ -81,13 +82,14 @@ class Worker:
     def _verify(self, loaded: LoadedJob, world: World) -> None:
         layout = Layout.parse(self._spec.layout)
         self._check_enough(layout, world)
-        group = world.group(layout.workers)
-        if group is not None:
-            self._prove(loaded.job, layout, world, group, Datasets(loaded.job, self._spec.seed))
+        mesh = make_mesh(world, layout)
+        if mesh is not None:
+            self._prove(loaded.job, world, mesh, Datasets(loaded.job, self._spec.seed))
 
-    def _prove(self, job: Job, layout: Layout, world: World, group: Group, datasets: Datasets) -> Proof:
+    def _prove(self, job: Job, world: World, mesh: Mesh, datasets: Datasets) -> Proof:
+        layout = mesh.layout
         take_cores(world.local_rank, min(world.local_size, layout.workers), layout.threads)
-        proof = prove(job, layout, group, datasets, seed=self._spec.seed, device=world.device)
+        proof = prove(job, mesh, datasets, seed=self._spec.seed, device=world.device)
         self._write("proof", status=proof.status, **proof.to_json())
         return proof
 
@@ -126,15 +128,15 @@ class Worker:
             command=spec.command,
         )
         plan = self._plan(loaded, world, everyone, cluster, datasets, precision)
-        group = self._take(plan, world)
-        if group is not None and group.size > 1 and spec.verify:
-            proof = self._prove(job, plan.layout, world, group, datasets)
+        mesh = self._take(plan, world)
+        if mesh is not None and mesh.everyone.size > 1 and spec.verify:
+            proof = self._prove(job, world, mesh, datasets)
             if proof.status == "different" and plan.chosen_by == "trial":
                 plan = without_workers(plan, f"{plan.label} would train something else: {proof.what_differs}")
-                group = self._take(plan, world)
+                mesh = self._take(plan, world)
             else:
                 require(proof)
-        if group is None:
+        if mesh is None:
             return
         self._session = session = Session(
             job,
@@ -143,7 +145,7 @@ class Worker:
             total_steps=length.steps,
             precision=precision,
             world=world,
-            group=group,
+            mesh=mesh,
             datasets=datasets,
         )
         if self._stop_requested:
@@ -152,12 +154,13 @@ class Worker:
         outcome = TrainingLoop(session, length, target, self._writer).run()
         self._finish(session, world, outcome, plan)
 
-    def _take(self, plan: Plan, world: World) -> Group | None:
-        """Tell the plan; its group, or None on a worker that it leaves out."""
-        group = world.group(plan.layout.workers)
+    def _take(self, plan: Plan, world: World) -> Mesh | None:
+        """Tell the plan; its mesh, or None on a worker that it leaves out."""
+        mesh = make_mesh(world, plan.layout)
         world.release_groups(but=plan.layout.workers)
-        if group is None:
+        if mesh is None:
             return None
+        group = mesh.everyone
         self._write(
             "plan",
             layout=plan.layout.to_json(),
@@ -171,7 +174,7 @@ class Worker:
             self._write(
                 "message", level="info", text=f"The workers talk through gloo: {group.why_no_memory}."
             )
-        return group
+        return mesh
 
     def _length(self, loaded: LoadedJob, datasets: Datasets) -> Length:
         per_epoch = num_batches(datasets["train"], loaded.job.batch_size)
@@ -235,10 +238,11 @@ class Worker:
         }
         ranks = session.group.gather_json(own, "the workers' times")
         self._write("ranks", ranks=ranks)
+        weights = save(session, self._spec.directory)
         if self._writer is None:
             return
-        weights = save(session, self._spec.directory)
-        numbers = {} if outcome.status == "interrupted" else showcase(session, self._writer)
+        shown = outcome.status != "interrupted"
+        numbers = showcase(session, self._writer, self._spec.directory) if shown else {}
         self._end(
             status=outcome.status,
             steps=outcome.steps,

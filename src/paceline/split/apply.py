@@ -24,8 +24,10 @@ from torch import nn
 from paceline.comm.group import Group
 from paceline.comm.mesh import Mesh
 from paceline.errors import SplitError
+from paceline.plan.schedules import Schedule
 from paceline.records import Layout
 from paceline.split import rules as rules  # fills the tables of tensor parallelism
+from paceline.split.exchange import gather_whole
 from paceline.split.pieces import Piece, find_pieces
 from paceline.split.placement import Shard, take
 from paceline.split.recompute import recomputed
@@ -59,14 +61,13 @@ class SplitModel:
         layout: Layout,
         mesh: Mesh,
         run: Callable[[], Any],
-        worker_of: Callable[[int], int],
-        num_stages: int,
+        schedule: Schedule | None,
     ) -> None:
         """Split `model`, in place. A collective call of all workers of `mesh`.
 
         Args:
             run: one forward of the model and the loss, on a small batch.
-            worker_of: the pipeline's worker that has a stage.
+            schedule: of the pipeline; None where there is none.
 
         Raises:
             SplitError: the model cannot be split so.
@@ -77,6 +78,7 @@ class SplitModel:
         """What stands for each parameter that is not here as it was: see `swap_parameters`."""
         whole = dict(model.named_parameters())
         shapes = {name: tuple(p.shape) for name, p in whole.items()}
+        num_stages = 1 if schedule is None else schedule.num_stages
         self.calls = PieceCalls(model, find_pieces(model, 2 * num_stages))
         self.stages: Stages | None = None
         self.tensor: TensorParallel | None = None
@@ -85,6 +87,7 @@ class SplitModel:
             self.tensor_split = self._agree_on_tensor_split(run)
         if layout.pp > 1:
             self.stages = self._agree_on_stages(run, num_stages)
+        worker_of = schedule.worker_of if schedule is not None else _first
         holders = self._holders(whole, worker_of)
         self._drop({name: p for name, p in whole.items() if mesh.pipeline.rank not in holders[name]})
         if self.tensor_split is not None:
@@ -99,6 +102,7 @@ class SplitModel:
         }
         self.requires_grad = {name: p.requires_grad for name, p in whole.items()}
         self.shapes, self.all_holders, self.shards = shapes, holders, shards
+        self._buffer_holders = self._holders_of_buffers(worker_of)
         self._check_reached()
 
     def compute(self, piece: Piece, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -117,14 +121,57 @@ class SplitModel:
 
     computing_again = computing
 
-    def whole(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """What tensor parallelism divided like the parameter `name`, made whole. A collective call of `mesh.tensor`."""
-        shard = self.shards.get(name)
-        if shard is None:
-            return tensor
-        from paceline.split.exchange import gather_whole
+    def collect(
+        self, local: Iterator[tuple[str, torch.Tensor | None]], what: str
+    ) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """Parameters, or what is shaped like them, whole; every name once, in the model's order, on rank 0.
 
-        return gather_whole(tensor, shard, self.mesh.tensor, f"{name}")
+        Others get what is theirs. A collective call.
+
+        Args:
+            local: name and tensor of what this worker has, not sharded any more.
+        """
+        mesh = self.mesh
+        here: dict[str, torch.Tensor | None] = {}
+        for name, tensor in local:
+            shard = self.shards.get(name)
+            if tensor is not None and shard is not None:
+                tensor = gather_whole(tensor, shard, mesh.tensor, name)
+            here[name] = tensor
+        yield from self._from_stages(here, self.shapes, {n: h[0] for n, h in self.all_holders.items()}, what)
+
+    def collect_buffers(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """The model's buffers, each from where it is computed, on rank 0. A collective call."""
+        here: dict[str, torch.Tensor | None] = dict(self.model.named_buffers())
+        shapes = {name: tuple(t.shape) for name, t in here.items() if t is not None}
+        yield from self._from_stages(here, shapes, self._buffer_holders, "buffers")
+
+    def _from_stages(
+        self,
+        here: dict[str, torch.Tensor | None],
+        shapes: dict[str, tuple[int, ...]],
+        holders: dict[str, int],
+        what: str,
+    ) -> Iterator[tuple[str, torch.Tensor | None]]:
+        group = self.mesh.pipeline
+        if group.size == 1:
+            yield from ((name, here.get(name)) for name in shapes)
+            return
+        dtypes = {name: None if t is None else str(t.dtype) for name, t in here.items()}
+        told = group.gather_json(dtypes, what)
+        for name, shape in shapes.items():
+            holder = holders[name]
+            dtype = told[holder].get(name)
+            tensor = here.get(name)
+            if holder == group.rank and group.rank != 0 and tensor is not None:
+                group.start_send(tensor.detach().contiguous(), 0, f"{what} {name}").wait()
+            elif group.rank == 0 and holder != 0:
+                tensor = None
+                if dtype is not None:
+                    kind = getattr(torch, dtype.removeprefix("torch."))
+                    tensor = torch.empty(shape, dtype=kind, device=group.device)
+                    group.receive_(tensor, holder, f"{what} {name}")
+            yield name, tensor
 
     def _agree_on_tensor_split(self, run: Callable[[], Any]) -> TensorSplit:
         split = plan_tensor_split(self.model, run, self.layout.tp)
@@ -150,6 +197,16 @@ class SplitModel:
         if self.stages is None:
             return dict.fromkeys(whole, (0,))
         return {name: tuple(sorted({worker_of(s) for s in self.stages.holders[name]})) for name in whole}
+
+    def _holders_of_buffers(self, worker_of: Callable[[int], int]) -> dict[str, int]:
+        """The pipeline's worker that keeps each buffer: the last that calls its piece."""
+        result = dict.fromkeys((name for name, _ in self.model.named_buffers()), 0)
+        if self.stages is not None:
+            for (piece, _), stage in self.stages.calls.items():
+                for name in result:
+                    if name.startswith(f"{piece}."):
+                        result[name] = worker_of(stage)
+        return result
 
     def _drop(self, parameters: dict[str, nn.Parameter]) -> None:
         """Replace parameters that other stages have by ones without memory."""
@@ -184,6 +241,10 @@ class SplitModel:
                         cause="an error in paceline",
                         next_step="leave out tp, and report it",
                     )
+
+
+def _first(stage: int) -> int:
+    return 0
 
 
 def _cutter(shard: Shard, group: Group) -> Cut:

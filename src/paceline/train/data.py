@@ -233,6 +233,17 @@ def evaluation_parts(job: Job, dataset: Any, *, size: int, rank: int, device: to
         yield Part(to_device(batch, device), share)
 
 
+def few_samples(job: Job, dataset: Any, device: torch.device, count: int = 2) -> Any:
+    """A batch of the first samples of the training split."""
+    collate: Callable[[list[Any]], Any] = job.collate or default_collate
+    length = num_samples(dataset, "train")
+    if length is None:
+        samples = _take(iter(dataset), count)
+    else:
+        samples = [dataset[index] for index in range(min(count, length))]
+    return to_device(collate(samples), device)
+
+
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with every tensor in it on `device`; containers keep their type."""
     if device.type == "cpu":

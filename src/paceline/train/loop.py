@@ -14,7 +14,7 @@ from paceline.events import EventWriter
 from paceline.train.replica import StepResult
 from paceline.train.session import Session
 from paceline.train.target import Length, Target
-from paceline.train.weights import save_weights
+from paceline.train.weights import load_weights, save_tensors, save_weights
 
 _SUMS = ("compute_s", "communication_s", "data_s", "optimizer_s")
 
@@ -118,14 +118,20 @@ class TrainingLoop:
         return self._target.reached(self._first_metrics[name], self._outcome.metrics[name])
 
 
-def showcase(session: Session, writer: EventWriter | None) -> dict[str, float]:
-    """Run the job's showcase on the trained model; its numbers, and its texts in the events."""
+def showcase(session: Session, writer: EventWriter | None, directory: Path) -> dict[str, float]:
+    """Run the job's showcase on the trained model; its numbers, and its texts in the events.
+
+    Where the layout splits the model, it is built once more and reads the weights that were saved in `directory`.
+    """
     function = session.job.showcase
     if function is None:
         return {}
-    session.model.eval()
+    model = session.model
+    if session.layout.splits_model:
+        model = load_weights(session.job.model(), directory)
+    model.eval()
     with torch.no_grad():
-        shown: dict[str, Any] = dict(function(session.model))
+        shown: dict[str, Any] = dict(function(model))
     texts = {name: value for name, value in shown.items() if isinstance(value, str)}
     numbers = {name: float(value) for name, value in shown.items() if not isinstance(value, str)}
     if writer is not None:
@@ -133,6 +139,14 @@ def showcase(session: Session, writer: EventWriter | None) -> dict[str, float]:
     return numbers
 
 
-def save(session: Session, directory: Path) -> str:
-    """Write the trained weights into the run's directory; the file's name."""
-    return save_weights(session.model, directory)
+def save(session: Session, directory: Path) -> str | None:
+    """Write the trained weights into the run's directory; the file's name, on rank 0. All workers call it."""
+    if not session.layout.splits_model:
+        return save_weights(session.model, directory) if session.group.rank == 0 else None
+    described = session.describe_state()
+    tensors = ((name, tensor) for name, tensor in session.whole_state() if name in described)
+    if session.group.rank == 0:
+        return save_tensors(tensors, described, directory)
+    for _ in tensors:
+        pass
+    return None

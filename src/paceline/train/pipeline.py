@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from paceline.comm.links import StageLinks
-from paceline.errors import SplitError
-from paceline.plan.schedules import make_schedule
+from paceline.plan.schedules import Schedule, make_schedule
 from paceline.records import Layout
 from paceline.split.apply import SplitModel
 from paceline.split.pieces import Piece
@@ -24,11 +23,20 @@ Call = Callable[[Any], Any]
 class Pipeline:
     """The stages of one worker."""
 
-    def __init__(self, split: SplitModel, layout: Layout, device: torch.device, call: Call) -> None:
+    def __init__(
+        self,
+        split: SplitModel,
+        layout: Layout,
+        device: torch.device,
+        call: Call,
+        within: Callable[[], contextlib.AbstractContextManager[Any]],
+    ) -> None:
         """
         Args:
             call: `(batch) -> outputs` of the model.
+            within: what it is called in.
         """
+        self._within = within
         assert split.stages is not None
         self._split, self._layout, self._device, self._call = split, layout, device, call
         self._stages = split.stages
@@ -43,6 +51,8 @@ class Pipeline:
             )
             for stage in own
         }
+        self.first_stage_of = {schedule.worker_of(s): s for s in reversed(range(self._stages.num_stages))}
+        """A stage of each of the pipeline's workers, by which it is reached."""
         self._last = self._stages.num_stages - 1
         self._seed = 0
         self._calls_seen = 0
@@ -52,7 +62,13 @@ class Pipeline:
         """Whether the model's outputs come to this worker."""
         return self._last in self._modes
 
-    def step(self, batch: GlobalBatch, seed_of: Callable[[Part], int], loss_of: Callable[[Part, Any], torch.Tensor], around: Callable[[Part], contextlib.AbstractContextManager[Any]]) -> None:
+    def step(
+        self,
+        batch: GlobalBatch,
+        seed_of: Callable[[Part], int],
+        loss_of: Callable[[Part, Any], torch.Tensor],
+        around: Callable[[Part], contextlib.AbstractContextManager[Any]],
+    ) -> None:
         """Forward and backward over the micro-batches of `batch`.
 
         Args:
@@ -86,7 +102,7 @@ class Pipeline:
         torch.default_generator.manual_seed(seed)
         self._seed, self._calls_seen = seed, 0
         mode = self._modes[stage]
-        with self._split.computing():
+        with self._within():
             with mode.running() as flight:
                 outputs = self._call(part.batch)
             outputs = mode.collect(outputs)
@@ -111,15 +127,12 @@ def hash_of(name: str) -> int:
     return int.from_bytes(name.encode()[-7:], "little")
 
 
-def check_stages(layout: Layout) -> int:
-    """Pipeline stages of a layout in all.
+def schedule_of(layout: Layout) -> Schedule | None:
+    """The order of a pipeline's work; None where there is no pipeline.
 
     Raises:
-        LayoutError: the schedule cannot take its sizes.
+        LayoutError: the schedule cannot take the layout's sizes.
     """
     if layout.pp == 1:
-        return 1
-    return make_schedule(layout.schedule, layout.pp, layout.micro, layout.stages).num_stages
-
-
-__all__ = ["Pipeline", "SplitError", "check_stages"]
+        return None
+    return make_schedule(layout.schedule, layout.pp, layout.micro, layout.stages)

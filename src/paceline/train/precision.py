@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from paceline.comm.group import Group
+from paceline.comm.mesh import data_mesh
 from paceline.errors import RunError
 from paceline.job import Job
 from paceline.train.data import GlobalBatch, ShareLoader
@@ -66,7 +67,7 @@ def _time_steps(
     )
     batch = next(batches)
     replica = Replica(job, seed=seed, device=device, precision="fp32", total_steps=1000)
-    replica.attach(Group.alone(device))
+    replica.attach(data_mesh(Group.alone(device)))
     times_s: dict[str, list[float]] = {"fp32": [], "bf16": []}
     for _ in range(_ROUNDS + 1):  # the first round warms up
         for precision, found in times_s.items():

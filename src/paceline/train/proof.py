@@ -12,16 +12,17 @@ import gc
 import math
 import time
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
-from paceline.comm.group import Group
+from paceline.comm.mesh import Mesh
 from paceline.errors import ProofError, WorkerError
 from paceline.job import Job
-from paceline.records import Difference, Layout, Proof
+from paceline.records import Difference, Proof
 from paceline.train.comparison import Observed, Tensors, badness, compare, worst_of_each_kind
-from paceline.train.data import GlobalBatch, ShareLoader, is_iterable, map_tensors
+from paceline.train.data import GlobalBatch, ShareLoader, few_samples, is_iterable, map_tensors
 from paceline.train.determinism import deterministic
 from paceline.train.replica import Replica, caller
 from paceline.train.seeds import derive, seed_everything, seed_torch
@@ -32,7 +33,7 @@ STEPS = 2
 
 
 def prove(
-    job: Job, layout: Layout, group: Group, datasets: Datasets, *, seed: int, device: torch.device
+    job: Job, mesh: Mesh, datasets: Datasets, *, seed: int, device: torch.device
 ) -> Proof:
     """Compare `STEPS` steps in `layout` with those of one process. A collective call.
 
@@ -52,7 +53,7 @@ def prove(
         CollectiveError, JobError, …: what a step raises.
     """
     begin_s = time.perf_counter()
-    arguments = (job, layout, group, datasets, seed, device)
+    arguments = (job, mesh, datasets, seed, device)
     proof = _prove_in(torch.float32, *arguments)
     if proof.status == "different" and not proof.parted:
         try:
@@ -69,14 +70,14 @@ def prove(
 def _prove_in(
     dtype: torch.dtype,
     job: Job,
-    layout: Layout,
-    group: Group,
+    mesh: Mesh,
     datasets: Datasets,
     seed: int,
     device: torch.device,
 ) -> Proof:
+    layout, group = mesh.layout, mesh.everyone
     with _default(dtype):
-        ours = _LayoutSide(job, layout, group, datasets, dtype, seed=seed, device=device)
+        ours = _LayoutSide(job, mesh, datasets, dtype, seed=seed, device=device)
         plain = None
         if group.rank == 0:
             plain = _PlainSide(job, layout.micro, datasets, dtype, seed=seed, device=device)
@@ -151,8 +152,7 @@ class _LayoutSide:
     def __init__(
         self,
         job: Job,
-        layout: Layout,
-        group: Group,
+        mesh: Mesh,
         datasets: Datasets,
         dtype: torch.dtype,
         *,
@@ -162,25 +162,31 @@ class _LayoutSide:
         self._replica = Replica(
             job, seed=seed, device=device, precision="fp32", total_steps=job.steps or 1000
         )
+        layout = mesh.layout
         self._replica.model.to(dtype)
-        self._replica.attach(group)
         self.model = self._replica.model
+        if layout.splits_model:
+            # The layout is found again, in the precision of the proof, on the same samples as in training.
+            self._replica.split(mesh, _to_type(few_samples(job, datasets["train"], device), dtype))
+        else:
+            self._replica.attach(mesh)
+        data = mesh.data
         self._batches = _batches(
-            job, datasets, dtype, seed, layout.micro, size=group.size, rank=group.rank, device=device
+            job, datasets, dtype, seed, layout.micro, size=data.size, rank=data.rank, device=device
         )
         self._gradients: Tensors = {}
         self._replica.optimizer.register_step_pre_hook(self._keep_gradients)
 
     def step(self) -> Observed:
-        before = _copies(self.model.named_parameters())
+        before = _copies(self._replica.whole_parameters())
         result = self._replica.step(next(self._batches))
         return Observed(
             loss=result.loss,
             samples=result.samples,
             gradients=self._gradients,
             before=before,
-            parameters=_copies(self.model.named_parameters()),
-            buffers=_copies(self.model.named_buffers()),
+            parameters=_copies(self._replica.whole_parameters()),
+            buffers=_copies(self._replica.whole_buffers()),
         )
 
     def how_parted(self) -> str:
@@ -192,7 +198,10 @@ class _LayoutSide:
         return ""
 
     def _keep_gradients(self, *_: object) -> None:
-        self._gradients = _gradients(self.model)
+        self._gradients = {
+            name: None if gradient is None else gradient.clone()
+            for name, gradient in self._replica.whole_gradients()
+        }
 
 
 class _PlainSide:
@@ -299,8 +308,12 @@ def _batches(
     for epoch in range(STEPS):
         for batch in loader.epoch(epoch):
             for part in batch.parts:
-                part.batch = map_tensors(part.batch, lambda t: t.to(dtype) if t.is_floating_point() else t)
+                part.batch = _to_type(part.batch, dtype)
             yield batch
+
+
+def _to_type(batch: Any, dtype: torch.dtype) -> Any:
+    return map_tensors(batch, lambda t: t.to(dtype) if t.is_floating_point() else t)
 
 
 def _gradients(model: nn.Module) -> Tensors:
@@ -312,4 +325,4 @@ def _gradients(model: nn.Module) -> Tensors:
 
 
 def _copies(tensors: Iterable[tuple[str, torch.Tensor]]) -> Tensors:
-    return {name: tensor.detach().clone() for name, tensor in tensors}
+    return {name: tensor.detach().clone() for name, tensor in tensors if tensor is not None}

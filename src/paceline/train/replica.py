@@ -7,23 +7,28 @@ import dataclasses
 import inspect
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from paceline.comm.gradients import GradientSync
 from paceline.comm.group import Group
+from paceline.comm.mesh import Mesh, data_mesh
 from paceline.errors import JobError, LossError, WorkerError
 from paceline.job import Job
+from paceline.split.apply import LocalParameter, SplitModel
 from paceline.split.batchnorm import BatchShare, share_batch_norms
+from paceline.split.sharding import ShardedParameters
+from paceline.split.swap import swap_parameters
 from paceline.train.data import GlobalBatch, Part, evaluation_parts
+from paceline.train.pipeline import Pipeline, schedule_of
+from paceline.train.reduction import Reduction, Sums
 from paceline.train.seeds import derive, seed_everything, seed_torch
 
 # The sums that travel with the gradients, and their places.
-_LOSS, _WEIGHT, _STOP = range(3)
-_NUM_SUMS = 3
+_LOSS, _WEIGHT, _WEIGHTED, _STOP = range(4)
+SUMS = Sums(num=4, num_alike=3, weight=_WEIGHT, weighted=_WEIGHTED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +50,7 @@ class StepResult:
 
 
 class Replica:
-    """The whole model on one worker, trained in step with its twins on the others.
+    """One worker's model, or its part of one, trained in step with the others'.
 
     The global batch's loss is `Σ sum / Σ weight` over micro-batches and workers; each worker's
     backward pass computes its part of that one sum, and the parts are added up.
@@ -93,25 +98,76 @@ class Replica:
         self._share = BatchShare()
         share_batch_norms(self.model, self._share)
         self._call = caller(job, self.model)
-        self._group = Group.alone(device)
-        self._sync: GradientSync | None = None
-        self._syncs: dict[Group, GradientSync] = {}
+        self._mesh = data_mesh(Group.alone(device))
+        self._reductions: dict[Group, Reduction] = {}
+        self._local = [
+            LocalParameter(name, p, tuple(p.shape), None, (0,))
+            for name, p in self.model.named_parameters()
+            if p.requires_grad
+        ]
+        self._split: SplitModel | None = None
+        self._sharded: ShardedParameters | None = None
+        self._pipeline: Pipeline | None = None
+        self._num_parameters = sum(p.numel() for p in self.model.parameters())
+        self._reduction = self._reduction_of(self._mesh)
         self.model.train()
 
     @property
     def num_parameters(self) -> int:
-        return sum(p.numel() for p in self.model.parameters())
+        """Of the whole model."""
+        return self._num_parameters
 
-    def attach(self, group: Group) -> None:
-        """Train in step with the workers of `group` from now on, starting from rank 0's parameters."""
-        self._group = group
-        self._sync = None
+    def attach(self, mesh: Mesh) -> None:
+        """Train in step with the workers of `mesh` from now on, each with the whole model; all start from rank 0's."""
+        self._mesh = mesh
         self.optimizer.zero_grad(set_to_none=True)
-        if group.size > 1:
+        if mesh.everyone.size > 1:
             self._broadcast_state()
-            if group not in self._syncs:
-                self._syncs[group] = GradientSync(self._trained, group, _NUM_SUMS)
-            self._sync = self._syncs[group]
+        self._reduction = self._reduction_of(mesh)
+
+    def split(self, mesh: Mesh, samples: Any) -> None:
+        """Take this worker's part of the model, as `mesh.layout` says; once, before the first step.
+
+        Args:
+            samples: a small batch, on which the model is followed to find out where it can be split.
+
+        Raises:
+            LayoutError: the model cannot be split so.
+        """
+        self.attach(mesh)
+        layout = mesh.layout
+
+        def run() -> None:
+            self._loss_of(samples, self._call(samples))
+
+        self._split = split = SplitModel(self.model, layout, mesh, run, schedule_of(layout))
+        swap_parameters(self.optimizer, split.replaced)
+        self._local = [local for local in split.parameters.values() if split.requires_grad[local.name]]
+        if layout.dp_shard > 1:
+            self._shard_parameters(split, mesh)
+        if layout.pp > 1:
+            self._pipeline = Pipeline(split, layout, self.device, self._call, self._forward_context)
+        self._reduction = self._reduction_of(mesh)
+
+    def _shard_parameters(self, split: SplitModel, mesh: Mesh) -> None:
+        keep = {1: "always", 2: "within_step", 3: "nothing"}[mesh.layout.zero_stage]
+        here = {id(local.parameter) for local in split.parameters.values()}
+        blocks = [
+            piece.module
+            for piece in split.calls.pieces
+            if any(id(p) in here for p in piece.module.parameters())
+        ]
+        self._sharded = ShardedParameters(self.model, blocks, mesh.shard, keep=keep)
+        swap_parameters(self.optimizer, self._sharded.replaced)
+
+    def _reduction_of(self, mesh: Mesh) -> Reduction:
+        if mesh.everyone not in self._reductions or self._split is not None:
+            links = self._pipeline.links if self._pipeline is not None else None
+            stages = self._pipeline.first_stage_of if self._pipeline is not None else {}
+            self._reductions[mesh.everyone] = Reduction(
+                mesh, self._local, SUMS, self._sharded, links, stages
+            )
+        return self._reductions[mesh.everyone]
 
     def step(self, batch: GlobalBatch) -> StepResult:
         """Forward, backward, one update, over one global batch.
@@ -121,22 +177,26 @@ class Replica:
             CollectiveError: another worker did not answer.
         """
         begin_s = time.perf_counter()
-        waited_before_s = self._group.waited_s
+        waited_before_s = self._mesh.waited_s
+        if self._sharded is not None:
+            self._sharded.begin_step()
         sums, weighted = self._accumulate(batch)
         backward_end_s = time.perf_counter()
-        hidden_s = self._group.waited_s - waited_before_s
+        hidden_s = self._mesh.waited_s - waited_before_s
         sums = self._reduce(sums, weighted=weighted and not self._is_whole(batch)).to("cpu")
         reduced_s = time.perf_counter()
         loss = float(sums[_LOSS] / sums[_WEIGHT]) if sums[_WEIGHT] else math.nan
         self._check_finite(loss, float(sums[_WEIGHT]))
         grad_norm = None
         if self.job.clip_norm is not None:
-            grad_norm = float(nn.utils.clip_grad_norm_(self._trained, self.job.clip_norm))
+            grad_norm = self._reduction.clip_(self.job.clip_norm)
         lr = [float(g["lr"]) for g in self.optimizer.param_groups]
         self.optimizer.step()
         if self.scheduler is not None:
             self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self._sharded is not None:
+            self._sharded.publish()
         self._num_steps += 1
         end_s = time.perf_counter()
         return StepResult(
@@ -161,24 +221,34 @@ class Replica:
         self.check_in_step()
         functions = {"loss": self.job.loss, **self.job.metrics}
         totals = torch.zeros(len(functions) + 1, 2, dtype=torch.float64)
+        data = self._mesh.data
+        counts_here = self._mesh.tensor.rank == 0 and (self._pipeline is None or self._pipeline.has_last)
         self.model.eval()
         try:
-            with torch.no_grad(), self._share.among(self._group):
+            if self._sharded is not None:
+                self._sharded.begin_step()
+            with torch.no_grad(), self._share.among(data):
                 for part in evaluation_parts(
-                    self.job, dataset, size=self._group.size, rank=self._group.rank, device=self.device
+                    self.job, dataset, size=data.size, rank=data.rank, device=self.device
                 ):
                     self._share.counts = not part.share.borrowed
-                    with self._autocast():
-                        outputs = self._call(part.batch)
-                        if part.share.borrowed:
+                    with self._forward_context():
+                        outputs = self._outputs(part)
+                        if part.share.borrowed or (self._pipeline is not None and not self._pipeline.has_last):
                             continue
                         for row, (name, function) in enumerate(functions.items()):
                             value = function(outputs, part.batch)
-                            totals[row] += _sum_and_weight(name, value, part.share.samples)
-                    totals[-1, 0] += part.share.samples
+                            if counts_here:
+                                totals[row] += _sum_and_weight(name, value, part.share.samples)
+                    if counts_here:
+                        totals[-1, 0] += part.share.samples
+            if self._pipeline is not None:
+                self._pipeline.links.flush()
+            if self._sharded is not None:
+                self._sharded.end_evaluation()
         finally:
             self.model.train()
-        totals = self._group.sum_(totals.to(self.device), "evaluation sums").to("cpu")
+        totals = self._mesh.everyone.sum_(totals.to(self.device), "evaluation sums").to("cpu")
         metrics = {}
         for row, name in enumerate(functions):
             value = float(totals[row, 0] / totals[row, 1]) if totals[row, 1] else math.nan
@@ -186,43 +256,87 @@ class Replica:
             metrics[name] = finish(value) if finish is not None else value
         return metrics, int(totals[-1, 0])
 
+    def _outputs(self, part: Part) -> Any:
+        if self._pipeline is None:
+            return self._call(part.batch)
+        return self._pipeline.forward(part, derive(self._seed, "evaluation", part.share.begin))
+
     def check_in_step(self) -> None:
-        """Raise `WorkerError` unless all workers hold the same parameters, bit for bit in their sums."""
-        if self._group.size == 1:
+        """Raise `WorkerError` unless workers that should hold the same parameters do, bit for bit in their sums."""
+        self._check_group(self._mesh.replicate, self._local)
+        self._check_group(self._mesh.tensor, [p for p in self._local if p.shard is None])
+
+    def _check_group(self, group: Group, parameters: list[LocalParameter]) -> None:
+        if group.size == 1 or not parameters:
             return
-        own = torch.stack([p.detach().double().sum() for p in self._trained])
-        rows = self._group.gather(own, "parameter checksums")
-        for rank in range(1, self._group.size):
+        held = [self._held(local) for local in parameters]
+        own = torch.stack([t.double().sum() for t in held])
+        rows = group.gather(own, "parameter checksums")
+        for rank in range(1, group.size):
             # Bits are compared, so that NaN equals NaN.
             parted = (rows[rank].view(torch.int64) != rows[0].view(torch.int64)).nonzero()
             if len(parted):
-                name = [n for n, p in self.model.named_parameters() if p.requires_grad][int(parted[0])]
                 raise WorkerError(
                     rank,
                     f"after step {self._num_steps} the parameters of rank {rank} differ from rank 0's, "
-                    f"first in {name}",
+                    f"first in {parameters[int(parted[0])].name}",
                     cause="the optimizer or the model draws random numbers of its own, or reads the rank",
                     next_step="make updates depend on parameters and gradients alone",
                 )
 
+    def _held(self, local: LocalParameter) -> torch.Tensor:
+        """What this worker has of a parameter and trains: all of it, or its shard."""
+        if self._sharded is None:
+            return local.parameter.detach()
+        piece = self._sharded.named_shards.get(local.name)
+        return torch.zeros(1, device=self.device) if piece is None else piece.detach()
+
     def _accumulate(self, batch: GlobalBatch) -> tuple[torch.Tensor, bool]:
         """Backward over this worker's parts; its share of the step's sums, and whether the loss has weights."""
         # Sums stay on the device: reading one would make a GPU wait in the middle of the step.
-        sums = torch.zeros(_NUM_SUMS, device=self.device)
-        sums[_STOP] = float(self.stop_requested)
+        sums = torch.zeros(SUMS.num, device=self.device)
         weighted = False
-        with self._share.among(self._group):
-            for position, part in enumerate(batch.parts):
-                seed_torch(derive(self._seed, "forward", self._num_steps, part.share.begin), self.device)
-                self._share.counts = not part.share.borrowed
-                with self._autocast():
-                    loss = self.job.loss(self._call(part.batch), part.batch)
-                weighted = isinstance(loss, tuple)
-                to_differentiate = self._weigh(loss, part, batch, sums)
-                if self._sync is not None:
-                    self._sync.begin_backward(last=position == len(batch.parts) - 1)
-                to_differentiate.backward()
+
+        def seed_of(part: Part) -> int:
+            return derive(self._seed, "forward", self._num_steps, part.share.begin)
+
+        def loss_of(part: Part, outputs: Any) -> torch.Tensor:
+            nonlocal weighted
+            with self._forward_context():
+                loss = self._loss_of(part.batch, outputs)
+            weighted = isinstance(loss, tuple)
+            sums[_WEIGHTED] = float(weighted)
+            return self._weigh(loss, part, batch, sums)  # type: ignore[no-any-return]
+
+        with self._share.among(self._mesh.data):
+            if self._pipeline is not None:
+                self._pipeline.step(batch, seed_of, loss_of, self._around)
+            else:
+                for position, part in enumerate(batch.parts):
+                    seed_torch(seed_of(part), self.device)
+                    with self._around(part):
+                        with self._forward_context():
+                            outputs = self._call(part.batch)
+                        to_differentiate = loss_of(part, outputs)
+                        self._reduction.begin_backward(last=position == len(batch.parts) - 1)
+                        to_differentiate.backward()
+        sums[_STOP] = float(self.stop_requested)
         return sums, weighted
+
+    @contextlib.contextmanager
+    def _around(self, part: Part) -> Iterator[None]:
+        """What the forward and the backward pass of a micro-batch run in."""
+        self._share.counts = not part.share.borrowed
+        yield
+
+    @contextlib.contextmanager
+    def _forward_context(self) -> Iterator[None]:
+        """What calls of the model and of the loss run in."""
+        with contextlib.nullcontext() if self._split is None else self._split.computing(), self._autocast():
+            yield
+
+    def _loss_of(self, batch: Any, outputs: Any) -> Any:
+        return self.job.loss(outputs, batch)
 
     def _weigh(self, loss: Any, part: Part, batch: GlobalBatch, sums: torch.Tensor) -> Any:
         """Add this part's loss sum and weight to `sums`; return what to differentiate."""
@@ -243,11 +357,11 @@ class Replica:
 
     def _is_whole(self, batch: GlobalBatch) -> bool:
         """This worker computes the whole global batch in one piece: nothing is left to weigh."""
-        return self._group.size == 1 and len(batch.parts) == 1
+        return self._mesh.everyone.size == 1 and len(batch.parts) == 1
 
     def _reduce(self, sums: torch.Tensor, *, weighted: bool) -> torch.Tensor:
-        if self._sync is not None:
-            return self._sync.finish(sums, _WEIGHT if weighted else None)
+        if self._mesh.everyone.size > 1:
+            return self._reduction.finish(sums, weighted=weighted)
         if weighted and sums[_WEIGHT]:
             gradients = [p.grad for p in self._trained if p.grad is not None]
             torch._foreach_mul_(gradients, 1.0 / float(sums[_WEIGHT]))
@@ -272,6 +386,46 @@ class Replica:
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return contextlib.nullcontext()
 
+    def whole_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The model's parameters by name, each whole, on rank 0. A collective call."""
+        if self._split is None:
+            yield from ((name, p.detach()) for name, p in self.model.named_parameters())
+            return
+        local: Iterator[tuple[str, torch.Tensor | None]]
+        if self._sharded is not None:
+            local = iter(self._sharded.whole_parameters())
+        else:
+            local = ((name, p.parameter.detach()) for name, p in self._split.parameters.items())
+        yield from self._split.collect(local, "parameters")  # type: ignore[misc]
+
+    def whole_gradients(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """The gradients of what is trained, as the optimizer is about to get them; otherwise as `whole_parameters`."""
+        if self._split is None:
+            yield from ((p.name, None if p.parameter.grad is None else p.parameter.grad) for p in self._local)
+            return
+        local: Iterator[tuple[str, torch.Tensor | None]]
+        if self._sharded is not None:
+            local = iter(self._sharded.whole_gradients())
+        else:
+            local = ((p.name, p.parameter.grad) for p in self._local)
+        for name, gradient in self._split.collect(local, "gradients"):
+            if self._split.requires_grad[name]:
+                yield name, gradient
+
+    def describe_state(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Type and whole shape of each parameter and each buffer that is kept with the model, in the model's order."""
+        shapes = {} if self._split is None else self._split.shapes
+        kept = set(self.model.state_dict())
+        parameters = {n: (p.dtype, shapes.get(n, tuple(p.shape))) for n, p in self.model.named_parameters()}
+        return parameters | {n: (b.dtype, tuple(b.shape)) for n, b in self.model.named_buffers() if n in kept}
+
+    def whole_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The model's buffers, as `whole_parameters`."""
+        if self._split is None:
+            yield from self.model.named_buffers()
+        else:
+            yield from self._split.collect_buffers()  # type: ignore[misc]
+
     def _broadcast_state(self) -> None:
         """Give every worker rank 0's parameters and buffers, one message per type of number."""
         by_type: dict[torch.dtype, list[torch.Tensor]] = {}
@@ -280,7 +434,7 @@ class Replica:
         for dtype, tensors in by_type.items():
             flat = torch.cat([t.reshape(-1) for t in tensors])
             wire = flat.to(torch.uint8) if dtype == torch.bool else flat
-            self._group.broadcast_(wire, "initial parameters")
+            self._mesh.everyone.broadcast_(wire, "initial parameters")
             for tensor, piece in zip(tensors, wire.split([t.numel() for t in tensors]), strict=True):
                 tensor.copy_(piece.view(tensor.shape))
 

@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 
 from paceline.comm.group import Group
+from paceline.comm.mesh import Mesh, make_mesh
 from paceline.comm.threads import take_cores
 from paceline.comm.world import AUTO, World, join
 from paceline.errors import LayoutError, RunError
@@ -15,7 +16,7 @@ from paceline.job import Job
 from paceline.measure.machine import device_kind
 from paceline.records import Layout
 from paceline.train.allocator import keep_freed_memory
-from paceline.train.data import GlobalBatch, ShareLoader
+from paceline.train.data import GlobalBatch, ShareLoader, few_samples
 from paceline.train.replica import Replica, StepResult
 from paceline.train.seeds import derive, seed_everything
 
@@ -63,7 +64,7 @@ class Session:
         timeout_s: float = DEFAULT_TIMEOUT_S,
         transport: str = AUTO,
         world: World | None = None,
-        group: Group | None = None,
+        mesh: Mesh | None = None,
         datasets: Datasets | None = None,
     ) -> None:
         """
@@ -75,7 +76,7 @@ class Session:
             timeout_s: the limit of every wait for another worker.
             transport: what carries tensors between workers on CPUs: `gloo`, or `auto` for shared memory
                 within a host; `session.group.transport` says which it is.
-            world, group, datasets: where the caller has joined and built them already.
+            world, mesh, datasets: where the caller has joined and built them already.
 
         Raises:
             LayoutError: the layout does not fit the batch or the workers.
@@ -83,11 +84,12 @@ class Session:
         """
         self._owns_world = world is None
         self.world = join(device_kind(), timeout_s, transport=transport) if world is None else world
-        self.layout = _settle(layout, self.world.size if group is None else group.size)
+        self.layout = _settle(layout, self.world.size if mesh is None else mesh.everyone.size)
         self.layout.check_batch(job.batch_size)
-        if group is None:
-            group = self._join_group()
-        self.group = group
+        if mesh is None:
+            mesh = make_mesh(self.world, self.layout)
+            assert mesh is not None  # _settle has seen that all workers are in it
+        self.mesh = mesh
         self.job = job
         self.datasets = datasets or Datasets(job, seed)
         keep_freed_memory()
@@ -97,8 +99,8 @@ class Session:
             self.datasets["train"],
             seed=seed,
             micro=self.layout.micro,
-            size=group.size,
-            rank=group.rank,
+            size=mesh.data.size,
+            rank=mesh.data.rank,
             device=self.world.device,
         )
         if total_steps is None:
@@ -106,7 +108,15 @@ class Session:
         self._replica = Replica(
             job, seed=seed, device=self.world.device, precision=precision, total_steps=total_steps
         )
-        self._replica.attach(group)
+        if self.layout.splits_model:
+            self._replica.split(mesh, few_samples(job, self.datasets["train"], self.world.device))
+        else:
+            self._replica.attach(mesh)
+
+    @property
+    def group(self) -> Group:
+        """All workers of the layout."""
+        return self.mesh.everyone
 
     @property
     def local_workers(self) -> int:
@@ -115,7 +125,7 @@ class Session:
 
     @property
     def model(self) -> torch.nn.Module:
-        """The model on this worker."""
+        """The model on this worker; where the layout splits the model, only a part of it is here."""
         return self._replica.model
 
     @property
@@ -168,6 +178,15 @@ class Session:
         """`evaluate`, and the number of samples."""
         return self._replica.evaluate(self.datasets["test"])
 
+    def whole_state(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The model's parameters and buffers by name, each whole, on rank 0; on others what is there. All workers call it."""
+        yield from self._replica.whole_parameters()
+        yield from self._replica.whole_buffers()
+
+    def describe_state(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Type and shape of what `whole_state` gives and a checkpoint keeps, in its order."""
+        return self._replica.describe_state()
+
     def request_stop(self) -> None:
         """Ask all workers to stop: the next step's result has `stop` set on each of them."""
         self._replica.stop_requested = True
@@ -182,11 +201,6 @@ class Session:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-    def _join_group(self) -> Group:
-        group = self.world.group(self.layout.workers)
-        assert group is not None  # _settle has seen that all workers are in it
-        return group
 
     def _default_steps(self) -> int | None:
         if self.job.steps is not None or self.job.epochs is None:

@@ -10,6 +10,7 @@ from statistics import median
 import torch
 
 from paceline.comm.group import Group
+from paceline.comm.mesh import data_mesh
 from paceline.comm.threads import take_cores, threads_for
 from paceline.comm.world import World
 from paceline.job import Job
@@ -94,7 +95,7 @@ class LayoutTimer:
     def _steps(self, candidate: _Candidate, group: Group) -> float:
         layout = candidate.layout
         take_cores(self._world.local_rank, min(self._world.local_size, layout.workers), layout.threads)
-        self._replica.attach(group)
+        self._replica.attach(data_mesh(group, layout))
         if candidate.batches is None:
             candidate.batches = self._endless(layout, group)
         group.barrier("before a trial")

@@ -1,0 +1,315 @@
+"""Sharded data parallelism: each worker keeps a part of every parameter, its gradient and its optimizer's state.
+
+The parameters of a unit (a block of the model; one more unit has the rest) lie end to end in one flat tensor, of which
+worker r keeps range r (Rajbhandari et al. 2020; flat as in Zhao et al. 2023). Before the unit computes, its flat tensor is
+gathered in place, without a copy; afterwards its memory is given back. The model's parameters stay
+the user's own objects: they look into the flat tensor.
+
+Cost per worker and step, with P bytes of parameters on n workers: an all-gather of P before forward and another before
+backward (ZeRO-3), one at all (ZeRO-2, ZeRO-1), and a reduce-scatter of P. Memory of parameters, gradients and state: 1/n of each
+(ZeRO-3), with the largest unit whole on top.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from paceline.comm.group import Group
+from paceline.split.tensor_mode import mark, shard_of
+from paceline.split.trees import flatten, tensors_in
+
+KEEPS = ("nothing", "within_step", "always")
+"""What stays gathered: ZeRO-3, ZeRO-2, ZeRO-1."""
+
+Cut = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclasses.dataclass
+class _Member:
+    """One parameter's place in a flat tensor."""
+
+    name: str
+    parameter: nn.Parameter
+    begin: int
+    end: int
+    piece: nn.Parameter | None = None
+    """What of it lies in this worker's range, and is trained here."""
+    was_used: bool = False
+    """A gradient of this step has been reduced already."""
+
+
+class _Flat:
+    """Parameters of one unit, type and kind, end to end."""
+
+    def __init__(self, members: list[_Member], group: Group, *, whole: bool) -> None:
+        self.members, self._group, self._stays = members, group, whole
+        self.trains = members[0].parameter.requires_grad
+        first = members[0].parameter
+        size = group.size
+        self.numel = -(-members[-1].end // size) * size
+        self.begin, self.end = (self.numel // size * r for r in (group.rank, group.rank + 1))
+        self.full = torch.zeros(self.numel, dtype=first.dtype, device=first.device)
+        for member in members:
+            self.full[member.begin : member.end].copy_(member.parameter.detach().reshape(-1))
+            member.parameter.data = self.full[member.begin : member.end].view(member.parameter.shape)
+        own = self.full[self.begin : self.end]
+        self.shard = own if whole else own.clone()
+        self.gradient: torch.Tensor | None = None
+        """Of the shard."""
+        self.is_gathered = True
+        if self.trains:
+            for member in members:
+                begin, end = max(member.begin, self.begin), min(member.end, self.end)
+                if begin < end:
+                    member.piece = nn.Parameter(self.shard[begin - self.begin : end - self.begin])
+        self.release()
+
+    def gather(self) -> None:
+        if self.is_gathered:
+            return
+        self.full.untyped_storage().resize_(self.full.nbytes)
+        self.full[self.begin : self.end].copy_(self.shard)
+        self._group.all_gather_(self.full, "parameters")
+        self.is_gathered = True
+
+    def release(self) -> None:
+        if self.is_gathered and not self._stays:
+            self.full.untyped_storage().resize_(0)
+            self.is_gathered = False
+
+    def publish(self) -> None:
+        """After the shards were updated, where parameters stay whole."""
+        if self._stays and self.trains:
+            self._group.all_gather_(self.full, "parameters")
+
+    def has_gradient(self) -> bool:
+        return any(m.parameter.grad is not None for m in self.members)
+
+    def reduce(self) -> None:
+        """Add the gradients that have come, of all workers, to the shard's."""
+        flat = torch.zeros(self.numel, dtype=self.shard.dtype, device=self.shard.device)
+        for member in self.members:
+            gradient = member.parameter.grad
+            if gradient is not None:
+                member.was_used = True
+                flat[member.begin : member.end].copy_(gradient.reshape(-1))
+                member.parameter.grad = None
+        self._group.reduce_scatter_(flat, "gradients")
+        own = flat[self.begin : self.end]
+        if self.gradient is None:
+            self.gradient = own.clone()
+        else:
+            self.gradient += own
+
+    def piece_gradient(self, member: _Member) -> torch.Tensor:
+        assert self.gradient is not None
+        begin, end = max(member.begin, self.begin), min(member.end, self.end)
+        return self.gradient[begin - self.begin : end - self.begin]
+
+    def whole_of(self, shard: torch.Tensor) -> Iterator[tuple[_Member, torch.Tensor]]:
+        """Each parameter's part of what lies in shards, whole. A collective call."""
+        full = torch.zeros(self.numel, dtype=shard.dtype, device=shard.device)
+        full[self.begin : self.end].copy_(shard)
+        self._group.all_gather_(full, "shards")
+        for member in self.members:
+            yield member, full[member.begin : member.end].view(member.parameter.shape)
+
+
+class _Unit:
+    def __init__(self, flats: list[_Flat]) -> None:
+        self.flats = flats
+
+    def gather(self) -> None:
+        for flat in self.flats:
+            flat.gather()
+
+    def release(self) -> None:
+        for flat in self.flats:
+            flat.release()
+
+
+class _AfterBackward(torch.autograd.Function):
+    """Stands before a block's inputs: when their gradients are there, the block's backward pass is done."""
+
+    @staticmethod
+    def forward(ctx: Any, done: Callable[[], None], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.done = done
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        ctx.done()
+        return (None, *gradients)
+
+
+class ShardedParameters:
+    """The parameters of one model, sharded over a group.
+
+    All workers call the same blocks in the same order; within a block they may use different parameters.
+    All of them have the same values at the beginning.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], group: Group, *, keep: str) -> None:
+        """
+        Args:
+            blocks: modules that are gathered and released each for itself.
+            keep: one of `KEEPS`.
+        """
+        self._group, self._keep = group, keep
+        names = {p: name for name, p in model.named_parameters() if not p.is_meta}
+        owners: dict[nn.Parameter, set[int]] = {}
+        for number, block in enumerate(blocks):
+            for parameter in block.parameters():
+                owners.setdefault(parameter, set()).add(number)
+        inside = {id(m) for block in blocks for m in block.modules()}
+        for module in model.modules():
+            if id(module) not in inside:
+                for parameter in module._parameters.values():
+                    if parameter is not None:
+                        owners.setdefault(parameter, set()).add(-1)
+        members: list[list[nn.Parameter]] = [[] for _ in range(len(blocks) + 1)]
+        for parameter in names:
+            where = owners[parameter]
+            members[next(iter(where)) if len(where) == 1 else -1].append(parameter)
+        units = [_Unit(self._lay_out(parameters, names)) for parameters in members]
+        self._root, self._units = units[-1], units[:-1]
+        self._flats = [flat for unit in units for flat in unit.flats]
+        if keep != "always":
+            for block, unit in zip(blocks, self._units, strict=True):
+                if unit.flats:
+                    self._watch(block, unit)
+        self.named_shards: dict[str, nn.Parameter] = {
+            m.name: m.piece for flat in self._flats for m in flat.members if m.piece is not None
+        }
+        """What of each trained parameter lies here: 1-D, missing where nothing does."""
+        self.replaced: dict[nn.Parameter, tuple[nn.Parameter, Cut] | None] = {
+            m.parameter: None if m.piece is None else (m.piece, _cutter(flat, m))
+            for flat in self._flats
+            if flat.trains
+            for m in flat.members
+        }
+        """For `swap_parameters`."""
+
+    def begin_step(self) -> None:
+        """Before the first forward of a step, or of an evaluation."""
+        for flat in self._flats:
+            flat.gradient = None
+            for member in flat.members:
+                member.was_used = False
+        if self._keep != "always":
+            self._root.gather()
+
+    def end_evaluation(self) -> None:
+        """After the last forward of an evaluation."""
+        for flat in self._flats:
+            flat.release()
+
+    def finish(self) -> None:
+        """Complete the reduction: afterwards the pieces have the gradients of all workers, or none."""
+        trained = [flat for flat in self._flats if flat.trains]
+        used = [m.was_used or m.parameter.grad is not None for flat in trained for m in flat.members]
+        left = [flat.has_gradient() for flat in trained]
+        flags = torch.tensor([*map(float, used), *map(float, left)], device=self._group.device)
+        flags = self._group.sum_(flags, "which parameters were used").cpu()
+        was_used = iter((flags[: len(used)] > 0).tolist())
+        for flat, anywhere in zip(trained, (flags[len(used) :] > 0).tolist(), strict=True):
+            if anywhere:
+                flat.reduce()
+            if flat.gradient is None:
+                flat.gradient = torch.zeros_like(flat.shard)
+        for flat in trained:
+            for member in flat.members:
+                member.was_used = next(was_used)
+                if member.piece is not None:
+                    member.piece.grad = flat.piece_gradient(member) if member.was_used else None
+        for flat in self._flats:
+            flat.release()
+
+    def shard_gradients(self) -> list[torch.Tensor]:
+        """The gradients of this worker's shards, 1-D; the pieces' gradients look into them."""
+        return [flat.gradient for flat in self._flats if flat.gradient is not None]
+
+    def scale_(self, factor: float) -> None:
+        """Multiply all gradients."""
+        torch._foreach_mul_(self.shard_gradients(), factor)
+
+    def publish(self) -> None:
+        """Let all workers know the updated parameters, after the optimizer's step."""
+        for flat in self._flats:
+            flat.publish()
+
+    def whole_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """All parameters by name, one unit at a time. A collective call."""
+        for flat in self._flats:
+            for member, tensor in flat.whole_of(flat.shard):
+                yield member.name, tensor
+
+    def whole_gradients(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """All gradients by name, between `finish` and the next step. A collective call."""
+        for flat in self._flats:
+            if flat.gradient is not None:
+                for member, tensor in flat.whole_of(flat.gradient):
+                    yield member.name, tensor if member.was_used else None
+
+    def _lay_out(self, parameters: Sequence[nn.Parameter], names: dict[nn.Parameter, str]) -> list[_Flat]:
+        kinds: dict[tuple[torch.dtype, bool], list[nn.Parameter]] = {}
+        for parameter in parameters:
+            kinds.setdefault((parameter.dtype, parameter.requires_grad), []).append(parameter)
+        flats = []
+        for same in kinds.values():
+            members, begin = [], 0
+            for parameter in same:
+                members.append(_Member(names[parameter], parameter, begin, begin + parameter.numel()))
+                begin += parameter.numel()
+            flats.append(_Flat(members, self._group, whole=self._keep == "always"))
+        return flats
+
+    def _watch(self, block: nn.Module, unit: _Unit) -> None:
+        """Gather before the block's forward and backward pass; after each release, and reduce after the last."""
+        forgets = self._keep == "nothing"
+
+        def done() -> None:
+            for flat in unit.flats:
+                if flat.trains:
+                    flat.reduce()
+            unit.release()
+
+        def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            unit.gather()
+            if not forgets or not torch.is_grad_enabled():
+                return None
+            leaves, restore = flatten((args, kwargs))
+            places = [n for n, t in enumerate(leaves) if isinstance(t, torch.Tensor) and t.requires_grad]
+            if places:
+                for place, new in zip(places, _AfterBackward.apply(done, *(leaves[n] for n in places)), strict=True):
+                    leaves[place] = _like(new, leaves[place])
+            return restore(leaves)
+
+        def after(module: nn.Module, args: Any, outputs: Any) -> None:
+            if not forgets:
+                return
+            if torch.is_grad_enabled():
+                for tensor in tensors_in(outputs):
+                    if tensor.requires_grad:
+                        tensor.register_hook(lambda _: unit.gather())
+            unit.release()
+
+        block.register_forward_pre_hook(before, with_kwargs=True)
+        block.register_forward_hook(after)
+
+
+def _like(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """Divided by tensor parallelism as `old` is."""
+    mark(new, shard_of(old))
+    return new
+
+
+def _cutter(flat: _Flat, member: _Member) -> Cut:
+    begin, end = max(member.begin, flat.begin), min(member.end, flat.end)
+    return lambda tensor: tensor.reshape(-1)[begin - member.begin : end - member.begin].clone()
+
