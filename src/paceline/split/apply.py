@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from paceline.split.exchange import gather_whole
 from paceline.split.pieces import Piece, find_pieces
 from paceline.split.placement import Shard, take
 from paceline.split.recompute import recomputed
-from paceline.split.stages import PieceCalls, Stages, plan_stages
+from paceline.split.stages import PieceCalls, Stages, plan_stages, steady_pieces
 from paceline.split.tensor_mode import TensorParallel
 from paceline.split.tensor_plan import TensorSplit, divide_parameters, plan_tensor_split
 
@@ -60,13 +60,13 @@ class SplitModel:
         model: nn.Module,
         layout: Layout,
         mesh: Mesh,
-        run: Callable[[], Any],
+        runs: Sequence[Callable[[], Any]],
         schedule: Schedule | None,
     ) -> None:
         """Split `model`, in place. A collective call of all workers of `mesh`.
 
         Args:
-            run: one forward of the model and the loss, on a small batch.
+            runs: forwards of the model and the loss, each on another small batch.
             schedule: of the pipeline; None where there is none.
 
         Raises:
@@ -78,8 +78,11 @@ class SplitModel:
         """What stands for each parameter that is not here as it was: see `swap_parameters`."""
         whole = dict(model.named_parameters())
         shapes = {name: tuple(p.shape) for name, p in whole.items()}
+        run = runs[0]
         num_stages = 1 if schedule is None else schedule.num_stages
         self.calls = PieceCalls(model, find_pieces(model, 2 * num_stages))
+        self.steady = steady_pieces(model, self.calls, runs) if layout.dp_shard > 1 else []
+        """Pieces that all workers call alike, whatever their samples."""
         self.stages: Stages | None = None
         self.tensor: TensorParallel | None = None
         self.tensor_split: TensorSplit | None = None

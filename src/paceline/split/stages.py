@@ -7,6 +7,7 @@ stages; each of them then has its parameters, as has each stage that reads a par
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import time
@@ -19,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from paceline.errors import LayoutError
 from paceline.split.pieces import Piece
+from paceline.split.tensor_plan import undisturbed
 from paceline.split.trees import map_tensors, tensors_in
 
 _CALL = "_paceline_call"
@@ -89,6 +91,28 @@ class PieceCalls:
         return self._is_inside
 
 
+def steady_pieces(model: nn.Module, calls: PieceCalls, runs: Sequence[Callable[[], Any]]) -> list[Piece]:
+    """The pieces that every one of `runs`, forwards on different samples, calls equally often, and at least once.
+
+    Others are called for some samples only (experts that a loop in the model chooses): workers would not agree on them.
+    """
+    counts: list[collections.Counter[str]] = []
+
+    def count(piece: Piece, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        counts[-1][piece.name] += 1
+        return forward(*args, **kwargs)
+
+    calls.on_call = count
+    try:
+        with undisturbed(model), torch.no_grad():
+            for run in runs:
+                counts.append(collections.Counter())
+                run()
+    finally:
+        calls.on_call = None
+    return [p for p in calls.pieces if counts[0][p.name] and len({c[p.name] for c in counts}) == 1]
+
+
 class _Trace(TorchFunctionMode):
     """Follows one forward: which piece each value comes from, and which parameters are read between them."""
 
@@ -155,7 +179,7 @@ def plan_stages(
         trace = _Trace(calls, names)
         calls.on_call = trace.call
         try:
-            with trace, torch.no_grad():
+            with undisturbed(model), trace, torch.no_grad():
                 run()
         finally:
             calls.on_call = None

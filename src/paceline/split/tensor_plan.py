@@ -143,7 +143,7 @@ def plan_tensor_split(model: nn.Module, run: Callable[[], Any], num_workers: int
     tried: set[tuple[str, tuple[int, ...]]] = set()
     for _ in range(_MOST_PASSES):
         planning = Planning(num_workers, names, num_elements, left_whole, parts)
-        with _unmarked(parameters.values()), _undisturbed(model), planning:
+        with _unmarked(parameters.values()), undisturbed(model), planning:
             run()
         better = {(n, p) for n, p in planning.better.items() if n in planning.gathered and (n, p) not in tried}
         if better:
@@ -168,8 +168,8 @@ def _unmarked(parameters: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Buffers and random state are afterwards what they were."""
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """The model's buffers and the random state are afterwards what they were. No gradients are computed within."""
     kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with torch.random.fork_rng(), torch.no_grad():
         try:

@@ -16,6 +16,9 @@ from paceline.train.order import Share, batches_per_epoch, epoch_order, shares
 from paceline.train.seeds import derive, mix
 
 
+_FEW = 10
+
+
 @dataclasses.dataclass
 class Part:
     """This worker's share of one micro-batch, collated and on the device."""
@@ -233,15 +236,16 @@ def evaluation_parts(job: Job, dataset: Any, *, size: int, rank: int, device: to
         yield Part(to_device(batch, device), share)
 
 
-def few_samples(job: Job, dataset: Any, device: torch.device, count: int = 2) -> Any:
-    """A batch of the first samples of the training split."""
+def few_samples(job: Job, dataset: Any, device: torch.device) -> list[Any]:
+    """Small batches of the training split, of two samples each."""
     collate: Callable[[list[Any]], Any] = job.collate or default_collate
     length = num_samples(dataset, "train")
     if length is None:
-        samples = _take(iter(dataset), count)
+        samples = _take(iter(dataset), _FEW)
     else:
-        samples = [dataset[index] for index in range(min(count, length))]
-    return to_device(collate(samples), device)
+        samples = [dataset[index] for index in range(min(_FEW, length))]
+    groups = [samples[begin : begin + 2] for begin in range(0, len(samples) // 2 * 2 or 1, 2)]
+    return [to_device(collate(group), device) for group in groups]
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

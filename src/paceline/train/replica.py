@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import math
 import time
@@ -125,11 +126,11 @@ class Replica:
             self._broadcast_state()
         self._reduction = self._reduction_of(mesh)
 
-    def split(self, mesh: Mesh, samples: Any) -> None:
+    def split(self, mesh: Mesh, samples: list[Any]) -> None:
         """Take this worker's part of the model, as `mesh.layout` says; once, before the first step.
 
         Args:
-            samples: a small batch, on which the model is followed to find out where it can be split.
+            samples: small batches, on which the model is followed to find out where it can be split.
 
         Raises:
             LayoutError: the model cannot be split so.
@@ -137,10 +138,11 @@ class Replica:
         self.attach(mesh)
         layout = mesh.layout
 
-        def run() -> None:
-            self._loss_of(samples, self._call(samples))
+        def run(batch: Any) -> None:
+            self._loss_of(batch, self._call(batch))
 
-        self._split = split = SplitModel(self.model, layout, mesh, run, schedule_of(layout))
+        runs = [functools.partial(run, batch) for batch in samples]
+        self._split = split = SplitModel(self.model, layout, mesh, runs, schedule_of(layout))
         swap_parameters(self.optimizer, split.replaced)
         self._local = [local for local in split.parameters.values() if split.requires_grad[local.name]]
         if layout.dp_shard > 1:
@@ -154,7 +156,7 @@ class Replica:
         here = {id(local.parameter) for local in split.parameters.values()}
         blocks = [
             piece.module
-            for piece in split.calls.pieces
+            for piece in split.steady
             if any(id(p) in here for p in piece.module.parameters())
         ]
         self._sharded = ShardedParameters(self.model, blocks, mesh.shard, keep=keep)
