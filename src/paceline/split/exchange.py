@@ -6,7 +6,7 @@ gets a part of its gradient from each worker: `share` adds them up (Shoeybi et a
 
 Cost per worker, in bytes sent for a tensor of b bytes: `share` and `add_up` an all-reduce of b (the one backward, the other
 forward); `gather` an all-gather of b; `cut` nothing forward, an all-gather of b backward.
-Tensors on the meta device have shapes only: nothing is exchanged.
+For tensors that have shapes only, on the meta device or fake, nothing is exchanged.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from paceline.comm.group import Group
 from paceline.split.placement import Shard, join, take
@@ -42,16 +43,21 @@ def cut(tensor: torch.Tensor, shard: Shard, group: Group) -> torch.Tensor:
     return _Cut.apply(tensor, shard, group)  # type: ignore[no-any-return]
 
 
+def has_no_values(tensor: torch.Tensor) -> bool:
+    """Whether it is a shape only, for which nothing is exchanged."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
 def sum_over(tensor: torch.Tensor, group: Group, what: str) -> torch.Tensor:
     """A new tensor: the sum over the group, without gradient."""
-    if tensor.is_meta:
+    if has_no_values(tensor):
         return tensor.clone()
     return group.sum_(tensor.contiguous().clone(), what)
 
 
 def gather_whole(tensor: torch.Tensor, shard: Shard, group: Group, what: str) -> torch.Tensor:
     """A new tensor, whole, without gradient."""
-    if tensor.is_meta:
+    if has_no_values(tensor):
         return join([tensor] * group.size, shard)
     if tensor.dtype == torch.bool:
         return gather_whole(tensor.to(torch.uint8), shard, group, what).to(torch.bool)

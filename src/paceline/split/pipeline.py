@@ -103,8 +103,6 @@ class PipelineStage(TorchFunctionMode):
         self._absent, self._names, self._device, self._compute = absent, names, device, compute
         self._position = 0
         self._counts: dict[str, int] = {}
-        self._is_busy = False
-        """Bookkeeping: calls to torch are our own."""
         self.flight = Flight()
 
     @contextlib.contextmanager
@@ -131,22 +129,14 @@ class PipelineStage(TorchFunctionMode):
             self._let_have(tensor, last)
             return tensor
 
-        with self._bookkeeping():
+        with _plainly():
             return map_tensors(outputs, bring)
-
-    @contextlib.contextmanager
-    def _bookkeeping(self) -> Iterator[None]:
-        self._is_busy = True
-        try:
-            yield
-        finally:
-            self._is_busy = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._is_busy or self._calls.is_inside:
+        if self._calls.is_inside:
             return func(*args, **kwargs)
         found: list[torch.Tensor] = []
         _collect(args, found)
@@ -168,26 +158,17 @@ class PipelineStage(TorchFunctionMode):
         if name in ("cpu", "cuda") or (name == "to" and len(args) > 1 and isinstance(args[1], str)):
             func, args, kwargs = torch.Tensor.to, (args[0], self._device), {}
         in_place = _works_in_place(name)
-        if stage == self._stage:
-            result = func(*_map(args, self._here), **_map(kwargs, self._here))
-        else:
-            for tensor in found:
-                self._let_have(tensor, stage)
-            result = self._on_meta(func, args, kwargs)
+        with _plainly():
+            if stage == self._stage:
+                args_here, kwargs_here = _map(args, self._here), _map(kwargs, self._here)
+            else:
+                for tensor in found:
+                    self._let_have(tensor, stage)
+                args_here, kwargs_here = _map(args, _on_meta), _map(kwargs, _on_meta)
+        result = func(*args_here, **kwargs_here) if stage == self._stage else _shape_of(func, args_here, kwargs_here)
         if in_place and args and isinstance(args[0], torch.Tensor):
             return self._changed_in_place(args[0], result, stage)
         return _map(result, lambda t: _belongs(t, stage))
-
-    def _on_meta(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        try:
-            return func(*_map(args, _on_meta), **_map(kwargs, _on_meta))
-        except (RuntimeError, NotImplementedError) as error:
-            raise SplitError(
-                f"the model cannot be cut into pipeline stages: it calls {getattr(func, '__name__', func)} between its "
-                "blocks on a value that another stage computes",
-                cause=str(error).splitlines()[0],
-                next_step="use another axis (dp_shard, tp), or move that code into a block",
-            ) from error
 
     def _changed_in_place(self, target: torch.Tensor, result: Any, stage: int) -> torch.Tensor:
         if stage == self._stage and isinstance(result, torch.Tensor) and result is not target:
@@ -205,19 +186,22 @@ class PipelineStage(TorchFunctionMode):
                 next_step="use another axis (dp_replicate, dp_shard, tp)",
             )
         self._position = stage
-        with self._bookkeeping():
+        with _plainly():
             if stage != self._stage:
                 for tensor in tensors_in((args, kwargs)):
                     self._let_have(tensor, stage)
-                result = self._absent.outputs(piece, forward, args, kwargs)
-                return map_tensors(result, lambda t: _belongs(t, stage, new=True))
             leaves, restore = flatten((args, kwargs))
-            here = [self._here(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-            given = {id(new): old for old, new in zip(leaves, here, strict=True)}
-            args, kwargs = restore(here)
-            result = self._compute(piece, forward, args, kwargs)
-            # What is handed through still belongs to whom it belonged.
-            return map_tensors(result, lambda t: given[id(t)] if id(t) in given else _belongs(t, stage))
+            here = leaves
+            if stage == self._stage:
+                here = [self._here(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        if stage != self._stage:
+            result = self._absent.outputs(piece, forward, leaves, restore)
+            return map_tensors(result, lambda t: _belongs(t, stage, new=True))
+        given = {id(new): old for old, new in zip(leaves, here, strict=True)}
+        args, kwargs = restore(here)
+        result = self._compute(piece, forward, args, kwargs)
+        # What is handed through still belongs to whom it belonged.
+        return map_tensors(result, lambda t: given[id(t)] if id(t) in given else _belongs(t, stage))
 
     def _let_have(self, tensor: torch.Tensor, stage: int) -> None:
         """Send `tensor`, if it is this stage's, to `stage`; once."""
@@ -274,20 +258,49 @@ def backward(flight: Flight, stage: int, links: Links, device: torch.device) -> 
                 links.send(arrival.gradient.contiguous(), stage, source, "B")
 
 
+def _shape_of(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """What a function returns where tensors have shapes only."""
+    try:
+        return func(*args, **kwargs)
+    except (RuntimeError, NotImplementedError) as error:
+        raise SplitError(
+            f"the model cannot be cut into pipeline stages: it calls {getattr(func, '__name__', func)} between its "
+            "blocks on a value that another stage computes",
+            cause=str(error).splitlines()[0],
+            next_step="use another axis (dp_shard, tp), or move that code into a block",
+        ) from error
+
+
+def _plainly() -> contextlib.AbstractContextManager[Any]:
+    """Within it, calls to torch are what they are: our own bookkeeping."""
+    return torch._C.DisableTorchFunction()  # type: ignore[no-any-return]
+
+
 class AbsentPieces:
     """What the pieces of other stages would return, from the shapes of what they are given."""
 
     def __init__(self) -> None:
         self._known: dict[Any, tuple[list[Any], Callable[[list[Any]], Any]]] = {}
 
-    def outputs(self, piece: Piece, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Absent tensors in the structure that the piece returns; what it hands through is that which it was given."""
-        leaves, restore = flatten((args, kwargs))
-        key = (piece.name, torch.is_grad_enabled(), piece.module.training, *map(_signature, leaves))
+    def outputs(
+        self,
+        piece: Piece,
+        forward: Callable[..., Any],
+        leaves: list[Any],
+        restore: Callable[[list[Any]], Any],
+    ) -> Any:
+        """Absent tensors in the structure that the piece returns; what it hands through is that which it was given.
+
+        Args:
+            leaves, restore: the piece's `(args, kwargs)`, flat.
+        """
+        with _plainly():
+            key = (piece.name, torch.is_grad_enabled(), piece.module.training, *map(_signature, leaves))
         if key not in self._known:
             self._known[key] = self._find_out(piece, forward, leaves, restore)
         described, rebuild = self._known[key]
-        return rebuild([leaf.make(leaves) if isinstance(leaf, _Output | _Given) else leaf for leaf in described])
+        with _plainly():
+            return rebuild([leaf.make(leaves) if isinstance(leaf, _Output | _Given) else leaf for leaf in described])
 
     def _find_out(
         self, piece: Piece, forward: Callable[..., Any], leaves: list[Any], restore: Callable[[list[Any]], Any]
@@ -327,20 +340,22 @@ def _describe(
     make: Callable[..., torch.Tensor],
 ) -> tuple[list[Any], Callable[[list[Any]], Any]]:
     """Run the piece on tensors that `make` makes, and say what it returns."""
-    stand_ins = [_stand_in(leaf, make) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-    args, kwargs = restore(stand_ins)
     module = _Calling(piece.module, forward)
-    state = {n: _stand_in(t, make) for n, t in (*module.named_parameters(), *module.named_buffers())}
+    with _plainly():
+        stand_ins = [_stand_in(leaf, make) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        state = {n: _stand_in(t, make) for n, t in (*module.named_parameters(), *module.named_buffers())}
+    args, kwargs = restore(stand_ins)
     found, rebuild = flatten(functional_call(module, state, args, kwargs))
     given = {id(t): number for number, t in enumerate(stand_ins) if _is_object(t)}
-    described = [
-        _Given(given[id(leaf)])
-        if id(leaf) in given
-        else _Output(tuple(leaf.shape), leaf.dtype, leaf.requires_grad, shard_of(leaf))
-        if isinstance(leaf, torch.Tensor)
-        else leaf
-        for leaf in found
-    ]
+    with _plainly():
+        described = [
+            _Given(given[id(leaf)])
+            if id(leaf) in given
+            else _Output(tuple(leaf.shape), leaf.dtype, leaf.requires_grad, shard_of(leaf))
+            if isinstance(leaf, torch.Tensor)
+            else leaf
+            for leaf in found
+        ]
     return described, rebuild
 
 

@@ -307,7 +307,7 @@ class TensorParallel(SplitMode):
 
     def cross_entropy_of_rows(self, scores: torch.Tensor, target: torch.Tensor, shard: Shard) -> torch.Tensor:
         def gather(rows: torch.Tensor) -> torch.Tensor:
-            if rows.is_meta:
+            if exchange.has_no_values(rows):
                 return rows.expand(self.num_workers, *rows.shape)
             return self.group.gather(rows, "losses of tensor parallelism")
 
