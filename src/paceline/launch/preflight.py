@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import default_collate
 
 from paceline.comm.group import Group
+from paceline.comm.mesh import data_mesh
 from paceline.comm.world import check_transport
 from paceline.errors import DataError, JobError, LayoutError, PacelineError
 from paceline.launch.spec import AUTO, RunSpec
@@ -87,7 +88,7 @@ def _try_step(loaded: LoadedJob, datasets: Datasets, seed: int, total_steps: int
     part = Part(batch, Share(0, count, borrowed=False))
     try:
         replica = Replica(job, seed=seed, device=device, precision="fp32", total_steps=total_steps or 1)
-        replica.attach(Group.alone(device))
+        replica.attach(data_mesh(Group.alone(device)))
         replica.step(GlobalBatch(0, 0, count, [part], 0.0))
     except PacelineError:
         raise

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from paceline.comm.group import Group
 
@@ -61,7 +62,7 @@ def _forward(module: _BatchNorm, local_forward: Any, share: BatchShare, x: torch
     tracks = module.training and module.track_running_stats
     if tracks and module.num_batches_tracked is not None:
         module.num_batches_tracked.add_(1)
-    y, mean, variance, count = _GlobalBatchNorm.apply(
+    y, mean, variance, count = normalise(
         x, module.weight, module.bias, module.eps, share.group, share.counts
     )
     if tracks and module.running_mean is not None and module.running_var is not None:
@@ -78,6 +79,23 @@ def _forward(module: _BatchNorm, local_forward: Any, share: BatchShare, x: torch
 
 def _uses_batch_statistics(module: _BatchNorm) -> bool:
     return module.training or module.running_mean is None
+
+
+def normalise(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    group: Group,
+    counts: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Normalised x, mean and variance per channel, and the elements per channel, over all workers of `group`.
+
+    A function that modes see, as they see torch's own: tensor parallelism has a rule for it.
+    """
+    if has_torch_function_unary(x):
+        return handle_torch_function(normalise, (x,), x, weight, bias, eps, group, counts)  # type: ignore[no-any-return]
+    return _GlobalBatchNorm.apply(x, weight, bias, eps, group, counts)  # type: ignore[no-any-return]
 
 
 class _GlobalBatchNorm(torch.autograd.Function):

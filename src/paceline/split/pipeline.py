@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from paceline.errors import SplitError
 from paceline.split.pieces import Piece
 from paceline.split.stages import PieceCalls, Stages
-from paceline.split.tensor_mode import mark, shard_of
+from paceline.split.tensor_mode import mark, plainly, shard_of
 from paceline.split.trees import flatten, map_tensors, tensors_in
 
 _STAGE = "_paceline_stage"
@@ -129,7 +129,7 @@ class PipelineStage(TorchFunctionMode):
             self._let_have(tensor, last)
             return tensor
 
-        with _plainly():
+        with plainly():
             return map_tensors(outputs, bring)
 
     def __torch_function__(
@@ -158,7 +158,7 @@ class PipelineStage(TorchFunctionMode):
         if name in ("cpu", "cuda") or (name == "to" and len(args) > 1 and isinstance(args[1], str)):
             func, args, kwargs = torch.Tensor.to, (args[0], self._device), {}
         in_place = _works_in_place(name)
-        with _plainly():
+        with plainly():
             if stage == self._stage:
                 args_here, kwargs_here = _map(args, self._here), _map(kwargs, self._here)
             else:
@@ -186,7 +186,7 @@ class PipelineStage(TorchFunctionMode):
                 next_step="use another axis (dp_replicate, dp_shard, tp)",
             )
         self._position = stage
-        with _plainly():
+        with plainly():
             if stage != self._stage:
                 for tensor in tensors_in((args, kwargs)):
                     self._let_have(tensor, stage)
@@ -271,11 +271,6 @@ def _shape_of(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         ) from error
 
 
-def _plainly() -> contextlib.AbstractContextManager[Any]:
-    """Within it, calls to torch are what they are: our own bookkeeping."""
-    return torch._C.DisableTorchFunction()  # type: ignore[no-any-return]
-
-
 class AbsentPieces:
     """What the pieces of other stages would return, from the shapes of what they are given."""
 
@@ -294,12 +289,12 @@ class AbsentPieces:
         Args:
             leaves, restore: the piece's `(args, kwargs)`, flat.
         """
-        with _plainly():
+        with plainly():
             key = (piece.name, torch.is_grad_enabled(), piece.module.training, *map(_signature, leaves))
         if key not in self._known:
             self._known[key] = self._find_out(piece, forward, leaves, restore)
         described, rebuild = self._known[key]
-        with _plainly():
+        with plainly():
             return rebuild([leaf.make(leaves) if isinstance(leaf, _Output | _Given) else leaf for leaf in described])
 
     def _find_out(
@@ -341,13 +336,13 @@ def _describe(
 ) -> tuple[list[Any], Callable[[list[Any]], Any]]:
     """Run the piece on tensors that `make` makes, and say what it returns."""
     module = _Calling(piece.module, forward)
-    with _plainly():
+    with plainly():
         stand_ins = [_stand_in(leaf, make) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         state = {n: _stand_in(t, make) for n, t in (*module.named_parameters(), *module.named_buffers())}
     args, kwargs = restore(stand_ins)
     found, rebuild = flatten(functional_call(module, state, args, kwargs))
     given = {id(t): number for number, t in enumerate(stand_ins) if _is_object(t)}
-    with _plainly():
+    with plainly():
         described = [
             _Given(given[id(leaf)])
             if id(leaf) in given

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from paceline.comm.group import Group
-from paceline.split.tensor_mode import mark, shard_of
+from paceline.split.tensor_mode import mark, plainly, shard_of
 from paceline.split.trees import flatten, tensors_in
 
 KEEPS = ("nothing", "within_step", "always")
@@ -154,13 +154,16 @@ class ShardedParameters:
     All of them have the same values at the beginning.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], group: Group, *, keep: str) -> None:
+    def __init__(
+        self, model: nn.Module, blocks: Sequence[nn.Module], group: Group, data: Group, *, keep: str
+    ) -> None:
         """
         Args:
+            data: the workers among which the batch is split; `group` is a part of them.
             blocks: modules that are gathered and released each for itself.
             keep: one of `KEEPS`.
         """
-        self._group, self._keep = group, keep
+        self._group, self._data, self._keep = group, data, keep
         names = {p: name for name, p in model.named_parameters() if not p.is_meta}
         owners: dict[nn.Parameter, set[int]] = {}
         for number, block in enumerate(blocks):
@@ -215,7 +218,7 @@ class ShardedParameters:
         used = [m.was_used or m.parameter.grad is not None for flat in trained for m in flat.members]
         left = [flat.has_gradient() for flat in trained]
         flags = torch.tensor([*map(float, used), *map(float, left)], device=self._group.device)
-        flags = self._group.sum_(flags, "which parameters were used").cpu()
+        flags = self._data.sum_(flags, "which parameters were used").cpu()
         was_used = iter((flags[: len(used)] > 0).tolist())
         for flat, anywhere in zip(trained, (flags[len(used) :] > 0).tolist(), strict=True):
             if anywhere:
@@ -280,6 +283,10 @@ class ShardedParameters:
             unit.release()
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            with plainly():
+                return begin(args, kwargs)
+
+        def begin(args: Any, kwargs: Any) -> Any:
             unit.gather()
             if not forgets or not torch.is_grad_enabled():
                 return None
@@ -293,11 +300,12 @@ class ShardedParameters:
         def after(module: nn.Module, args: Any, outputs: Any) -> None:
             if not forgets:
                 return
-            if torch.is_grad_enabled():
-                for tensor in tensors_in(outputs):
-                    if tensor.requires_grad:
-                        tensor.register_hook(lambda _: unit.gather())
-            unit.release()
+            with plainly():
+                if torch.is_grad_enabled():
+                    for tensor in tensors_in(outputs):
+                        if tensor.requires_grad:
+                            tensor.register_hook(lambda _: unit.gather())
+                unit.release()
 
         block.register_forward_pre_hook(before, with_kwargs=True)
         block.register_forward_hook(after)

@@ -156,7 +156,7 @@ def _is_divided(value: Any) -> bool:
 
 def _holds_weights(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """A whole layer as one function, such as multi-head attention: what it calls must be seen."""
-    if not isinstance(func, types.FunctionType) or func in RULES:
+    if not _is_composed(func) or func in RULES:
         return False
     return any(isinstance(a, torch.nn.Parameter) for a in (*args, *kwargs.values()))
 
@@ -178,11 +178,10 @@ def on_whole_tensors(
     mode: SplitMode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """What to do with a function that has no rule."""
-    if isinstance(func, types.FunctionType) and func.__module__.startswith("torch."):
-        # Written in Python: its own calls may have rules.
-        return mode.compose(_without_overrides(func), *args, **kwargs)
     if _reads_only(func):
         return func(*args, **kwargs)
+    if _is_composed(func):
+        return mode.compose(_without_overrides(func), *args, **kwargs)
     changed = [args[0]] if args and _works_in_place(func) else []
     changed += [v for k, v in kwargs.items() if k == "out"]
     swapped = {id(t): mode.whole(t) for t in changed if shard_of(t) is not None}
@@ -199,6 +198,16 @@ def on_whole_tensors(
             if result is swapped[id(tensor)]:
                 result = tensor
     return result
+
+
+def _is_composed(func: Callable[..., Any]) -> bool:
+    """Whether it is written in Python, in terms of functions of torch that may have rules."""
+    return isinstance(func, types.FunctionType) and func.__module__ in ("torch.nn.functional", "torch.functional")
+
+
+def plainly() -> contextlib.AbstractContextManager[Any]:
+    """Within it, calls to torch are what they are, whatever modes are active: for our own bookkeeping."""
+    return torch._C.DisableTorchFunction()  # type: ignore[no-any-return]
 
 
 def _works_in_place(func: Callable[..., Any]) -> bool:

@@ -159,7 +159,7 @@ class Replica:
             for piece in split.steady
             if any(id(p) in here for p in piece.module.parameters())
         ]
-        self._sharded = ShardedParameters(self.model, blocks, mesh.shard, keep=keep)
+        self._sharded = ShardedParameters(self.model, blocks, mesh.shard, mesh.data, keep=keep)
         swap_parameters(self.optimizer, self._sharded.replaced)
 
     def _reduction_of(self, mesh: Mesh) -> Reduction:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from paceline.split.batchnorm import normalise
 from paceline.split.placement import evenly
 from paceline.split.rules.table import rule_for, weighted_rule_for
-from paceline.split.tensor_mode import WEIGHTED, SplitMode, on_whole_tensors
+from paceline.split.tensor_mode import RULES, WEIGHTED, SplitMode, on_whole_tensors
 
 
 def _embedding(
@@ -138,6 +139,23 @@ def batch_norm(
         for name, buffer in statistics.items():
             buffer.copy_(mode.whole(mode.made(pieces[name], shard.at(0))))
     return mode.made(result, shard, x)
+
+
+def _normalise(
+    mode: SplitMode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The same over the global batch: statistics are exchanged with those who have the same channels."""
+    x, weight, bias, *rest = args
+    shard = mode.shard(x)
+    if shard is None or shard.dim != 1:
+        return on_whole_tensors(mode, func, args, kwargs)
+    weight, bias = (None if p is None else mode.cut(p, shard.at(0)) for p in (weight, bias))
+    y, mean, variance, count = func(x, weight, bias, *rest)
+    of_channels = shard.at(0)
+    return mode.made(y, shard, x), mode.made(mean, of_channels, x), mode.made(variance, of_channels, x), count
+
+
+RULES[normalise] = _normalise
 
 
 @rule_for("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d",
