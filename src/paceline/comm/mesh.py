@@ -27,11 +27,13 @@ class Mesh:
     data: Group
     """`dp_replicate × dp_shard`: the workers among which a micro-batch is split."""
 
-
     @property
     def waited_s(self) -> float:
         """Seconds that this worker has spent in collectives of its groups."""
-        groups = {id(g): g for g in (self.everyone, self.pipeline, self.replicate, self.shard, self.tensor, self.data)}
+        groups = {
+            id(g): g
+            for g in (self.everyone, self.pipeline, self.replicate, self.shard, self.tensor, self.data)
+        }
         return sum(group.waited_s for group in groups.values())
 
 

@@ -108,6 +108,15 @@ class SplitModel:
         self._buffer_holders = self._holders_of_buffers(worker_of)
         self._check_reached()
 
+    def trained_on(self, stage: int) -> list[nn.Parameter]:
+        """The parameters that a stage of this worker has and trains."""
+        assert self.stages is not None
+        return [
+            local.parameter
+            for name, local in self.parameters.items()
+            if stage in self.stages.holders[name] and self.requires_grad[name]
+        ]
+
     def compute(self, piece: Piece, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run a piece that is here."""
         how = self.layout.recompute if piece.module.training else "none"

@@ -62,9 +62,7 @@ def _forward(module: _BatchNorm, local_forward: Any, share: BatchShare, x: torch
     tracks = module.training and module.track_running_stats
     if tracks and module.num_batches_tracked is not None:
         module.num_batches_tracked.add_(1)
-    y, mean, variance, count = normalise(
-        x, module.weight, module.bias, module.eps, share.group, share.counts
-    )
+    y, mean, variance, count = normalise(x, module.weight, module.bias, module.eps, share.group, share.counts)
     if tracks and module.running_mean is not None and module.running_var is not None:
         momentum = module.momentum
         if momentum is None:

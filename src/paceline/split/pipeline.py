@@ -15,12 +15,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
@@ -62,6 +64,8 @@ class _Arrival:
     """A received value, and its gradient once the backward pass has come to it."""
 
     gradient: torch.Tensor | None = None
+    value: torch.Tensor | None = None
+    """Where the backward pass is in parts."""
 
 
 class _Arrive(torch.autograd.Function):
@@ -92,12 +96,16 @@ class PipelineStage(TorchFunctionMode):
         names: Mapping[int, str],
         device: torch.device,
         compute: Callable[[Piece, Callable[..., Any], Any, Any], Any],
+        *,
+        in_parts: bool,
     ) -> None:
         """
         Args:
             names: of the parameters, by id.
             compute: runs a piece that is here: `(piece, forward, args, kwargs)`.
+            in_parts: the backward pass will be `backward_of_inputs`.
         """
+        self._in_parts = in_parts
         super().__init__()
         self._stage, self._stages, self._calls, self._links = stage, stages, calls, links
         self._absent, self._names, self._device, self._compute = absent, names, device, compute
@@ -165,7 +173,11 @@ class PipelineStage(TorchFunctionMode):
                 for tensor in found:
                     self._let_have(tensor, stage)
                 args_here, kwargs_here = _map(args, _on_meta), _map(kwargs, _on_meta)
-        result = func(*args_here, **kwargs_here) if stage == self._stage else _shape_of(func, args_here, kwargs_here)
+        result = (
+            func(*args_here, **kwargs_here)
+            if stage == self._stage
+            else _shape_of(func, args_here, kwargs_here)
+        )
         if in_place and args and isinstance(args[0], torch.Tensor):
             return self._changed_in_place(args[0], result, stage)
         return _map(result, lambda t: _belongs(t, stage))
@@ -230,26 +242,73 @@ class PipelineStage(TorchFunctionMode):
             self.flight.received.setdefault(stage, []).append(arrival)
             anchor = torch.empty(0, requires_grad=True)
             value = _Arrive.apply(anchor, value, arrival)
+            if self._in_parts:
+                # Kept as it came: the model may change its own in place.
+                arrival.value, value = value, value.clone()
         mark(value, shard_of(tensor))
         setattr(tensor, _HERE, value)
         return value
 
 
 def backward(flight: Flight, stage: int, links: Links, device: torch.device) -> None:
-    """The backward pass of one micro-batch on one stage: gradients of what was sent come in, of what was received go out."""
+    """The backward pass of one micro-batch on one stage.
+
+    Gradients of what was sent come in, gradients of what was received go out.
+    """
+    roots, gradients = _gradients_in(flight, stage, links, device)
+    if roots:
+        torch.autograd.backward(roots, gradients)
+    _gradients_out(flight, stage, links, device)
+
+
+def backward_of_inputs(
+    flight: Flight, stage: int, links: Links, device: torch.device, weights: list[nn.Parameter]
+) -> Callable[[], None] | None:
+    """As `backward`, without the gradients of `weights`; what computes these later. None: there is nothing left to do."""
+    roots, gradients = _gradients_in(flight, stage, links, device)
+    arrivals = [a for _, found in sorted(flight.received.items()) for a in found]
+    if not arrivals:
+        # Nobody waits for this stage.
+        if roots:
+            torch.autograd.backward(roots, gradients)
+        return None
+    given = [torch.ones_like(r) if g is None else g for r, g in zip(roots, gradients, strict=True)]
+    groups: list[Any] = []
+    if roots:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # gradients of tensors that are no leaves are meant
+            found, groups = stage_backward_input(roots, given, [a.value for a in arrivals], iter(weights))
+        for arrival, gradient in zip(arrivals, found, strict=True):
+            arrival.gradient, arrival.value = gradient, None
+    _gradients_out(flight, stage, links, device)
+    return lambda: _of_weights(weights, groups)
+
+
+def _of_weights(weights: list[nn.Parameter], groups: list[Any]) -> None:
+    stage_backward_weight(iter(weights), groups)
+
+
+def _gradients_in(
+    flight: Flight, stage: int, links: Links, device: torch.device
+) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+    """What to differentiate, and the gradients of it that others have sent."""
     roots: list[torch.Tensor] = []
     gradients: list[torch.Tensor | None] = []
     if flight.loss is not None:
         roots.append(flight.loss)
         gradients.append(None)
     for target, tensors in sorted(flight.sent.items()):
-        flags = links.receive(torch.zeros(len(tensors), dtype=torch.uint8, device=device), target, stage, "B")
+        flags = torch.zeros(len(tensors), dtype=torch.uint8, device=device)
+        flags = links.receive(flags, target, stage, "B")
         for tensor, flag in zip(tensors, flags.tolist(), strict=True):
             if flag:
+                empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
                 roots.append(tensor)
-                gradients.append(links.receive(torch.empty_like(tensor, requires_grad=False, memory_format=torch.contiguous_format), target, stage, "B"))
-    if roots:
-        torch.autograd.backward(roots, gradients)
+                gradients.append(links.receive(empty, target, stage, "B"))
+    return roots, gradients
+
+
+def _gradients_out(flight: Flight, stage: int, links: Links, device: torch.device) -> None:
     for source, arrivals in sorted(flight.received.items()):
         flags = torch.tensor([a.gradient is not None for a in arrivals], dtype=torch.uint8, device=device)
         links.send(flags, stage, source, "B")
@@ -295,10 +354,16 @@ class AbsentPieces:
             self._known[key] = self._find_out(piece, forward, leaves, restore)
         described, rebuild = self._known[key]
         with plainly():
-            return rebuild([leaf.make(leaves) if isinstance(leaf, _Output | _Given) else leaf for leaf in described])
+            return rebuild(
+                [leaf.make(leaves) if isinstance(leaf, _Output | _Given) else leaf for leaf in described]
+            )
 
     def _find_out(
-        self, piece: Piece, forward: Callable[..., Any], leaves: list[Any], restore: Callable[[list[Any]], Any]
+        self,
+        piece: Piece,
+        forward: Callable[..., Any],
+        leaves: list[Any],
+        restore: Callable[[list[Any]], Any],
     ) -> tuple[list[Any], Callable[[list[Any]], Any]]:
         try:
             try:
@@ -458,9 +523,7 @@ def _map(value: Any, function: Callable[[Any], Any]) -> Any:
 
 
 _SHAPE_ONLY = frozenset(
-    "shape dtype size dim ndim numel nelement __len__ requires_grad is_floating_point is_complex element_size ndimension "
-    "layout is_leaf is_sparse is_nested is_quantized names itemsize stride is_contiguous grad_fn is_cuda is_cpu "
-    "get_device __hash__".split()
+    ["shape", "dtype", "size", "dim", "ndim", "numel", "nelement", "__len__", "requires_grad", "is_floating_point", "is_complex", "element_size", "ndimension", "layout", "is_leaf", "is_sparse", "is_nested", "is_quantized", "names", "itemsize", "stride", "is_contiguous", "grad_fn", "is_cuda", "is_cpu", "get_device", "__hash__"]
 )
 
 
@@ -468,5 +531,6 @@ def _works_in_place(name: str) -> bool:
     return (
         name == "__setitem__"
         or (name.endswith("_") and not name.startswith("__"))
-        or name in ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__iand__", "__ior__", "__ixor__")
+        or name
+        in ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__iand__", "__ior__", "__ixor__")
     )

@@ -30,7 +30,10 @@ _PRODUCTS = {
 
 
 def recomputed(
-    forward: Callable[..., Any], how: str, module: nn.Module, within: Callable[[], contextlib.AbstractContextManager[Any]]
+    forward: Callable[..., Any],
+    how: str,
+    module: nn.Module,
+    within: Callable[[], contextlib.AbstractContextManager[Any]],
 ) -> Callable[..., Any]:
     """`forward` of `module`, such that its backward pass computes again what was not kept.
 

@@ -293,7 +293,9 @@ class ShardedParameters:
             leaves, restore = flatten((args, kwargs))
             places = [n for n, t in enumerate(leaves) if isinstance(t, torch.Tensor) and t.requires_grad]
             if places:
-                for place, new in zip(places, _AfterBackward.apply(done, *(leaves[n] for n in places)), strict=True):
+                for place, new in zip(
+                    places, _AfterBackward.apply(done, *(leaves[n] for n in places)), strict=True
+                ):
                     leaves[place] = _like(new, leaves[place])
             return restore(leaves)
 
@@ -320,4 +322,3 @@ def _like(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
 def _cutter(flat: _Flat, member: _Member) -> Cut:
     begin, end = max(member.begin, flat.begin), min(member.end, flat.end)
     return lambda tensor: tensor.reshape(-1)[begin - member.begin : end - member.begin].clone()
-

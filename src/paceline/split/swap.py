@@ -11,9 +11,7 @@ from torch import nn
 Cut = Callable[[torch.Tensor], torch.Tensor]
 
 
-def swap_parameters(
-    optimizer: Any, replaced: Mapping[nn.Parameter, tuple[nn.Parameter, Cut] | None]
-) -> None:
+def swap_parameters(optimizer: Any, replaced: Mapping[nn.Parameter, tuple[nn.Parameter, Cut] | None]) -> None:
     """Let `optimizer` train other parameters in place of those it has, group by group.
 
     The user's optimizer is built on the whole model's parameters, so that whatever it decides by their names,

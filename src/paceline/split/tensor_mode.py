@@ -202,7 +202,10 @@ def on_whole_tensors(
 
 def _is_composed(func: Callable[..., Any]) -> bool:
     """Whether it is written in Python, in terms of functions of torch that may have rules."""
-    return isinstance(func, types.FunctionType) and func.__module__ in ("torch.nn.functional", "torch.functional")
+    return isinstance(func, types.FunctionType) and func.__module__ in (
+        "torch.nn.functional",
+        "torch.functional",
+    )
 
 
 def plainly() -> contextlib.AbstractContextManager[Any]:

@@ -22,7 +22,14 @@ from paceline.split.tensor_mode import Thought, map_tensors, mark, shard_of
 
 _ORIGINS = "_paceline_origins"
 _TRANSPOSED = "_paceline_transposed"
-_TRANSPOSES = (torch.Tensor.T.__get__, torch.Tensor.mT.__get__, torch.Tensor.t, torch.t, torch.transpose, torch.Tensor.transpose)
+_TRANSPOSES = (
+    torch.Tensor.T.__get__,
+    torch.Tensor.mT.__get__,
+    torch.Tensor.t,
+    torch.t,
+    torch.transpose,
+    torch.Tensor.transpose,
+)
 
 LEAST_SHARE = 0.01
 """Of the model's parameters: a smaller weight is left whole where dividing it costs a message of its own."""
@@ -45,7 +52,12 @@ class Planning(Thought):
     """One pass over the model."""
 
     def __init__(
-        self, num_workers: int, names: Mapping[int, str], num_elements: int, left_whole: set[str], parts: Mapping[str, tuple[int, ...]]
+        self,
+        num_workers: int,
+        names: Mapping[int, str],
+        num_elements: int,
+        left_whole: set[str],
+        parts: Mapping[str, tuple[int, ...]],
     ) -> None:
         """
         Args:
@@ -54,7 +66,12 @@ class Planning(Thought):
             parts: into what parts the outputs of a weight are divided, where it is not one.
         """
         super().__init__(num_workers)
-        self._names, self._num_elements, self._left_whole, self._parts = names, num_elements, left_whole, parts
+        self._names, self._num_elements, self._left_whole, self._parts = (
+            names,
+            num_elements,
+            left_whole,
+            parts,
+        )
         self.shards: dict[str, Shard] = {}
         self.gathered: dict[str, int] = {}
         """Elements that had to be made whole, by the weights that they come from."""
@@ -129,7 +146,9 @@ class Planning(Thought):
         return frozenset([name]) if name is not None else getattr(tensor, _ORIGINS, frozenset())
 
 
-def plan_tensor_split(model: nn.Module, run: Callable[[], Any], num_workers: int, fixed: set[str] = frozenset()) -> TensorSplit:  # type: ignore[assignment]
+def plan_tensor_split(
+    model: nn.Module, run: Callable[[], Any], num_workers: int, fixed: set[str] = frozenset()
+) -> TensorSplit:  # type: ignore[assignment]
     """What to divide among `num_workers`.
 
     Args:
@@ -145,7 +164,9 @@ def plan_tensor_split(model: nn.Module, run: Callable[[], Any], num_workers: int
         planning = Planning(num_workers, names, num_elements, left_whole, parts)
         with _unmarked(parameters.values()), undisturbed(model), planning:
             run()
-        better = {(n, p) for n, p in planning.better.items() if n in planning.gathered and (n, p) not in tried}
+        better = {
+            (n, p) for n, p in planning.better.items() if n in planning.gathered and (n, p) not in tried
+        }
         if better:
             tried |= better
             parts.update(better)
@@ -180,9 +201,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(kept[name])
 
 
-def divide_parameters(
-    model: nn.Module, split: TensorSplit, rank: int
-) -> dict[nn.Parameter, nn.Parameter]:
+def divide_parameters(model: nn.Module, split: TensorSplit, rank: int) -> dict[nn.Parameter, nn.Parameter]:
     """Replace the parameters of `split` by this worker's pieces, everywhere in the model; old -> new."""
     replaced: dict[nn.Parameter, nn.Parameter] = {}
     for name, parameter in list(model.named_parameters()):

@@ -15,7 +15,6 @@ from paceline.job import Job
 from paceline.train.order import Share, batches_per_epoch, epoch_order, shares
 from paceline.train.seeds import derive, mix
 
-
 _FEW = 10
 
 

@@ -13,7 +13,7 @@ from paceline.plan.schedules import Schedule, make_schedule
 from paceline.records import Layout
 from paceline.split.apply import SplitModel
 from paceline.split.pieces import Piece
-from paceline.split.pipeline import AbsentPieces, Flight, PipelineStage, backward
+from paceline.split.pipeline import AbsentPieces, Flight, PipelineStage, backward, backward_of_inputs
 from paceline.train.data import GlobalBatch, Part
 from paceline.train.seeds import mix
 
@@ -47,12 +47,21 @@ class Pipeline:
         own = [s for s in range(self._stages.num_stages) if schedule.worker_of(s) == self._rank]
         self._modes = {
             stage: PipelineStage(
-                stage, self._stages, split.calls, self.links, absent, split.names, device, self._compute
+                stage,
+                self._stages,
+                split.calls,
+                self.links,
+                absent,
+                split.names,
+                device,
+                self._compute,
+                in_parts=schedule.in_parts,
             )
             for stage in own
         }
         self.first_stage_of = {schedule.worker_of(s): s for s in reversed(range(self._stages.num_stages))}
         """A stage of each of the pipeline's workers, by which it is reached."""
+        self._weights = {stage: split.trained_on(stage) for stage in own}
         self._last = self._stages.num_stages - 1
         self._seed = 0
         self._calls_seen = 0
@@ -76,8 +85,11 @@ class Pipeline:
             loss_of: `(part, outputs)` -> what to differentiate; called where the last stage is.
             around: what the forward and the backward of a micro-batch run in.
         """
-        schedule = make_schedule(self._layout.schedule, self._layout.pp, len(batch.parts), self._layout.stages)
+        schedule = make_schedule(
+            self._layout.schedule, self._layout.pp, len(batch.parts), self._layout.stages
+        )
         flights: dict[tuple[int, int], Flight] = {}
+        left: dict[tuple[int, int], Callable[[], None] | None] = {}
         for action in schedule.actions(self._rank):
             part = batch.parts[action.micro]
             key = action.stage, action.micro
@@ -87,8 +99,16 @@ class Pipeline:
                     if action.stage == self._last:
                         flight.loss = loss_of(part, outputs)
                     flights[key] = flight
-                elif action.kind in ("B", "I"):
+                elif action.kind == "B":
                     backward(flights.pop(key), action.stage, self.links, self._device)
+                elif action.kind == "I":
+                    left[key] = backward_of_inputs(
+                        flights.pop(key), action.stage, self.links, self._device, self._weights[action.stage]
+                    )
+                else:
+                    weights = left.pop(key)
+                    if weights is not None:
+                        weights()
         self.links.flush()
 
     def forward(self, part: Part, seed: int) -> Any:

@@ -32,9 +32,7 @@ STEPS = 2
 """The second step starts from what the first has left: parameters, buffers, optimizer state."""
 
 
-def prove(
-    job: Job, mesh: Mesh, datasets: Datasets, *, seed: int, device: torch.device
-) -> Proof:
+def prove(job: Job, mesh: Mesh, datasets: Datasets, *, seed: int, device: torch.device) -> Proof:
     """Compare `STEPS` steps in `layout` with those of one process. A collective call.
 
     In float32; and where that shows a difference, once more in float64. ReLU and max-pooling turn a change in the

@@ -138,7 +138,9 @@ class Reduction:
             gradient = local.parameter.grad
             for worker in local.holders:
                 if worker != own:
-                    flag = torch.tensor([gradient is not None], dtype=torch.uint8, device=local.parameter.device)
+                    flag = torch.tensor(
+                        [gradient is not None], dtype=torch.uint8, device=local.parameter.device
+                    )
                     self._links.send(flag, stage, self._first_stage_of[worker], "tied")
                     if gradient is not None:
                         self._links.send(gradient.contiguous(), stage, self._first_stage_of[worker], "tied")
@@ -158,5 +160,3 @@ class Reduction:
             return None
         empty = torch.empty_like(local.parameter, requires_grad=False)
         return self._links.receive(empty, source, stage, "tied")
-
-

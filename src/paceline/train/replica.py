@@ -155,9 +155,7 @@ class Replica:
         keep = {1: "always", 2: "within_step", 3: "nothing"}[mesh.layout.zero_stage]
         here = {id(local.parameter) for local in split.parameters.values()}
         blocks = [
-            piece.module
-            for piece in split.steady
-            if any(id(p) in here for p in piece.module.parameters())
+            piece.module for piece in split.steady if any(id(p) in here for p in piece.module.parameters())
         ]
         self._sharded = ShardedParameters(self.model, blocks, mesh.shard, mesh.data, keep=keep)
         swap_parameters(self.optimizer, self._sharded.replaced)
@@ -166,9 +164,7 @@ class Replica:
         if mesh.everyone not in self._reductions or self._split is not None:
             links = self._pipeline.links if self._pipeline is not None else None
             stages = self._pipeline.first_stage_of if self._pipeline is not None else {}
-            self._reductions[mesh.everyone] = Reduction(
-                mesh, self._local, SUMS, self._sharded, links, stages
-            )
+            self._reductions[mesh.everyone] = Reduction(mesh, self._local, SUMS, self._sharded, links, stages)
         return self._reductions[mesh.everyone]
 
     def step(self, batch: GlobalBatch) -> StepResult:
@@ -236,7 +232,9 @@ class Replica:
                     self._share.counts = not part.share.borrowed
                     with self._forward_context():
                         outputs = self._outputs(part)
-                        if part.share.borrowed or (self._pipeline is not None and not self._pipeline.has_last):
+                        if part.share.borrowed or (
+                            self._pipeline is not None and not self._pipeline.has_last
+                        ):
                             continue
                         for row, (name, function) in enumerate(functions.items()):
                             value = function(outputs, part.batch)

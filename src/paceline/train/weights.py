@@ -55,7 +55,11 @@ def save_tensors(
     offset = 0
     for name, (dtype, shape) in described.items():
         num_bytes = math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _TYPES[dtype], "shape": list(shape), "data_offsets": [offset, offset + num_bytes]}
+        header[name] = {
+            "dtype": _TYPES[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, offset + num_bytes],
+        }
         offset += num_bytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % _ALIGNMENT_BYTES)

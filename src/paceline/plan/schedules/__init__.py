@@ -1,21 +1,45 @@
-"""temporary"""
+"""Pipeline schedules, free of torch: the same orders are run by the workers and played through by the planner."""
+
 from __future__ import annotations
 
-import dataclasses
+import difflib
+
+from paceline.errors import LayoutError
+from paceline.plan.schedules.base import Action, Schedule
+from paceline.plan.schedules.breadth_first import BreadthFirst
+from paceline.plan.schedules.gpipe import GPipe
+from paceline.plan.schedules.interleaved import Interleaved
+from paceline.plan.schedules.one_f_one_b import OneForwardOneBackward
+from paceline.plan.schedules.zero_bubble import ZeroBubble, ZeroBubbleV
+
+__all__ = ["SCHEDULES", "Action", "Schedule", "make_schedule"]
+
+SCHEDULES: dict[str, type[Schedule]] = {
+    schedule.name: schedule
+    for schedule in (GPipe, OneForwardOneBackward, Interleaved, BreadthFirst, ZeroBubble, ZeroBubbleV)
+}
 
 
-@dataclasses.dataclass(frozen=True)
-class Action:
-    kind: str
-    stage: int
-    micro: int
-class Schedule:
-    def __init__(self, name, pp, m): self.name, self.pp, self.m = name, pp, m; self.num_stages = pp
-    def worker_of(self, stage): return stage % self.pp
-    def actions(self, worker):
-        m = self.m; warm = m if self.name == "gpipe" else min(self.pp - worker - 1, m)
-        out = [Action("F", worker, i) for i in range(warm)]; b = 0
-        for i in range(warm, m):
-            out += [Action("F", worker, i), Action("B", worker, b)]; b += 1
-        return out + [Action("B", worker, i) for i in range(b, m)]
-def make_schedule(name, pp, num_micro, stages_per_worker=None): return Schedule(name, pp, num_micro)
+def make_schedule(name: str, pp: int, num_micro: int, stages_per_worker: int | None = None) -> Schedule:
+    """The schedule of this name.
+
+    Raises:
+        LayoutError: there is none, or it cannot give a worker so many stages.
+    """
+    if name not in SCHEDULES:
+        near = difflib.get_close_matches(name, SCHEDULES, n=1)
+        raise LayoutError(
+            f"there is no pipeline schedule {name!r}",
+            cause=f"perhaps {near[0]!r} was meant" if near else "",
+            next_step=f"use one of {', '.join(SCHEDULES)}",
+        )
+    kind = SCHEDULES[name]
+    most = kind.most_stages
+    given = stages_per_worker or kind.default_stages
+    if most is not None and given != most:
+        raise LayoutError(
+            f"stages={given} with schedule={name}",
+            cause=f"{name} gives each worker {most} stage{'s' if most > 1 else ''}",
+            next_step=f"leave stages out, or use schedule=interleaved,stages={max(given, 2)}",
+        )
+    return kind(pp, num_micro, given)

@@ -16,7 +16,16 @@ def cross_entropy(
     mode: SplitMode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Scores [N, C, …] divided by class, targets [N, …] by number."""
-    names = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
+    names = (
+        "input",
+        "target",
+        "weight",
+        "size_average",
+        "ignore_index",
+        "reduce",
+        "reduction",
+        "label_smoothing",
+    )
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     scores, target = given["input"], given["target"]
     shard = mode.shard(scores)

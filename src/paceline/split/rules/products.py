@@ -159,7 +159,9 @@ def einsum(mode: SplitMode, func: Callable[..., Any], args: tuple[Any, ...], kwa
         return on_whole_tensors(mode, func, args, kwargs)
     letter, shard = chosen
     fitted = [
-        mode.cut(operand, shard.at(names.index(letter))) if letter in names else mode.share(mode.whole(operand))
+        mode.cut(operand, shard.at(names.index(letter)))
+        if letter in names
+        else mode.share(mode.whole(operand))
         for operand, names in zip(operands, letters, strict=True)
     ]
     result = func(equation, *fitted)
@@ -169,7 +171,9 @@ def einsum(mode: SplitMode, func: Callable[..., Any], args: tuple[Any, ...], kwa
 
 
 @rule_for("scaled_dot_product_attention")
-def attention(mode: SplitMode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def attention(
+    mode: SplitMode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """Heads and samples are computed each for itself; keys and values may have fewer heads than queries."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     given: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}

@@ -36,7 +36,9 @@ def _same(mode: SplitMode, func: Callable[..., Any], args: tuple[Any, ...], kwar
     return mode.made(func(*args, **kwargs), mode.shard(args[0]), args[0])
 
 
-def _swap_last(mode: SplitMode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _swap_last(
+    mode: SplitMode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     num_dims = args[0].dim()
     order = list(range(num_dims))
     if num_dims > 1:
@@ -285,8 +287,11 @@ def _getitem_at(mode: SplitMode, x: Any, items: list[Any], number: int, after: S
 
 
 def _is_basic(item: Any) -> bool:
-    return item is None or item is Ellipsis or isinstance(item, slice) or (
-        isinstance(item, int) and not isinstance(item, bool)
+    return (
+        item is None
+        or item is Ellipsis
+        or isinstance(item, slice)
+        or (isinstance(item, int) and not isinstance(item, bool))
     )
 
 
