@@ -94,8 +94,8 @@ class Layout(Record):
 
     @property
     def splits_model(self) -> bool:
-        """Whether a worker has less than the whole model."""
-        return self.pp * self.tp * self.dp_shard > 1
+        """Whether a worker has less than the whole, plain model: a part of it, or one that is recomputed."""
+        return self.pp * self.tp * self.dp_shard > 1 or self.recompute != "none"
 
     @property
     def zero_stage(self) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from jobs import JOBS, Recorder
 
+from paceline.comm.mesh import make_mesh
 from paceline.comm.world import World, join
 from paceline.records import Layout
 from paceline.train.session import Session
@@ -19,10 +20,11 @@ from paceline.train.session import Session
 
 def train(name: str, size: int, world: World) -> dict[str, torch.Tensor] | None:
     job, micro = JOBS[name]
-    group = world.group(size)
-    if group is None:
+    layout = Layout(dp_replicate=size, micro=micro)
+    mesh = make_mesh(world, layout)
+    if mesh is None:
         return None
-    session = Session(job, Layout(dp_replicate=size, micro=micro), seed=7, world=world, group=group)
+    session = Session(job, layout, seed=7, world=world, mesh=mesh)
     losses = [session.step(batch).loss for batch in session.batches()]
     metrics = session.evaluate()
     optimizer = session.optimizer

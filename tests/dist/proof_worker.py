@@ -9,6 +9,7 @@ import torch
 from jobs import JOBS
 
 from paceline.comm.gradients import GradientSync
+from paceline.comm.mesh import make_mesh
 from paceline.comm.world import join
 from paceline.records import Layout
 from paceline.split import batchnorm
@@ -60,7 +61,7 @@ def clip_before_the_sum() -> None:
 
 def start_apart() -> None:
     """Rank 1 does not get rank 0's parameters, and begins with others."""
-    Replica._broadcast_state = lambda self: [p.data.mul_(1 + self._group.rank) for p in self._trained]
+    Replica._broadcast_state = lambda self: [p.data.mul_(1 + self._mesh.everyone.rank) for p in self._trained]
 
 
 def round_roughly() -> None:
@@ -86,10 +87,10 @@ def main() -> None:
     world = join("cpu", timeout_s=60)
     job, micro = JOBS[name]
     layout = Layout(dp_replicate=2, micro=micro)
-    group = world.group(2)
-    assert group is not None
+    mesh = make_mesh(world, layout)
+    assert mesh is not None
     try:
-        text = prove(job, layout, group, Datasets(job, 7), seed=7, device=world.device).model_dump_json()
+        text = prove(job, mesh, Datasets(job, 7), seed=7, device=world.device).model_dump_json()
     except Exception as caught:
         text = str(caught)
     if world.rank == 0:

@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from paceline.comm import shared_memory
-from paceline.comm.shared_memory import SLOT_BYTES, SharedMemory, join_shared_memory
+from paceline.comm import memory_map
+from paceline.comm.memory_map import join_memory
+from paceline.comm.shared_memory import SLOT_BYTES, SharedMemory, memory_bytes
 from paceline.errors import CollectiveError
+from paceline.measure.machine import usable_cores
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() != "x86_64", reason="shared memory is for Linux on x86-64"
@@ -36,7 +38,7 @@ def own_tensor(rank: int, length: int, dtype: torch.dtype) -> torch.Tensor:
 def run_workers(function: Callable[..., Any], size: int, *arguments: Any) -> dict[int, Any]:
     """`function(memory, rank, size, *arguments)` in `size` processes; what each returned or raised."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "paceline.comm.shared_memory"])
+    context.set_forkserver_preload(["torch", "paceline.comm.mesh"])
     manager = context.Manager()
     barrier, told, results = manager.Barrier(size), manager.dict(), manager.dict()
     processes = [
@@ -69,8 +71,10 @@ def work(function, rank, size, barrier, told, results, *arguments) -> None:
         barrier.wait(timeout=60)
         return [told[what, r] for r in range(size)]
 
-    memory, reason = join_shared_memory(rank, size, size, TIMEOUT_S, tell_all)
-    assert memory is not None, reason
+    mapped, reason = join_memory(rank, size, size, (0,), memory_bytes(size), tell_all)
+    assert mapped is not None, reason
+    ranks, spins = tuple(range(size)), size <= len(usable_cores())
+    memory = SharedMemory(mapped, ranks, TIMEOUT_S, spins=spins)
     try:
         results[rank] = function(memory, rank, size, *arguments)
     except CollectiveError as error:
@@ -89,12 +93,16 @@ def collectives(memory: SharedMemory, rank: int, size: int) -> dict[str, bool]:
             for tensor in tensors[1:]:
                 wanted += tensor
             rows = torch.zeros(size, length, dtype=dtype)
-            memory.gather(tensors[rank], rows, "a test")
+            rows[rank] = tensors[rank]
+            memory.all_gather_(rows.view(-1), "a test")
+            full = tensors[rank].repeat(size)
+            memory.reduce_scatter_(full, "a test")
             copy = tensors[rank].clone()
             memory.broadcast_(copy, "a test", source=size - 1)
             right[f"sum {dtype} {length}"] = torch.equal(summed, wanted)
             right[f"gather {dtype} {length}"] = torch.equal(rows, torch.stack(tensors))
             right[f"broadcast {dtype} {length}"] = torch.equal(copy, tensors[-1])
+            right[f"reduce-scatter {dtype} {length}"] = torch.equal(full.view(size, -1)[rank], wanted)
     return right
 
 
@@ -103,7 +111,7 @@ def test_results_are_those_of_the_same_sum_in_one_process_bit_for_bit(size):
     results = run_workers(collectives, size)
     assert len(results) == size
     for right in results.values():
-        assert len(right) == 3 * len(DTYPES) * len(LENGTHS)
+        assert len(right) == 4 * len(DTYPES) * len(LENGTHS)
         assert all(right.values()), [name for name, is_right in right.items() if not is_right]
 
 
@@ -135,7 +143,7 @@ def mismatch(memory: SharedMemory, rank: int, size: int, kind: str) -> None:
     elif rank:
         memory.sum_(torch.zeros(8), "a test")
     else:
-        memory.gather(torch.zeros(8), torch.zeros(2, 8), "a test")
+        memory.all_gather_(torch.zeros(16), "a test")
 
 
 @pytest.mark.parametrize(
@@ -187,7 +195,7 @@ def test_a_death_is_noticed_within_a_second():
     assert set(results) == {0, 2}
     for operation, timed_out, cause, seconds in results.values():
         assert operation == "all-reduce of the sum that rank 1 misses (phase 2)"
-        assert cause == "rank 1 of the group has ended"
+        assert cause == "rank 1 has ended"
         assert not timed_out
         assert seconds < 1.0
 
@@ -204,7 +212,7 @@ def test_a_silent_worker_is_named_when_the_time_is_up():
     operation, timed_out, cause = results[0]
     assert operation == "all-reduce of the sum that rank 1 misses (phase 1)"
     assert timed_out
-    assert cause == "rank 1 of the group did not answer within 2 s"
+    assert cause == "rank 1 did not answer within 2 s"
 
 
 def alike(value: Any, what: str) -> list[Any]:
@@ -213,7 +221,7 @@ def alike(value: Any, what: str) -> list[Any]:
 
 
 def test_hosts_apart_share_no_memory():
-    memory, reason = join_shared_memory(0, 2, 1, TIMEOUT_S, alike)
+    memory, reason = join_memory(0, 2, 1, (0,), 4096, alike)
     assert memory is None
     assert reason == "they are on several hosts"
 
@@ -222,16 +230,16 @@ def test_memory_that_cannot_be_reserved_is_said(monkeypatch):
     def refuse(*_: Any) -> None:
         raise OSError(12, "Cannot allocate memory")
 
-    monkeypatch.setattr(shared_memory.os, "posix_fallocate", refuse)
-    memory, reason = join_shared_memory(0, 2, 2, TIMEOUT_S, alike)
+    monkeypatch.setattr(memory_map.os, "posix_fallocate", refuse)
+    memory, reason = join_memory(0, 2, 2, (0,), 4096, alike)
     assert memory is None
     assert reason == "rank 0 cannot reserve shared memory: Cannot allocate memory"
 
 
 @pytest.mark.parametrize("name", ["memfd_create", "pidfd_open"])
 def test_a_python_without_the_calls_goes_on_without(name, monkeypatch):
-    monkeypatch.delattr(shared_memory.os, name)
-    memory, reason = join_shared_memory(0, 2, 2, TIMEOUT_S, alike)
+    monkeypatch.delattr(memory_map.os, name)
+    memory, reason = join_memory(0, 2, 2, (0,), 4096, alike)
     assert memory is None
     assert reason == f"this Python was built without os.{name}"
 
@@ -241,7 +249,7 @@ def test_where_one_cannot_all_go_without_and_nothing_stays_open():
         return [value, value if isinstance(value, dict) else "rank 1 cannot map rank 0's memory"]
 
     before = set(os.listdir("/proc/self/fd"))
-    memory, reason = join_shared_memory(0, 2, 2, TIMEOUT_S, told)
+    memory, reason = join_memory(0, 2, 2, (0,), 4096, told)
     assert memory is None
     assert reason == "rank 1 cannot map rank 0's memory"
     assert set(os.listdir("/proc/self/fd")) == before
@@ -249,6 +257,6 @@ def test_where_one_cannot_all_go_without_and_nothing_stays_open():
 
 def test_the_memory_of_another_process_is_not_taken(tmp_path):
     wrong = tmp_path / "memory"
-    wrong.write_bytes(bytes(shared_memory._total_bytes(2)))
+    wrong.write_bytes(bytes(8192))
     with pytest.raises(OSError, match="is it on another host"):
-        shared_memory._map(wrong, 2, b"x" * 16)
+        memory_map._map(wrong, 8192, b"x" * 16)

@@ -2,55 +2,63 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from paceline.comm.shared_memory import SharedMemory, join_shared_memory
-from paceline.errors import CollectiveError
+from paceline.comm import mailbox
+from paceline.comm.mailbox import Mailbox
+from paceline.comm.memory_map import join_memory
+from paceline.comm.pending import Done, Patience, Pending, Work
+from paceline.comm.shared_memory import SharedMemory, memory_bytes
+from paceline.comm.wire import NcclWire, Wire
 
+__all__ = ["Group", "Pending"]
 
-class Pending(Protocol):
-    """A collective under way."""
-
-    def wait(self) -> None: ...
+# torch 2.13 renamed them.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class Group:
-    """Workers `0 … size-1` that take part in the same collectives.
+    """Workers `0 … size-1` that take part in the same operations. `ranks` are their ranks in the world.
 
-    Every operation returns when it is done or raises `CollectiveError` within the group's time-out.
-    `waited_s` adds up the seconds that this worker spent in them.
+    Every operation returns when it is done or raises `CollectiveError` within the group's time-out; its `what` is
+    for that message. `waited_s` adds up the seconds that this worker spent in them. A group of one does nothing.
 
-    Workers of one host that compute on its CPU talk through shared memory where `share_memory` could set
-    it up, and through gloo otherwise. With gloo, two workers swap their tensors and add, instead of the
-    ring all-reduce: the bytes on the wire are the same, in one message instead of two; both compute
+    Workers of one host that compute on its CPU talk through shared memory where `share_memory` (and `open_mailbox`,
+    for messages) could set it up, and through gloo otherwise. With gloo, two workers swap their tensors and add,
+    instead of the ring all-reduce: the bytes on the wire are the same, in one message instead of two; both compute
     `a + b` of the same two numbers, so the results are equal bit for bit.
     """
 
     def __init__(
         self,
         process_group: Any,
+        ranks: tuple[int, ...],
         rank: int,
-        size: int,
         device: torch.device,
         timeout_s: float,
     ) -> None:
+        """
+        Args:
+            process_group: torch.distributed's group of `ranks`, in their order.
+            rank: this worker's place in `ranks`.
+        """
+        self.ranks = ranks
         self.rank = rank
-        self.size = size
+        self.size = len(ranks)
         self.device = device
-        self.waited_s = 0.0
         self._process_group = process_group
-        self._timeout_s = timeout_s
-        self._num_operations = 0
-        self._swaps = size == 2 and device.type == "cpu"
-        self._scratch: dict[tuple[int, torch.dtype], torch.Tensor] = {}
+        self._patience = Patience(ranks[rank], timeout_s)
+        self._swaps = self.size == 2 and device.type == "cpu"
+        self._scratch: dict[tuple[int, torch.dtype], list[torch.Tensor]] = {}
         self._memory: SharedMemory | None = None
+        self._mailbox: Mailbox | None = None
+        self._wire: Wire | None = None
         self.why_no_memory = ""
         """The reason, where `share_memory` found that memory cannot be shared."""
 
@@ -63,26 +71,54 @@ class Group:
             return "shared memory"
         return "nccl" if self.device.type == "cuda" else "gloo"
 
-    def share_memory(self, local_size: int) -> None:
+    @property
+    def waited_s(self) -> float:
+        """Seconds that this worker has spent in the group's operations."""
+        return self._patience.waited_s
+
+    @property
+    def has_mailbox(self) -> bool:
+        """Whether messages travel through shared memory."""
+        return self._mailbox is not None
+
+    def share_memory(self, local_size: int, *, spins: bool) -> None:
         """Talk through shared memory from now on, if all can. A collective call.
 
         Args:
             local_size: how many workers are on this host, in the group or not.
+            spins: whether every worker that computes has a core of its own: a wait then looks before it sleeps.
         """
-        self._memory, self.why_no_memory = join_shared_memory(
-            self.rank, self.size, local_size, self._timeout_s, self.gather_json
+        memory, self.why_no_memory = join_memory(
+            self.rank, self.size, local_size, (0,), memory_bytes(self.size), self.gather_json
         )
+        if memory is not None:
+            self._memory = SharedMemory(memory, self.ranks, self._patience.timeout_s, spins=spins)
+
+    def open_mailbox(self, local_size: int, *, spins: bool) -> None:
+        """Send and receive through shared memory from now on, if all can. A collective call, as `share_memory`."""
+        memory, self.why_no_memory = join_memory(
+            self.rank,
+            self.size,
+            local_size,
+            range(self.size),
+            mailbox.head_bytes(self.size),
+            self.gather_json,
+            mailbox.OUTBOX_BYTES,
+        )
+        if memory is not None:
+            self._mailbox = Mailbox(memory, self.ranks, self._patience.timeout_s, spins=spins)
 
     def close(self) -> None:
-        """Give back what `share_memory` took."""
-        if self._memory is not None:
-            self._memory.close()
-            self._memory = None
+        """Give back what `share_memory` and `open_mailbox` took. The group goes on without."""
+        for taken in (self._memory, self._mailbox):
+            if taken is not None:
+                taken.close()
+        self._memory = self._mailbox = None
 
     @classmethod
-    def alone(cls, device: torch.device) -> Group:
+    def alone(cls, device: torch.device, rank: int = 0) -> Group:
         """A group of one: nothing is communicated."""
-        return cls(None, 0, 1, device, 0.0)
+        return cls(None, (rank,), 0, device, 0.0)
 
     def sum_(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
         """Replace `tensor` (contiguous) by the sum over all workers: identical bits on each."""
@@ -92,46 +128,101 @@ class Group:
     def start_sum(self, tensor: torch.Tensor, what: str) -> Pending:
         """Begin `sum_`; `tensor` holds the sum after `wait()`."""
         if self.size == 1:
-            return _Done()
-        name = f"all-reduce of {what}"
+            return Done()
         if self._memory is not None:
             # Done at once: with a copy on the very cores that compute, nothing would be hidden.
-            with self._counted():
+            with self._patience.counted():
                 self._memory.sum_(tensor, what)
-            return _Done()
+            return Done()
+        name = f"all-reduce of {what}"
         if self._swaps:
-            return _Swap(self, tensor, name)
+            received = self._take_scratch(tensor.numel(), tensor.dtype)
+            return self._swap(
+                name,
+                tensor,
+                received,
+                lambda: self._give_back(tensor.add_(received.view(tensor.shape)), received),
+            )
         return self._start(
             name, tensor, lambda: dist.all_reduce(tensor, group=self._process_group, async_op=True)
+        )
+
+    def all_gather_(self, full: torch.Tensor, what: str) -> torch.Tensor:
+        """Fill `full` (1-D, contiguous, divisible by the size), of which each worker has filled its own range.
+
+        Ranges are equal and in the order of rank.
+        """
+        self.start_all_gather(full, what).wait()
+        return full
+
+    def start_all_gather(self, full: torch.Tensor, what: str) -> Pending:
+        """Begin `all_gather_`; `full` is complete after `wait()`, and left alone until then."""
+        if self.size == 1 or full.numel() == 0:
+            return Done()
+        if self._memory is not None:
+            with self._patience.counted():
+                self._memory.all_gather_(full, what)
+            return Done()
+        name = f"all-gather of {what}"
+        rows = _as_bytes(full).view(self.size, -1)
+        if self._swaps:
+            return self._swap(name, rows[self.rank], rows[1 - self.rank])
+        return self._start(
+            name,
+            full,
+            lambda: _all_gather(rows.view(-1), rows[self.rank], group=self._process_group, async_op=True),
+        )
+
+    def reduce_scatter_(self, full: torch.Tensor, what: str) -> torch.Tensor:
+        """Let the own range of `full` (as in `all_gather_`) hold the sum over all workers; the rest is undefined."""
+        self.start_reduce_scatter(full, what).wait()
+        return full
+
+    def start_reduce_scatter(self, full: torch.Tensor, what: str) -> Pending:
+        """Begin `reduce_scatter_`; `full` is left alone until `wait()`.
+
+        gloo's own moves as many bytes as an all-reduce; each worker sending each its range moves half of them,
+        and lets the sum be taken in the order of rank, as in shared memory.
+        """
+        if self.size == 1 or full.numel() == 0:
+            return Done()
+        if self._memory is not None:
+            with self._patience.counted():
+                self._memory.reduce_scatter_(full, what)
+            return Done()
+        name = f"reduce-scatter of {what}"
+        rows = full.view(self.size, -1)
+        own = rows[self.rank]
+        if self._swaps:
+            received = self._take_scratch(own.numel(), own.dtype)
+            return self._swap(
+                name, rows[1 - self.rank], received, lambda: self._give_back(own.add_(received), received)
+            )
+        if self.device.type == "cuda":
+            return self._start(
+                name, full, lambda: _reduce_scatter(own, full, group=self._process_group, async_op=True)
+            )
+        received = self._take_scratch(full.numel(), full.dtype)
+        return self._start(
+            name,
+            full,
+            lambda: dist.all_to_all_single(
+                _as_bytes(received), _as_bytes(full), group=self._process_group, async_op=True
+            ),
+            lambda: self._give_back(_add_up(received.view(self.size, -1), own), received),
         )
 
     def gather(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
         """All workers' `tensor`s (same shape), stacked in the order of rank: shape `[size, *shape]`."""
         rows = tensor.new_zeros((self.size, *tensor.shape))
-        if self._memory is not None:
-            with self._counted():
-                self._memory.gather(tensor, rows, what)
-            return rows
         rows[self.rank] = tensor
-        if self.size == 1:
-            return rows
-        name = f"all-gather of {what}"
-        if self._swaps:
-            other = 1 - self.rank
-            self._exchange(name, rows[self.rank], rows[other])()
-        else:
-            parts = list(rows.unbind(0))
-            self._start(
-                name,
-                tensor,
-                lambda: dist.all_gather(parts, tensor, group=self._process_group, async_op=True),
-            ).wait()
+        self.all_gather_(rows.view(-1), what)
         return rows
 
     def broadcast_(self, tensor: torch.Tensor, what: str, source: int = 0) -> torch.Tensor:
         """Replace `tensor` by that of group rank `source`."""
         if self._memory is not None:
-            with self._counted():
+            with self._patience.counted():
                 self._memory.broadcast_(tensor, what, source)
         elif self.size > 1:
             self._start(
@@ -141,38 +232,31 @@ class Group:
             ).wait()
         return tensor
 
-    def all_gather_(self, full: torch.Tensor, what: str) -> None:
-        """Fill `full`, 1-D and divisible by the group's size, of which each worker has filled its own range."""
-        if self.size == 1:
-            return
-        length = full.numel() // self.size
-        rows = self.gather(full[self.rank * length : (self.rank + 1) * length].clone(), what)
-        full.view(self.size, length).copy_(rows)
-
-    def reduce_scatter_(self, full: torch.Tensor, what: str) -> None:
-        """Afterwards the own range of `full`, 1-D and divisible by the group's size, holds the sum over all workers."""
-        self.sum_(full, what)
-
     def start_send(self, tensor: torch.Tensor, to: int, what: str, channel: int = 0) -> Pending:
-        """Begin to send the contiguous `tensor` to group rank `to`; it must stay as it is until `wait()`.
+        """Begin to send the contiguous `tensor` to group rank `to`. Returns at once.
 
-        Messages from one worker to another on one channel arrive in order.
+        Messages of a pair in one direction on one channel arrive in the order sent; on different channels they
+        may be received in any order. Through gloo and NCCL the tensor must stay as it is until `wait()`, which
+        may wait for the receiver.
         """
-        name = f"sending {what} to rank {to} of the group"
-        return self._start(
-            name,
-            tensor,
-            lambda: dist.isend(tensor, group=self._process_group, group_dst=to, tag=channel),
-        )
+        if self._mailbox is not None:
+            with self._patience.counted():
+                self._mailbox.send(tensor, to, what, channel)
+            return _Posted(self._patience, self._mailbox, what)
+        return self._take_wire().start_send(tensor, to, what, channel)
 
-    def receive_(self, tensor: torch.Tensor, source: int, what: str, channel: int = 0) -> None:
-        """Fill the contiguous `tensor` with what group rank `source` sends next on this channel."""
-        name = f"receiving {what} from rank {source} of the group"
-        self._start(
-            name,
-            tensor,
-            lambda: dist.irecv(tensor, group=self._process_group, group_src=source, tag=channel),
-        ).wait()
+    def receive_(self, tensor: torch.Tensor, source: int, what: str, channel: int = 0) -> torch.Tensor:
+        """Fill the contiguous `tensor` with what group rank `source` sends next on this channel.
+
+        Raises:
+            CollectiveError: also where the message has another type or number of elements.
+        """
+        if self._mailbox is not None:
+            with self._patience.counted():
+                self._mailbox.receive_(tensor, source, what, channel)
+        else:
+            self._take_wire().receive_(tensor, source, what, channel)
+        return tensor
 
     def gather_json(self, value: Any, what: str) -> list[Any]:
         """Every worker's `value` (anything that JSON can say), in the order of rank."""
@@ -190,104 +274,70 @@ class Group:
         """Return when every worker has come here."""
         self.sum_(torch.zeros(1, device=self.device), f"a barrier ({what})")
 
-    @contextlib.contextmanager
-    def _counted(self) -> Iterator[None]:
-        """Add what is done within to `waited_s`."""
-        begin_s = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.waited_s += time.perf_counter() - begin_s
+    def _take_wire(self) -> Wire:
+        if self._wire is None:
+            kind = NcclWire if self.device.type == "cuda" else Wire
+            self._wire = kind(self._process_group, self.ranks, self.device, self._patience)
+        return self._wire
 
-    def _scratch_like(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _take_scratch(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """A buffer to receive into. Kept: fresh memory costs a page fault every 4 KiB, at every step."""
-        key = (tensor.numel(), tensor.dtype)
-        if key not in self._scratch:
-            self._scratch[key] = torch.empty(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
-        return self._scratch[key].view(tensor.shape)
+        free = self._scratch.setdefault((numel, dtype), [])
+        return free.pop() if free else torch.empty(numel, dtype=dtype, device=self.device)
 
-    def _start(self, name: str, tensor: torch.Tensor, call: Callable[[], Any]) -> Pending:
-        self._num_operations += 1
-        name = f"{name} ({_size(tensor)}, operation {self._num_operations})"
-        with self._counted(), _Translated(self, name):
+    def _give_back(self, result: torch.Tensor, scratch: torch.Tensor) -> None:
+        """After `result` was made from it."""
+        del result
+        self._scratch[scratch.numel(), scratch.dtype].append(scratch)
+
+    def _start(
+        self,
+        operation: str,
+        tensor: torch.Tensor,
+        call: Callable[[], Any],
+        finish: Callable[[], object] | None = None,
+    ) -> Pending:
+        name = self._patience.name(operation, tensor)
+        with self._patience.translated(name):
             work = call()
-        return _Work(self, name, [work])
+        return Work(self._patience, name, [work], finish)
 
-    def _exchange(self, name: str, outgoing: torch.Tensor, incoming: torch.Tensor) -> Callable[[], None]:
-        """Send to, and receive from, the other of two workers; the result waits for both."""
-        self._num_operations += 1
-        name = f"{name} ({_size(outgoing)}, operation {self._num_operations})"
+    def _swap(
+        self,
+        operation: str,
+        outgoing: torch.Tensor,
+        incoming: torch.Tensor,
+        finish: Callable[[], object] | None = None,
+    ) -> Pending:
+        """Send to, and receive from, the other of two workers."""
+        name = self._patience.name(operation, outgoing)
         other = 1 - self.rank
-        with self._counted(), _Translated(self, name):
+        with self._patience.translated(name):
             works = [
-                dist.isend(outgoing, group=self._process_group, group_dst=other),
-                dist.irecv(incoming, group=self._process_group, group_src=other),
+                dist.isend(_as_bytes(outgoing), group=self._process_group, group_dst=other),
+                dist.irecv(_as_bytes(incoming), group=self._process_group, group_src=other),
             ]
-        return _Work(self, name, works).wait
+        return Work(self._patience, name, works, finish, f"rank {self.ranks[other]}")
 
 
-class _Done:
-    def wait(self) -> None:
-        return
+class _Posted:
+    """A message in the mailbox."""
 
-
-class _Work:
-    """Works of torch.distributed whose failure is raised as our own error."""
-
-    def __init__(self, group: Group, name: str, works: Sequence[Any]) -> None:
-        self._group, self._name, self._works = group, name, works
+    def __init__(self, patience: Patience, posted: Mailbox, what: str) -> None:
+        self._patience, self._mailbox, self._what = patience, posted, what
 
     def wait(self) -> None:
-        with self._group._counted(), _Translated(self._group, self._name):
-            for work in self._works:
-                work.wait()
+        with self._patience.counted():
+            self._mailbox.flush(self._what)
 
 
-class _Swap:
-    """All-reduce of two workers: swap, then add."""
-
-    def __init__(self, group: Group, tensor: torch.Tensor, name: str) -> None:
-        self._group, self._tensor = group, tensor
-        self._received = group._scratch_like(tensor)
-        self._wait = group._exchange(name, tensor, self._received)
-
-    def wait(self) -> None:
-        self._wait()
-        with self._group._counted():
-            self._tensor.add_(self._received)
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The contiguous `tensor`, 1-D: gloo does not know all types."""
+    return tensor.detach().view(-1).view(torch.uint8)
 
 
-class _Translated:
-    """Turns torch.distributed's errors into one that names the rank and the operation."""
-
-    def __init__(self, group: Group, name: str) -> None:
-        self._group, self._name = group, name
-
-    def __enter__(self) -> None:
-        return
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, RuntimeError) or isinstance(error, CollectiveError):
-            return
-        words = str(error).strip().splitlines()
-        first = words[0] if words else type(error).__name__
-        timed_out = "timed out" in first.lower() or "timeout" in first.lower()
-        raise CollectiveError(
-            self._group.rank,
-            self._name,
-            timed_out=timed_out,
-            cause=(
-                f"another worker did not answer within {self._group._timeout_s:.0f} s"
-                if timed_out
-                else f"another worker is gone or its connection broke ({first[:200]})"
-            ),
-        ) from error
-
-
-def _size(tensor: torch.Tensor) -> str:
-    num_bytes = float(tensor.numel() * tensor.element_size())
-    for unit in ("B", "KiB", "MiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.4g} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.4g} GiB"
+def _add_up(rows: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
+    torch.add(rows[0], rows[1], out=into)
+    for row in rows[2:]:
+        into.add_(row)
+    return into

@@ -14,6 +14,7 @@ from torch._C._distributed_c10d import TCPStore
 
 from paceline.comm.group import Group
 from paceline.errors import LaunchError, OptionError
+from paceline.measure.machine import usable_cores
 
 AUTO = "auto"
 TRANSPORTS = (AUTO, "gloo")
@@ -33,43 +34,62 @@ class World:
     transport: str = AUTO
     groups: dict[tuple[int, ...], Group | None] = dataclasses.field(default_factory=dict)
     """Those that were made, by the ranks of their members."""
+    in_use: set[tuple[int, ...]] = dataclasses.field(default_factory=set)
+    """Which of them the mesh that was made last has; `release_groups` leaves them."""
+    cores: int = dataclasses.field(default_factory=lambda: len(usable_cores()))
+    """Of this host, before a worker was bound to its share."""
 
     def group(self, size: int) -> Group | None:
         """The group of the first `size` ranks; None on a rank outside it.
 
         A collective call: every rank of the world makes it, in the same order.
         """
-        return self.group_of(tuple(range(size)))
+        return self.group_of(tuple(range(size)), busy=size)
 
-    def group_of(self, ranks: tuple[int, ...]) -> Group | None:
-        """The group of `ranks`, in their order; None on a rank outside it. A collective call like `group`."""
+    def group_of(self, ranks: tuple[int, ...], *, busy: int, mailbox: bool = False) -> Group | None:
+        """The group of `ranks`, ascending; None on a rank outside it. A collective call like `group`.
+
+        Args:
+            busy: how many workers compute at a time, in the group or not.
+            mailbox: whether its workers send each other messages.
+        """
         if ranks not in self.groups:
-            self.groups[ranks] = self._make_group(ranks)
-        return self.groups[ranks]
+            self.groups[ranks] = self._make_group(ranks, busy)
+        group = self.groups[ranks]
+        if group is not None and mailbox and self._shares_memory(group) and not group.has_mailbox:
+            group.open_mailbox(self.local_size, spins=self._has_cores_for(busy))
+        return group
 
-    def _make_group(self, ranks: tuple[int, ...]) -> Group | None:
+    def _make_group(self, ranks: tuple[int, ...], busy: int) -> Group | None:
         if self.size == 1 or len(ranks) == 1:
-            return Group.alone(self.device) if self.rank in ranks else None
+            return Group.alone(self.device, self.rank) if self.rank in ranks else None
         if ranks == tuple(range(self.size)):
             process_group = dist.group.WORLD
         else:
-            process_group = dist.new_group(
-                list(ranks), timeout=datetime.timedelta(seconds=self.timeout_s), sort_ranks=False
-            )
+            process_group = dist.new_group(list(ranks), timeout=datetime.timedelta(seconds=self.timeout_s))
         if self.rank not in ranks:
             return None
-        group = Group(process_group, ranks.index(self.rank), len(ranks), self.device, self.timeout_s)
-        if self.device.type == "cpu" and self.transport == AUTO:
-            group.share_memory(self.local_size)
+        group = Group(process_group, ranks, ranks.index(self.rank), self.device, self.timeout_s)
+        if self._shares_memory(group):
+            group.share_memory(self.local_size, spins=self._has_cores_for(busy))
         return group
 
-    def release_groups(self, but: int) -> None:
-        """Give back what the groups of the first ranks hold that are not used any more: all but that of `but` workers.
+    def _shares_memory(self, group: Group) -> bool:
+        asked_for = self.device.type == "cpu" and self.transport == AUTO
+        return asked_for and group.size > 1 and not group.why_no_memory
 
+    def _has_cores_for(self, busy: int) -> bool:
+        return min(busy, self.local_size) <= self.cores
+
+    def release_groups(self, but: int) -> None:
+        """Give back what the groups hold that are not used any more.
+
+        Kept are the group of the first `but` ranks and those of the mesh that was made last.
         A collective call, as a group without shared memory goes on through gloo.
         """
+        kept = {*self.in_use, tuple(range(but))}
         for ranks, group in self.groups.items():
-            if group is not None and ranks == tuple(range(len(ranks))) and len(ranks) != but:
+            if group is not None and ranks not in kept:
                 group.close()
 
     def leave(self) -> None:
@@ -78,6 +98,7 @@ class World:
             if group is not None:
                 group.close()
         self.groups.clear()
+        self.in_use.clear()
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 

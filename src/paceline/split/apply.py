@@ -81,8 +81,12 @@ class SplitModel:
         run = runs[0]
         num_stages = 1 if schedule is None else schedule.num_stages
         self.calls = PieceCalls(model, find_pieces(model, 2 * num_stages))
-        self.steady = steady_pieces(model, self.calls, runs) if layout.dp_shard > 1 else []
+        self.steady: list[Piece] = []
         """Pieces that all workers call alike, whatever their samples."""
+        self.read_between: set[str] = set()
+        """Parameters that are read between the pieces."""
+        if layout.dp_shard > 1:
+            self.steady, self.read_between = steady_pieces(model, self.calls, runs)
         self.stages: Stages | None = None
         self.tensor: TensorParallel | None = None
         self.tensor_split: TensorSplit | None = None
@@ -107,6 +111,8 @@ class SplitModel:
         self.shapes, self.all_holders, self.shards = shapes, holders, shards
         self._buffer_holders = self._holders_of_buffers(worker_of)
         self._check_reached()
+        if layout.recompute != "none":
+            self.calls.compute = self.compute
 
     def trained_on(self, stage: int) -> list[nn.Parameter]:
         """The parameters that a stage of this worker has and trains."""
@@ -120,7 +126,7 @@ class SplitModel:
     def compute(self, piece: Piece, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run a piece that is here."""
         how = self.layout.recompute if piece.module.training else "none"
-        return recomputed(forward, how, piece.module, self.computing_again)(*args, **kwargs)
+        return recomputed(forward, how, piece.module)(*args, **kwargs)
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
@@ -130,8 +136,6 @@ class SplitModel:
         else:
             with self.tensor:
                 yield
-
-    computing_again = computing
 
     def collect(
         self, local: Iterator[tuple[str, torch.Tensor | None]], what: str

@@ -272,12 +272,13 @@ def backward_of_inputs(
         if roots:
             torch.autograd.backward(roots, gradients)
         return None
-    given = [torch.ones_like(r) if g is None else g for r, g in zip(roots, gradients, strict=True)]
     groups: list[Any] = []
     if roots:
+        # One number with the same gradients: torch detaches what it is given, which the graph may have saved.
+        root = sum((r if g is None else (r * g).sum()) for r, g in zip(roots, gradients, strict=True))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # gradients of tensors that are no leaves are meant
-            found, groups = stage_backward_input(roots, given, [a.value for a in arrivals], iter(weights))
+            found, groups = stage_backward_input([root], None, [a.value for a in arrivals], iter(weights))
         for arrival, gradient in zip(arrivals, found, strict=True):
             arrival.gradient, arrival.value = gradient, None
     _gradients_out(flight, stage, links, device)

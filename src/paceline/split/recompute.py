@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 _PRODUCTS = {
@@ -29,47 +30,46 @@ _PRODUCTS = {
 """What is dear to compute beside what its results weigh."""
 
 
-def recomputed(
-    forward: Callable[..., Any],
-    how: str,
-    module: nn.Module,
-    within: Callable[[], contextlib.AbstractContextManager[Any]],
-) -> Callable[..., Any]:
+def recomputed(forward: Callable[..., Any], how: str, module: nn.Module) -> Callable[..., Any]:
     """`forward` of `module`, such that its backward pass computes again what was not kept.
 
     Args:
         how: `full` keeps the inputs alone; `selective` the results of products of matrices too.
-        within: what the second computation has to run in.
     """
     if how == "none" or not torch.is_grad_enabled():
         return forward
-    is_again = False
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        nonlocal is_again
-        if not is_again:
-            is_again = True
-            return forward(*args, **kwargs)
-        # Statistics that the forward pass keeps must not be counted twice.
-        with within(), _buffers_as_they_are(module):
-            return forward(*args, **kwargs)
+    def contexts() -> tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]:
+        first: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        second: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if how == "selective":
+            first, second = create_selective_checkpoint_contexts(_keep_products)
+        return first, _again(module, _get_current_function_mode_stack(), second)
 
-    more: dict[str, Any] = {}
-    if how == "selective":
-        more["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_products)
-    return functools.partial(checkpoint, run, use_reentrant=False, **more)
-
-
-def _keep_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in _PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+    return functools.partial(checkpoint, forward, use_reentrant=False, context_fn=contexts)
 
 
 @contextlib.contextmanager
-def _buffers_as_they_are(module: nn.Module) -> Iterator[None]:
+def _again(
+    module: nn.Module,
+    modes: list[Any],
+    inner: contextlib.AbstractContextManager[Any],
+) -> Iterator[None]:
+    """What the second computation runs in: the `modes` of the first; and what that has counted is not counted twice."""
     kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
-        yield
+        with contextlib.ExitStack() as stack:
+            active = _get_current_function_mode_stack()
+            for mode in modes:
+                if mode not in active:
+                    stack.enter_context(mode)
+            stack.enter_context(inner)
+            yield
     finally:
         with torch.no_grad():
             for buffer, value in kept:
                 buffer.copy_(value)
+
+
+def _keep_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in _PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE

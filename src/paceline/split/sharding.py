@@ -13,7 +13,7 @@ backward (ZeRO-3), one at all (ZeRO-2, ZeRO-1), and a reduce-scatter of P. Memor
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -155,10 +155,18 @@ class ShardedParameters:
     """
 
     def __init__(
-        self, model: nn.Module, blocks: Sequence[nn.Module], group: Group, data: Group, *, keep: str
+        self,
+        model: nn.Module,
+        blocks: Sequence[nn.Module],
+        apart: Collection[nn.Parameter],
+        group: Group,
+        data: Group,
+        *,
+        keep: str,
     ) -> None:
         """
         Args:
+            apart: parameters that are read outside of the blocks that hold them.
             data: the workers among which the batch is split; `group` is a part of them.
             blocks: modules that are gathered and released each for itself.
             keep: one of `KEEPS`.
@@ -175,6 +183,8 @@ class ShardedParameters:
                 for parameter in module._parameters.values():
                     if parameter is not None:
                         owners.setdefault(parameter, set()).add(-1)
+        for parameter in apart:
+            owners.setdefault(parameter, set()).add(-1)
         members: list[list[nn.Parameter]] = [[] for _ in range(len(blocks) + 1)]
         for parameter in names:
             where = owners[parameter]

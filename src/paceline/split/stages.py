@@ -57,10 +57,14 @@ class Stages:
 
 
 class PieceCalls:
-    """Lets the calls of a model's pieces be seen: `on_call(piece, forward, args, kwargs)` stands in for them."""
+    """Lets the calls of a model's pieces be seen: `on_call(piece, forward, args, kwargs)` stands in for them.
+
+    Where it is None, `compute` does.
+    """
 
     def __init__(self, model: nn.Module, pieces: Sequence[Piece]) -> None:
         self.on_call: Callable[[Piece, Callable[..., Any], Any, Any], Any] | None = None
+        self.compute: Callable[[Piece, Callable[..., Any], Any, Any], Any] | None = None
         self.pieces = list(pieces)
         self._is_inside = False
         for piece in pieces:
@@ -79,9 +83,8 @@ class PieceCalls:
         def called(*args: Any, **kwargs: Any) -> Any:
             if self._is_inside:
                 return forward(*args, **kwargs)
-            if self.on_call is None:
-                return inside(*args, **kwargs)
-            return self.on_call(piece, inside, args, kwargs)
+            stand_in = self.on_call or self.compute
+            return inside(*args, **kwargs) if stand_in is None else stand_in(piece, inside, args, kwargs)
 
         return called
 
@@ -89,28 +92,6 @@ class PieceCalls:
     def is_inside(self) -> bool:
         """Whether a piece is being computed."""
         return self._is_inside
-
-
-def steady_pieces(model: nn.Module, calls: PieceCalls, runs: Sequence[Callable[[], Any]]) -> list[Piece]:
-    """The pieces that every one of `runs`, forwards on different samples, calls equally often, and at least once.
-
-    Others are called for some samples only (experts that a loop in the model chooses): workers would not agree on them.
-    """
-    counts: list[collections.Counter[str]] = []
-
-    def count(piece: Piece, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        counts[-1][piece.name] += 1
-        return forward(*args, **kwargs)
-
-    calls.on_call = count
-    try:
-        with undisturbed(model), torch.no_grad():
-            for run in runs:
-                counts.append(collections.Counter())
-                run()
-    finally:
-        calls.on_call = None
-    return [p for p in calls.pieces if counts[0][p.name] and len({c[p.name] for c in counts}) == 1]
 
 
 class _Trace(TorchFunctionMode):
@@ -162,6 +143,34 @@ def _note(tensor: torch.Tensor, number: int) -> torch.Tensor:
     return tensor
 
 
+def steady_pieces(
+    model: nn.Module, calls: PieceCalls, runs: Sequence[Callable[[], Any]]
+) -> tuple[list[Piece], set[str]]:
+    """The pieces that every one of `runs`, forwards on different samples, calls equally often, and at least once.
+
+    Others are called for some samples only (experts that a loop in the model chooses): workers would not agree on them.
+
+    Returns:
+        The pieces, and the names of the parameters that are read between pieces too.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    traces = [_follow(model, calls, run, names) for run in runs]
+    counts = [collections.Counter(name for name, _ in trace.seen) for trace in traces]
+    steady = [p for p in calls.pieces if counts[0][p.name] and len({c[p.name] for c in counts}) == 1]
+    return steady, {name for trace in traces for name in trace.read_between}
+
+
+def _follow(model: nn.Module, calls: PieceCalls, run: Callable[[], Any], names: Mapping[int, str]) -> _Trace:
+    trace = _Trace(calls, names)
+    calls.on_call = trace.call
+    try:
+        with undisturbed(model), trace, torch.no_grad():
+            run()
+    finally:
+        calls.on_call = None
+    return trace
+
+
 def plan_stages(
     model: nn.Module, calls: PieceCalls, run: Callable[[], Any], num_stages: int, *, rounds: int = 2
 ) -> Stages:
@@ -176,13 +185,7 @@ def plan_stages(
     names = {id(p): name for name, p in model.named_parameters()}
     seconds: list[float] = []
     for _ in range(rounds):
-        trace = _Trace(calls, names)
-        calls.on_call = trace.call
-        try:
-            with undisturbed(model), trace, torch.no_grad():
-                run()
-        finally:
-            calls.on_call = None
+        trace = _follow(model, calls, run, names)
         seconds = [min(pair) for pair in zip(seconds or trace.seconds, trace.seconds, strict=False)]
     if len(trace.seen) < num_stages:
         raise LayoutError(

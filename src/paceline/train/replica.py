@@ -157,7 +157,8 @@ class Replica:
         blocks = [
             piece.module for piece in split.steady if any(id(p) in here for p in piece.module.parameters())
         ]
-        self._sharded = ShardedParameters(self.model, blocks, mesh.shard, mesh.data, keep=keep)
+        apart = [split.parameters[name].parameter for name in split.read_between if name in split.parameters]
+        self._sharded = ShardedParameters(self.model, blocks, apart, mesh.shard, mesh.data, keep=keep)
         swap_parameters(self.optimizer, self._sharded.replaced)
 
     def _reduction_of(self, mesh: Mesh) -> Reduction:

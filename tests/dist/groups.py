@@ -1,0 +1,77 @@
+"""Workers that join each other and do something together, in processes of their own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from paceline.comm.world import AUTO, World, join, listen_on_loopback
+from paceline.errors import CollectiveError
+
+LIMIT_S = 60.0
+TIMEOUT_S = 10.0
+
+
+def run_group(
+    function: Callable[..., Any],
+    size: int,
+    *arguments: Any,
+    transport: str = AUTO,
+    timeout_s: float = TIMEOUT_S,
+    lost: int | None = None,
+) -> dict[int, Any]:
+    """`function(world, *arguments)` in `size` processes.
+
+    Args:
+        lost: a rank that does not come back, and is not waited for.
+
+    Returns:
+        What each rank returned; of a `CollectiveError` its operation, whether it timed out, and its cause.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "paceline.comm.mesh"])
+    with listen_on_loopback(0) as listener:
+        port = listener.getsockname()[1]
+    processes, ends = [], {}
+    for rank in range(size):
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(
+            target=_work, args=(function, rank, size, port, transport, timeout_s, theirs, arguments)
+        )
+        process.start()
+        theirs.close()
+        processes.append(process)
+        ends[ours] = rank
+    results: dict[int, Any] = {}
+    deadline_s = time.monotonic() + LIMIT_S
+    try:
+        waited_for = {end: rank for end, rank in ends.items() if rank != lost}
+        while waited_for:
+            ready = multiprocessing.connection.wait(list(waited_for), deadline_s - time.monotonic())
+            assert ready, f"ranks {sorted(waited_for.values())} hang"
+            for end in ready:
+                rank = waited_for.pop(end)
+                results[rank] = end.recv()
+        return results
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _work(function, rank, size, port, transport, timeout_s, end, arguments) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
+    world: World = join("cpu", timeout_s, port, transport)
+    try:
+        end.send(function(world, *arguments))
+    except CollectiveError as error:
+        end.send((error.operation, error.timed_out, error.cause))
+    # Others may be dead: leaving in good order is not what is tested.
+    time.sleep(LIMIT_S)

@@ -1,0 +1,349 @@
+"""What the workers of a group do together: right, and never a hang, through memory and through gloo. Real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+from groups import run_group
+
+from paceline.comm import memory_map
+from paceline.comm.group import Group
+from paceline.comm.mailbox import _block_bytes
+from paceline.comm.shared_memory import SLOT_BYTES
+from paceline.comm.world import World
+from paceline.errors import CollectiveError
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool)
+LENGTHS = {"auto": (1, 5, SLOT_BYTES // 16 + 3, SLOT_BYTES // 4 + 1), "gloo": (1, 4099)}
+"""Of each worker's range: around the size of a slot, where there are slots."""
+TRANSPORTS = ("auto", "gloo")
+
+
+def everyone(world: World) -> Group:
+    group = world.group_of(tuple(range(world.size)), busy=world.size, mailbox=True)
+    assert group is not None
+    assert group.has_mailbox == (world.transport == "auto"), group.why_no_memory
+    return group
+
+
+def random(rank: int, length: int, dtype: torch.dtype) -> torch.Tensor:
+    values = torch.randn(length, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
+    return (values * 1000).to(dtype) if dtype != torch.bool else values > 0
+
+
+def collectives(world: World) -> list[str]:
+    """What differs from the same written out in this process."""
+    group, size = everyone(world), world.size
+    wrong = []
+    for dtype in DTYPES:
+        for length in LENGTHS[world.transport]:
+            inputs = [random(rank, size * length, dtype) for rank in range(size)]
+            full = inputs[world.rank].clone()
+            group.all_gather_(full, "a test")
+            wanted = torch.cat([t.view(size, length)[rank] for rank, t in enumerate(inputs)])
+            if not torch.equal(full, wanted):
+                wrong.append(f"all-gather of {length} × {dtype}")
+            if not torch.equal(group.gather(inputs[world.rank], "a test"), torch.stack(inputs)):
+                wrong.append(f"gather of {length} × {dtype}")
+            if dtype == torch.bool:
+                continue
+            full = inputs[world.rank].clone()
+            group.reduce_scatter_(full, "a test")
+            wanted = inputs[0].clone()
+            for tensor in inputs[1:]:
+                wanted += tensor
+            own = slice(world.rank * length, (world.rank + 1) * length)
+            if not torch.equal(full[own], wanted[own]):
+                wrong.append(f"reduce-scatter of {length} × {dtype}")
+    if group.waited_s <= 0:
+        wrong.append("nothing was counted")
+    return wrong
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("size", [2, 4])
+def test_all_gather_and_reduce_scatter_are_exact(size, transport):
+    """The order of addition is that of the ranks, so that the same bits come out."""
+    assert run_group(collectives, size, transport=transport) == {rank: [] for rank in range(size)}
+
+
+def two_under_way(world: World) -> tuple[list[float], list[float]]:
+    group = everyone(world)
+    first, second = torch.full((8,), 1.0), torch.full((8,), 10.0 * (world.rank + 1))
+    pending = (
+        group.start_reduce_scatter(first, "a first test"),
+        group.start_reduce_scatter(second, "a second"),
+    )
+    for operation in pending:
+        operation.wait()
+    own = slice(world.rank * 4, world.rank * 4 + 4)
+    return first[own].tolist(), second[own].tolist()
+
+
+def test_two_of_the_same_size_may_be_under_way_at_once():
+    assert run_group(two_under_way, 2, transport="gloo")[1] == ([2.0] * 4, [30.0] * 4)
+
+
+def messages(world: World) -> list[str]:
+    """Everyone sends everyone tensors of all types and shapes on two channels, and receives the second one first."""
+    group = everyone(world)
+    others = [rank for rank in range(world.size) if rank != world.rank]
+    kinds = [(dtype, shape) for dtype in DTYPES for shape in ((), (0,), (3, 5), (70_001,))]
+    pending = []
+    for to in others:
+        for channel in (0, 1):
+            for number, (dtype, shape) in enumerate(kinds):
+                tensor = message(world.rank, to, channel, number, dtype, shape)
+                pending.append(group.start_send(tensor, to, "a test", channel))
+    wrong = []
+    for source in others:
+        for channel in (1, 0):
+            for number, (dtype, shape) in enumerate(kinds):
+                received = group.receive_(torch.zeros(shape, dtype=dtype), source, "a test", channel)
+                if not torch.equal(received, message(source, world.rank, channel, number, dtype, shape)):
+                    wrong.append(f"{number} on {channel} from {source}")
+    for sent in pending:
+        sent.wait()
+    return wrong
+
+
+def message(source: int, to: int, channel: int, number: int, dtype: torch.dtype, shape) -> torch.Tensor:
+    seed = ((source * 10 + to) * 10 + channel) * 100 + number
+    return random(seed, int(torch.Size(shape).numel()), dtype).view(shape)
+
+
+@pytest.mark.parametrize(("size", "transport"), [(2, "auto"), (3, "auto"), (2, "gloo")])
+def test_messages_arrive_in_the_order_of_their_channel(size, transport):
+    assert run_group(messages, size, transport=transport) == {rank: [] for rank in range(size)}
+
+
+def storm(world: World, num_small: int, num_large: int, flushes: bool) -> bool:
+    """All send everything before anyone receives anything; the tensors are used again where that is allowed."""
+    group = everyone(world)
+    others = [rank for rank in range(world.size) if rank != world.rank]
+    large = torch.empty(1 << 18)
+    pending = []
+    for to in others:
+        pending += [
+            group.start_send(torch.tensor([world.rank, number]), to, "a small one")
+            for number in range(num_small)
+        ]
+        for number in range(num_large):
+            if world.transport == "gloo":
+                large = torch.empty(1 << 18)
+            pending.append(group.start_send(large.fill_(world.rank + 10 * number), to, "a large one", 1))
+    if flushes:
+        for sent in pending:
+            sent.wait()
+    right = True
+    for source in others:
+        for number in range(num_small):
+            received = group.receive_(torch.zeros(2, dtype=torch.int64), source, "a small one")
+            right &= received.tolist() == [source, number]
+        for number in range(num_large):
+            received = group.receive_(torch.zeros(1 << 18), source, "a large one", 1)
+            right &= bool((received == source + 10 * number).all())
+    if not flushes:
+        for sent in pending:
+            sent.wait()
+    return right
+
+
+@pytest.mark.parametrize(
+    ("size", "transport", "num_small", "num_large", "flushes"),
+    [
+        (2, "auto", 3000, 32, True),
+        (2, "auto", 3000, 32, False),
+        (4, "auto", 1100, 2, False),
+        (2, "gloo", 200, 12, False),
+    ],
+)
+def test_all_may_send_before_any_receives(size, transport, num_small, num_large, flushes):
+    """32 MiB in each direction, and more messages than can be announced at a time."""
+    results = run_group(storm, size, num_small, num_large, flushes, transport=transport, timeout_s=30.0)
+    assert results == dict.fromkeys(range(size), True)
+
+
+def wait_elsewhere(world: World) -> float:
+    """0 sends to 1 and waits for 2, who waits for 1: the message must arrive whatever its sender does next."""
+    group = everyone(world)
+    pair = world.group_of((0, 2), busy=3)
+    tensor = torch.full((1 << 23,), 7.0)
+    if world.rank == 0:
+        group.start_send(tensor, 1, "a test")
+    elif world.rank == 1:
+        group.receive_(tensor.zero_(), 0, "a test")
+        group.start_send(tensor[:1], 2, "a test").wait()
+    else:
+        group.receive_(tensor[:1], 1, "a test")
+    if pair is not None:
+        pair.barrier("a test")
+    return float(tensor[0])
+
+
+def test_a_message_arrives_while_its_sender_waits_in_another_group():
+    assert run_group(wait_elsewhere, 3) == dict.fromkeys(range(3), 7.0)
+
+
+def use_memory_again(world: World) -> tuple[int, int]:
+    group = everyone(world)
+    small, large = torch.zeros(1 << 18), torch.zeros((1 << 18) + 100)
+    for _ in range(100):
+        for tensor in (small, large):
+            for to in (1 - world.rank,):
+                group.start_send(tensor, to, "a test")
+            group.receive_(tensor, 1 - world.rank, "a test")
+    mailbox = group._mailbox
+    assert mailbox is not None
+    return mailbox._end, mailbox._memory._reserved_bytes
+
+
+def test_memory_is_used_again():
+    """200 MiB each way, at most two messages at a time of 1 MiB: one more step than the other may be ahead."""
+    for end, reserved in run_group(use_memory_again, 2).values():
+        assert 2 << 20 < end < 6 << 20
+        assert end <= reserved < end + (2 << 20)
+
+
+@pytest.mark.parametrize("num_bytes", [1, 64, 65, 1000, 4096, 4097, (1 << 20) + 64, 123_456_789])
+def test_blocks_have_little_to_spare(num_bytes):
+    assert num_bytes <= _block_bytes(num_bytes) <= max(1.25 * num_bytes, num_bytes + 63)
+    assert _block_bytes(num_bytes) % 64 == 0
+
+
+def no_more_memory(world: World) -> None:
+    group = everyone(world)
+    if world.rank == 1:
+        group.receive_(torch.zeros(1), 0, "a test")
+
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    memory_map.os.posix_fallocate = refuse
+    group.start_send(torch.zeros(1 << 20), 1, "activations")
+
+
+def test_memory_that_is_not_there_is_an_error_not_a_crash():
+    operation, timed_out, cause = run_group(no_more_memory, 2, lost=1)[0]
+    assert operation == "sending activations to rank 1"
+    assert not timed_out
+    assert cause == (
+        "0 MiB of messages wait to be received, and there is no memory for 5120 KiB more: No space left on device"
+    )
+
+
+def mismatch(world: World, kind: str) -> None:
+    group = everyone(world)
+    if world.rank == 0:
+        group.start_send(torch.zeros(8), 1, "activations").wait()
+    elif kind == "length":
+        group.receive_(torch.zeros(9), 0, "activations")
+    else:
+        group.receive_(torch.zeros(8, dtype=torch.int32), 0, "activations")
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("length", "rank 0 sent 8 × float32, rank 1 receives 9 × float32"),
+        ("type", "rank 0 sent 8 × float32, rank 1 receives 8 × int32"),
+    ],
+)
+def test_messages_that_do_not_match_are_reported_with_both_sides(transport, kind, words):
+    operation, timed_out, cause = run_group(mismatch, 2, kind, transport=transport, lost=0)[1]
+    assert "receiving activations from rank 0" in operation
+    assert not timed_out
+    assert cause == words
+
+
+def lose_a_worker(world: World, doing: str, how: int) -> tuple[str, bool, str, float]:
+    """In the group of ranks 1 and 2, rank 2 is lost while rank 1 receives from it, or sends to it."""
+    everyone(world).barrier("a test")
+    group = world.group_of((1, 2), busy=2, mailbox=True)
+    if group is None:
+        raise CollectiveError(0, "not in the group", timed_out=False, cause="")
+    tensor = torch.zeros(1000)
+    if world.rank == 2:
+        group.receive_(tensor, 0, "activations")
+        group.start_send(tensor, 0, "gradients").wait()
+        os.kill(os.getpid(), how)
+    group.start_send(tensor, 1, "activations").wait()
+    begin_s = time.monotonic()
+    try:
+        group.receive_(tensor, 1, "gradients")
+        while True:
+            if doing == "receive":
+                group.receive_(tensor, 1, "gradients")
+            group.start_send(tensor, 1, "activations").wait()
+            time.sleep(0.01)
+    except CollectiveError as error:
+        return error.operation, error.timed_out, error.cause, time.monotonic() - begin_s
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("doing", ["receive", "send"])
+def test_a_death_is_noticed_within_two_seconds(doing, transport):
+    results = run_group(lose_a_worker, 3, doing, signal.SIGKILL, transport=transport, lost=2)
+    operation, timed_out, cause, seconds = results[1]
+    verb = "receiving gradients from" if doing == "receive" else "sending activations to"
+    assert operation.startswith(f"{verb} rank 2")
+    assert cause.startswith("rank 2 has ended" if transport == "auto" else "rank 2 is gone")
+    assert not timed_out
+    assert seconds < 2.0
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_silent_worker_is_named_when_the_time_is_up(transport):
+    results = run_group(
+        lose_a_worker, 3, "receive", signal.SIGSTOP, transport=transport, timeout_s=2.0, lost=2
+    )
+    operation, timed_out, cause, seconds = results[1]
+    assert operation.startswith("receiving gradients from rank 2")
+    assert timed_out
+    assert cause == "rank 2 did not answer within 2 s"
+    assert seconds > 1.5
+
+
+def send_and_end(world: World) -> float:
+    group = everyone(world)
+    if world.rank == 0:
+        group.start_send(torch.full((1 << 20,), 3.0), 1, "a test").wait()
+        os.kill(os.getpid(), signal.SIGKILL)
+    tensor = torch.zeros(1 << 20)
+    while 0 not in group._mailbox._memory.ended():
+        time.sleep(0.01)
+    return float(group.receive_(tensor, 0, "a test")[-1])
+
+
+def test_what_was_sent_arrives_though_its_sender_has_ended():
+    assert run_group(send_and_end, 2, lost=0) == {1: 3.0}
+
+
+def use_after_a_mismatch(world: World) -> None:
+    group = everyone(world)
+    if world.rank == 0:
+        group.start_send(torch.zeros(8), 1, "a test")
+        group.start_send(torch.zeros(8), 1, "a test").wait()
+        time.sleep(30)
+    with pytest.raises(CollectiveError):
+        group.receive_(torch.zeros(9), 0, "a first test")
+    group.receive_(torch.zeros(8), 0, "a second test")
+
+
+def test_after_a_failure_nothing_is_received_any_more():
+    operation, _, cause = run_group(use_after_a_mismatch, 2, lost=0)[1]
+    assert "a second test" in operation
+    assert cause.startswith("an earlier operation failed: rank 0 sent 8")
+
+
+def test_a_group_of_one_talks_to_nobody():
+    group = Group.alone(torch.device("cpu"), rank=3)
+    tensor = torch.arange(4.0)
+    assert group.all_gather_(tensor, "a test").tolist() == [0, 1, 2, 3]
+    assert group.reduce_scatter_(tensor, "a test").tolist() == [0, 1, 2, 3]
+    assert (group.ranks, group.transport, group.waited_s) == ((3,), "none", 0.0)
