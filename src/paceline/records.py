@@ -78,7 +78,7 @@ class Layout(Record):
     stages: int | None = Field(default=None, ge=1)
     """Pipeline stages of each worker; None: as many as the schedule is made for."""
     zero: int | None = Field(default=None, ge=1, le=3)
-    """What `dp_shard` shards: 1 the optimizer's state, 2 gradients too, 3 parameters too; None: 3, and 2 in a pipeline."""
+    """What `dp_shard` shards: 1 the optimizer's state, 2 gradients too, 3 parameters too; None: `zero_stage`."""
     recompute: str = "none"
     """One of `RECOMPUTE`."""
     threads: int | None = Field(default=None, ge=1)
@@ -135,7 +135,7 @@ class Layout(Record):
         """
         values: dict[str, int | str] = {}
         for part in filter(None, (p.strip() for p in text.split(","))):
-            key, equals, value = (p.strip() for p in part.partition("="))
+            key, _, value = (p.strip() for p in part.partition("="))
             if key not in cls.model_fields:
                 near = difflib.get_close_matches(key, cls.model_fields, n=1)
                 raise LayoutError(

@@ -71,21 +71,20 @@ def test_all_gather_and_reduce_scatter_are_exact(size, transport):
     assert run_group(collectives, size, transport=transport) == {rank: [] for rank in range(size)}
 
 
-def two_under_way(world: World) -> tuple[list[float], list[float]]:
+def two_under_way(world: World) -> tuple[list[float], list[float], int]:
+    """Twice: the second time buffers are used again."""
     group = everyone(world)
-    first, second = torch.full((8,), 1.0), torch.full((8,), 10.0 * (world.rank + 1))
-    pending = (
-        group.start_reduce_scatter(first, "a first test"),
-        group.start_reduce_scatter(second, "a second"),
-    )
-    for operation in pending:
-        operation.wait()
     own = slice(world.rank * 4, world.rank * 4 + 4)
-    return first[own].tolist(), second[own].tolist()
+    for _ in range(2):
+        first, second = torch.full((8,), 1.0), torch.full((8,), 10.0 * (world.rank + 1))
+        pending = group.start_reduce_scatter(first, "a first"), group.start_reduce_scatter(second, "a second")
+        for operation in pending:
+            operation.wait()
+    return first[own].tolist(), second[own].tolist(), sum(map(len, group._scratch.values()))
 
 
 def test_two_of_the_same_size_may_be_under_way_at_once():
-    assert run_group(two_under_way, 2, transport="gloo")[1] == ([2.0] * 4, [30.0] * 4)
+    assert run_group(two_under_way, 2, transport="gloo")[1] == ([2.0] * 4, [30.0] * 4, 2)
 
 
 def messages(world: World) -> list[str]:
@@ -158,14 +157,32 @@ def storm(world: World, num_small: int, num_large: int, flushes: bool) -> bool:
     [
         (2, "auto", 3000, 32, True),
         (2, "auto", 3000, 32, False),
-        (4, "auto", 1100, 2, False),
+        (4, "auto", 300, 2, False),
         (2, "gloo", 200, 12, False),
     ],
 )
 def test_all_may_send_before_any_receives(size, transport, num_small, num_large, flushes):
-    """32 MiB in each direction, and more messages than can be announced at a time."""
+    """With two workers 32 MiB in each direction, and more messages than can be announced at a time."""
     results = run_group(storm, size, num_small, num_large, flushes, transport=transport, timeout_s=30.0)
     assert results == dict.fromkeys(range(size), True)
+
+
+def send_unseen(world: World) -> bool:
+    """Rank 1 looks at nothing until more messages were sent than can be announced at a time."""
+    group, right = everyone(world), True
+    if world.rank == 0:
+        pending = [group.start_send(torch.tensor([number]), 1, "a test") for number in range(2500)]
+        group.barrier("all are sent")
+        pending[-1].wait()
+    else:
+        group.barrier("all are sent")
+        for number in range(2500):
+            right &= int(group.receive_(torch.tensor([-1]), 0, "a test")) == number
+    return right
+
+
+def test_more_messages_than_can_be_announced_wait_with_their_sender():
+    assert run_group(send_unseen, 2) == {0: True, 1: True}
 
 
 def wait_elsewhere(world: World) -> float:

@@ -40,7 +40,7 @@ class StageLinks:
         self._pending.append(self._group.start_send(tensor, to, what, self._channel(kind, source, target)))
 
     def receive(self, tensor: torch.Tensor, source: int, target: int, kind: str) -> torch.Tensor:
-        """What comes next of this kind from stage `source` to stage `target`, which is here; of the shape of `tensor`."""
+        """What comes next of this kind from stage `source` to stage `target`, which is here; it fills `tensor`."""
         where = self._worker_of(source)
         if where == self._group.rank:
             # The sender goes on with its own: in-place changes must not be seen there.

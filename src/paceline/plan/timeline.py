@@ -47,8 +47,8 @@ def simulate(
     """Play `schedule`.
 
     Args:
-        forward_s, input_s, weight_s: seconds of each stage for one micro-batch: its forward pass, and the gradients of its
-            inputs and of its weights, which together are the backward pass.
+        forward_s, input_s, weight_s: seconds of each stage for one micro-batch: its forward pass, and the gradients
+            of its inputs and of its weights, which together are the backward pass.
         send_s: until a value or gradient is at another worker.
     """
     orders = [schedule.actions(worker) for worker in range(schedule.pp)]
@@ -77,12 +77,13 @@ def _ready_s(
     action: Action, ends_s: dict[Action, float], schedule: Schedule, worker: int, send_s: float
 ) -> float | None:
     """When what `action` needs is there; None while that is not known."""
-    own, *later = needs(action, schedule.num_stages) or [None]
-    ready_s = 0.0
-    if own is not None:
-        if own not in ends_s:
-            return None
-        ready_s = ends_s[own] + (send_s if schedule.worker_of(own.stage) != worker else 0.0)
+    required = needs(action, schedule.num_stages)
+    if not required:
+        return 0.0
+    own, *later = required
+    if own not in ends_s:
+        return None
+    ready_s = ends_s[own] + (send_s if schedule.worker_of(own.stage) != worker else 0.0)
     if later:
         found = [ends_s[a] for a in later if a in ends_s]
         if not found:

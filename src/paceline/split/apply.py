@@ -198,7 +198,7 @@ class SplitModel:
         if not shards:
             raise SplitError(
                 f"nothing in the model can be divided by tp={self.layout.tp}",
-                cause="tensor parallelism divides linear layers, embeddings and convolutions whose sizes are multiples of tp",
+                cause="it divides linear layers, embeddings and convolutions whose sizes are multiples of tp",
                 next_step=_nearest_tp(self.model, run, self.layout.tp),
             )
         return dataclasses.replace(split, shards=shards)

@@ -72,7 +72,7 @@ def _forward(module: _BatchNorm, local_forward: Any, share: BatchShare, x: torch
             unbiased = variance * (count / (count - 1).clamp(min=1))
             module.running_mean.lerp_(mean.to(module.running_mean.dtype), momentum)
             module.running_var.lerp_(unbiased.to(module.running_var.dtype), momentum)
-    return y  # type: ignore[no-any-return]
+    return y
 
 
 def _uses_batch_statistics(module: _BatchNorm) -> bool:
@@ -92,7 +92,7 @@ def normalise(
     A function that modes see, as they see torch's own: tensor parallelism has a rule for it.
     """
     if has_torch_function_unary(x):
-        return handle_torch_function(normalise, (x,), x, weight, bias, eps, group, counts)  # type: ignore[no-any-return]
+        return handle_torch_function(normalise, (x,), x, weight, bias, eps, group, counts)
     return _GlobalBatchNorm.apply(x, weight, bias, eps, group, counts)  # type: ignore[no-any-return]
 
 

@@ -4,8 +4,8 @@ One rule makes all of them fit together: the gradient of a tensor that is whole 
 every worker; that of a divided tensor is divided alike. What is read in whole by a computation that is itself divided
 gets a part of its gradient from each worker: `share` adds them up (Shoeybi et al. 2019 call it f, and `add_up` g).
 
-Cost per worker, in bytes sent for a tensor of b bytes: `share` and `add_up` an all-reduce of b (the one backward, the other
-forward); `gather` an all-gather of b; `cut` nothing forward, an all-gather of b backward.
+Cost per worker for a tensor of b bytes: `share` and `add_up` an all-reduce of b (the one backward, the other forward);
+`gather` an all-gather of b; `cut` nothing forward, an all-gather of b backward.
 For tensors that have shapes only, on the meta device or fake, nothing is exchanged.
 """
 

@@ -4,10 +4,11 @@ Each value belongs to the stage that computes it. On that stage it is a tensor; 
 the meta device, which has a shape and no memory. The code between the pieces runs everywhere. Where it works on what
 comes from the batch alone (masks, positions) every stage does; where it works on values of stages, the last of
 these stages does. A value that another stage needs is sent when the program comes to where it is needed,
-and received there: both run the same program, so no one needs to say what comes next. Skip connections go from the stage
-that has the value to the one that needs it, whatever lies between.
+and received there: both run the same program, so no one needs to say what comes next. Skip connections go from
+the stage that has the value to the one that needs it, whatever lies between.
 
-Cost: the forward's code between the pieces, on every stage and for every micro-batch; some 10 µs for each call to torch in it.
+Cost: the forward's code between the pieces, on every stage and for every micro-batch; some 10 µs for each call to
+torch in it.
 """
 
 from __future__ import annotations
@@ -232,7 +233,7 @@ class PipelineStage(TorchFunctionMode):
         """The value of `tensor` on this stage: received, if it comes from another."""
         stage = _stage_of(tensor)
         if stage is None or stage == self._stage:
-            return getattr(tensor, _HERE, tensor)  # type: ignore[no-any-return]
+            return getattr(tensor, _HERE, tensor)
         if hasattr(tensor, _HERE):
             return getattr(tensor, _HERE)  # type: ignore[no-any-return]
         value = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
@@ -264,7 +265,11 @@ def backward(flight: Flight, stage: int, links: Links, device: torch.device) -> 
 def backward_of_inputs(
     flight: Flight, stage: int, links: Links, device: torch.device, weights: list[nn.Parameter]
 ) -> Callable[[], None] | None:
-    """As `backward`, without the gradients of `weights`; what computes these later. None: there is nothing left to do."""
+    """As `backward`, without the gradients of `weights`.
+
+    Returns:
+        What computes these later; None: there is nothing left to do.
+    """
     roots, gradients = _gradients_in(flight, stage, links, device)
     arrivals = [a for _, found in sorted(flight.received.items()) for a in found]
     if not arrivals:
@@ -275,7 +280,8 @@ def backward_of_inputs(
     groups: list[Any] = []
     if roots:
         # One number with the same gradients: torch detaches what it is given, which the graph may have saved.
-        root = sum((r if g is None else (r * g).sum()) for r, g in zip(roots, gradients, strict=True))
+        weighed = [r if g is None else (r * g).sum() for r, g in zip(roots, gradients, strict=True)]
+        root = torch.stack([w.reshape(()) for w in weighed]).sum()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # gradients of tensors that are no leaves are meant
             found, groups = stage_backward_input([root], None, [a.value for a in arrivals], iter(weights))
@@ -375,8 +381,8 @@ class AbsentPieces:
                 return _describe(piece, forward, leaves, restore, torch.zeros)
         except Exception as error:
             raise SplitError(
-                f"the model cannot be cut into pipeline stages: what {piece.name} returns cannot be told from the shapes "
-                "of what it is given",
+                f"the model cannot be cut into pipeline stages: what {piece.name} returns cannot be told from the "
+                "shapes of what it is given",
                 cause=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
                 next_step="use another axis (dp_shard, tp)",
             ) from error
@@ -523,9 +529,11 @@ def _map(value: Any, function: Callable[[Any], Any]) -> Any:
     return value
 
 
-_SHAPE_ONLY = frozenset(
-    ["shape", "dtype", "size", "dim", "ndim", "numel", "nelement", "__len__", "requires_grad", "is_floating_point", "is_complex", "element_size", "ndimension", "layout", "is_leaf", "is_sparse", "is_nested", "is_quantized", "names", "itemsize", "stride", "is_contiguous", "grad_fn", "is_cuda", "is_cpu", "get_device", "__hash__"]
-)
+_SHAPE_ONLY = frozenset({
+    "shape", "dtype", "size", "dim", "ndim", "numel", "nelement", "__len__", "requires_grad", "is_floating_point",
+    "is_complex", "element_size", "ndimension", "layout", "is_leaf", "is_sparse", "is_nested", "is_quantized", "names",
+    "itemsize", "stride", "is_contiguous", "grad_fn", "is_cuda", "is_cpu", "get_device", "__hash__",
+})  # fmt: skip
 
 
 def _works_in_place(name: str) -> bool:

@@ -79,7 +79,7 @@ def join(pieces: Sequence[torch.Tensor], shard: Shard) -> torch.Tensor:
 
 
 def follow_view(shard: Shard, before: Shape, after: Shape, num_workers: int) -> Shard | None:
-    """Where the pieces lie after a view from shape `before` to shape `after`; None: no longer in pieces of one dimension.
+    """Where the pieces lie after a view from shape `before` to shape `after`; None: not along one dimension.
 
     In the order of memory, the divided dimension is `a` rows (the dimensions before it, and its parts) of
     periods of `period` elements, each cut into `num_workers` contiguous pieces. A dimension of the result that

@@ -1,13 +1,13 @@
 """Sharded data parallelism: each worker keeps a part of every parameter, its gradient and its optimizer's state.
 
-The parameters of a unit (a block of the model; one more unit has the rest) lie end to end in one flat tensor, of which
-worker r keeps range r (Rajbhandari et al. 2020; flat as in Zhao et al. 2023). Before the unit computes, its flat tensor is
-gathered in place, without a copy; afterwards its memory is given back. The model's parameters stay
-the user's own objects: they look into the flat tensor.
+The parameters of a unit (a block of the model; one more unit has the rest) lie end to end in one flat tensor, of
+which worker r keeps range r (Rajbhandari et al. 2020; flat as in Zhao et al. 2023). Before the unit computes, its flat
+tensor is gathered in place, without a copy; afterwards its memory is given back. The model's parameters stay the
+user's own objects: they look into the flat tensor.
 
-Cost per worker and step, with P bytes of parameters on n workers: an all-gather of P before forward and another before
-backward (ZeRO-3), one at all (ZeRO-2, ZeRO-1), and a reduce-scatter of P. Memory of parameters, gradients and state: 1/n of each
-(ZeRO-3), with the largest unit whole on top.
+Cost per worker and step, with P bytes of parameters on n workers: an all-gather of P before forward and another
+before backward (ZeRO-3), one at all (ZeRO-2, ZeRO-1), and a reduce-scatter of P. Memory of parameters, gradients and
+state: 1/n of each (ZeRO-3), with the largest unit whole on top.
 """
 
 from __future__ import annotations
@@ -180,9 +180,9 @@ class ShardedParameters:
         inside = {id(m) for block in blocks for m in block.modules()}
         for module in model.modules():
             if id(module) not in inside:
-                for parameter in module._parameters.values():
-                    if parameter is not None:
-                        owners.setdefault(parameter, set()).add(-1)
+                for held in module._parameters.values():
+                    if held is not None:
+                        owners.setdefault(held, set()).add(-1)
         for parameter in apart:
             owners.setdefault(parameter, set()).add(-1)
         members: list[list[nn.Parameter]] = [[] for _ in range(len(blocks) + 1)]

@@ -1,7 +1,7 @@
 """Cutting a model into pipeline stages: which piece is computed where.
 
-The model's forward runs once, whole, on a small batch. Each call of a piece is timed, in the order of the program, and the
-row of calls is cut where the slowest stage is fastest. A piece that is called several times may fall into several
+The model's forward runs, whole, on a small batch. Each call of a piece is timed, in the order of the program, and
+the row of calls is cut where the slowest stage is fastest. A piece that is called several times may fall into several
 stages; each of them then has its parameters, as has each stage that reads a parameter between the pieces.
 """
 
@@ -68,7 +68,7 @@ class PieceCalls:
         self.pieces = list(pieces)
         self._is_inside = False
         for piece in pieces:
-            piece.module.forward = self._standing_in(piece, piece.module.forward)  # type: ignore[method-assign]
+            piece.module.forward = self._standing_in(piece, piece.module.forward)
 
     def _standing_in(self, piece: Piece, forward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(forward)

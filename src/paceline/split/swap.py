@@ -14,8 +14,8 @@ Cut = Callable[[torch.Tensor], torch.Tensor]
 def swap_parameters(optimizer: Any, replaced: Mapping[nn.Parameter, tuple[nn.Parameter, Cut] | None]) -> None:
     """Let `optimizer` train other parameters in place of those it has, group by group.
 
-    The user's optimizer is built on the whole model's parameters, so that whatever it decides by their names,
-    places or shapes is decided as in one process. The dicts of the groups stay the same objects, as schedulers hold them.
+    The user's optimizer is built on the whole model's parameters, so that whatever it decides by their places or
+    shapes is decided as in one process. The dicts of the groups stay the same objects, as schedulers hold them.
 
     Args:
         replaced: the new parameter, and how state of the old one's shape is cut to its; None: the parameter is

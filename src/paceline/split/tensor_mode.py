@@ -1,12 +1,12 @@
 """Tensor parallelism of any module: its own forward runs, and each call to torch is made on pieces.
 
 Within the mode a divided tensor looks whole: shapes are those of the whole tensor, and a shape that the
-model asks for is translated to that of the piece. Which calls can be made on pieces, and what must be exchanged for them,
-is known for each function of torch (`split/rules`); any other function gets its tensors whole, so that a model
+model asks for is translated to that of the piece. Which calls can be made on pieces, and what must be exchanged for
+them, is known for each function of torch (`split/rules`); any other function gets its tensors whole, so that a model
 is computed right whatever it calls, if not always cheaply. Nothing is known of any model.
 
-A tensor carries its division as an attribute, from the call that made it to those that read it. Cost: some 5 µs of Python
-for each call that reads a divided tensor, 1 µs for others; none in the backward pass.
+A tensor carries its division as an attribute, from the call that made it to those that read it. Cost: some 5 µs of
+Python for each call that reads a divided tensor, 1 µs for others; none in the backward pass.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def mark(tensor: torch.Tensor, shard: Shard | None) -> torch.Tensor:
 
 
 class SplitMode(TorchFunctionMode):
-    """What rules may ask for. Executed on pieces (`TensorParallel`), or only thought through on whole tensors (`Planning`)."""
+    """What rules may ask for: done on pieces (`TensorParallel`), or thought through on whole tensors (`Thought`)."""
 
     def __init__(self, num_workers: int) -> None:
         super().__init__()
@@ -210,7 +210,7 @@ def _is_composed(func: Callable[..., Any]) -> bool:
 
 def plainly() -> contextlib.AbstractContextManager[Any]:
     """Within it, calls to torch are what they are, whatever modes are active: for our own bookkeeping."""
-    return torch._C.DisableTorchFunction()  # type: ignore[no-any-return]
+    return torch._C.DisableTorchFunction()
 
 
 def _works_in_place(func: Callable[..., Any]) -> bool:
@@ -297,7 +297,7 @@ class TensorParallel(SplitMode):
             shared = exchange.share(tensor, self.group)
             if not isinstance(tensor, torch.nn.Parameter):
                 setattr(tensor, _SHARED, shared)
-        return shared  # type: ignore[no-any-return]
+        return shared
 
     def add_up(self, tensor: torch.Tensor) -> torch.Tensor:
         return exchange.add_up(tensor, self.group)

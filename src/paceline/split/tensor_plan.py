@@ -23,8 +23,8 @@ from paceline.split.tensor_mode import Thought, map_tensors, mark, shard_of
 _ORIGINS = "_paceline_origins"
 _TRANSPOSED = "_paceline_transposed"
 _TRANSPOSES = (
-    torch.Tensor.T.__get__,
-    torch.Tensor.mT.__get__,
+    torch.Tensor.T.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.mT.__get__,  # type: ignore[attr-defined]
     torch.Tensor.t,
     torch.t,
     torch.transpose,
@@ -147,18 +147,19 @@ class Planning(Thought):
 
 
 def plan_tensor_split(
-    model: nn.Module, run: Callable[[], Any], num_workers: int, fixed: set[str] = frozenset()
-) -> TensorSplit:  # type: ignore[assignment]
+    model: nn.Module, run: Callable[[], Any], num_workers: int, fixed: frozenset[str] = frozenset()
+) -> TensorSplit:
     """What to divide among `num_workers`.
 
     Args:
         run: one forward of the model and its loss. Buffers and random state are put back afterwards.
         fixed: names of parameters that must stay whole.
     """
-    parameters = {name: p for name, p in model.named_parameters()}
+    parameters = dict(model.named_parameters())
     names = {id(p): name for name, p in parameters.items()}
     num_elements = sum(p.numel() for p in parameters.values())
-    left_whole, parts = set(fixed), {}
+    left_whole = set(fixed)
+    parts: dict[str, tuple[int, ...]] = {}
     tried: set[tuple[str, tuple[int, ...]]] = set()
     for _ in range(_MOST_PASSES):
         planning = Planning(num_workers, names, num_elements, left_whole, parts)

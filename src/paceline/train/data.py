@@ -239,10 +239,7 @@ def few_samples(job: Job, dataset: Any, device: torch.device) -> list[Any]:
     """Small batches of the training split, of two samples each."""
     collate: Callable[[list[Any]], Any] = job.collate or default_collate
     length = num_samples(dataset, "train")
-    if length is None:
-        samples = _take(iter(dataset), _FEW)
-    else:
-        samples = [dataset[index] for index in range(min(_FEW, length))]
+    samples = _take(iter(dataset), _FEW) if length is None else [dataset[i] for i in range(min(_FEW, length))]
     groups = [samples[begin : begin + 2] for begin in range(0, len(samples) // 2 * 2 or 1, 2)]
     return [to_device(collate(group), device) for group in groups]
 

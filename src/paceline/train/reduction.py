@@ -93,7 +93,7 @@ class Reduction:
         return sums
 
     def clip_(self, largest: float) -> float:
-        """Scale the gradients so that their global norm is at most `largest`; the norm before. As torch's clip_grad_norm_."""
+        """Scale the gradients to a global norm of at most `largest`, as torch's clip_grad_norm_; the norm before."""
         mesh = self._mesh
         if mesh.everyone is mesh.data and self._sharded is None:
             return float(nn.utils.clip_grad_norm_([p.parameter for p in self._parameters], largest))

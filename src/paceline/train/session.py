@@ -179,7 +179,7 @@ class Session:
         return self._replica.evaluate(self.datasets["test"])
 
     def whole_state(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The model's parameters and buffers by name, each whole, on rank 0; on others what is there. All workers call it."""
+        """The model's parameters and buffers by name, whole, on rank 0; on others what is there. All call it."""
         yield from self._replica.whole_parameters()
         yield from self._replica.whole_buffers()
 

@@ -57,7 +57,11 @@ def needs(action: Action, num_stages: int) -> list[Action]:
     if action.kind == "W":
         return [Action("I", stage, micro)]
     own = [Action("F", stage, micro)]
-    return own if stage == num_stages - 1 else [*own, Action("B", stage + 1, micro), Action("I", stage + 1, micro)]
+    return (
+        own
+        if stage == num_stages - 1
+        else [*own, Action("B", stage + 1, micro), Action("I", stage + 1, micro)]
+    )
 
 
 def is_ready(action: Action, done: set[Action], num_stages: int) -> bool:

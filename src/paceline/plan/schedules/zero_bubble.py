@@ -11,9 +11,10 @@ from paceline.plan.schedules.base import Action, Schedule, is_ready
 class ZeroBubble(Schedule):
     """ZB-H1 (Qi et al. 2024): the backward pass in two parts, in the memory of 1F1B.
 
-    The gradients of a stage's inputs, for which the stage before waits, come first; those of its weights fill what would be
-    idle. The order is found by playing the step with equal costs, under a limit of p stored micro-batches: first gradients
-    of inputs, then forward passes, then gradients of weights. With equal costs the idle time is about half of 1F1B's.
+    The gradients of a stage's inputs, for which the stage before waits, come first; those of its weights fill what
+    would be idle. The order is found by playing the step with equal costs, under a limit of p stored micro-batches:
+    first gradients of inputs, then forward passes, then gradients of weights. With equal costs the idle time is about
+    half of 1F1B's.
     """
 
     name: ClassVar[str] = "zb-h1"
@@ -44,7 +45,8 @@ class ZeroBubble(Schedule):
         ready = [
             action
             for action in worker.candidates()
-            if is_ready(action, done, self.num_stages) and (action.kind != "F" or self._may_store(action, worker))
+            if is_ready(action, done, self.num_stages)
+            and (action.kind != "F" or self._may_store(action, worker))
         ]
         return min(ready, key=lambda a: ("IFW".index(a.kind), a.micro, -a.stage), default=None)
 

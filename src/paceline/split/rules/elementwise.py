@@ -8,10 +8,26 @@ from typing import Any
 import torch
 
 from paceline.split.placement import Shard
-from paceline.split.rules.table import positive, rule_for
+from paceline.split.rules.table import positive, rule_for, words
 from paceline.split.tensor_mode import SplitMode, map_tensors
 
-_NAMES = ["abs", "absolute", "acos", "acosh", "add", "addcdiv", "addcmul", "alpha_dropout", "angle", "arccos", "arcsin", "arctan", "asin", "asinh", "atan", "atan2", "atanh", "bfloat16", "bitwise_and", "bitwise_not", "bitwise_or", "bitwise_xor", "bool", "ceil", "celu", "clamp", "clamp_max", "clamp_min", "clip", "clone", "conj", "contiguous", "copysign", "cos", "cosh", "cpu", "cuda", "deg2rad", "detach", "digamma", "div", "divide", "double", "elu", "eq", "erf", "erfc", "erfinv", "exp", "exp2", "expm1", "expit", "fill", "float", "float_power", "floor", "floor_divide", "fmax", "fmin", "fmod", "frac", "ge", "gelu", "greater", "greater_equal", "gt", "half", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "heaviside", "hypot", "int", "isclose", "isfinite", "isinf", "isnan", "lgamma", "ldexp", "le", "leaky_relu", "lerp", "less", "less_equal", "log", "log10", "log1p", "log2", "logaddexp", "logaddexp2", "logical_and", "logical_not", "logical_or", "logical_xor", "logit", "logsigmoid", "long", "lt", "masked_fill", "maximum", "minimum", "mish", "mul", "multiply", "mvlgamma", "nan_to_num", "ne", "neg", "negative", "nextafter", "not_equal", "ones_like", "positive", "pow", "prelu", "rad2deg", "reciprocal", "relu", "relu6", "remainder", "round", "rrelu", "rsqrt", "rsub", "selu", "sgn", "short", "sigmoid", "sign", "signbit", "silu", "sin", "sinc", "sinh", "softplus", "softshrink", "softsign", "sqrt", "square", "sub", "subtract", "tan", "tanh", "tanhshrink", "threshold", "to", "true_divide", "trunc", "type", "type_as", "where", "xlogy", "zero", "zero_", "zeros_like", "full_like", "empty_like", "threshold_", "__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__truediv__", "__rtruediv__", "__floordiv__", "__rfloordiv__", "__mod__", "__rmod__", "__pow__", "__rpow__", "__neg__", "__pos__", "__abs__", "__invert__", "__and__", "__rand__", "__or__", "__ror__", "__xor__", "__rxor__", "__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__iand__", "__ior__", "__ixor__", "native_dropout"]
+_NAMES = words("""
+    abs absolute acos acosh add addcdiv addcmul alpha_dropout angle arccos arcsin arctan asin asinh atan
+    atan2 atanh bfloat16 bitwise_and bitwise_not bitwise_or bitwise_xor bool ceil celu clamp clamp_max
+    clamp_min clip clone conj contiguous copysign cos cosh cpu cuda deg2rad detach digamma div divide
+    double elu eq erf erfc erfinv exp exp2 expm1 expit fill float float_power floor floor_divide fmax fmin
+    fmod frac ge gelu greater greater_equal gt half hardshrink hardsigmoid hardswish hardtanh heaviside
+    hypot int isclose isfinite isinf isnan lgamma ldexp le leaky_relu lerp less less_equal log log10 log1p
+    log2 logaddexp logaddexp2 logical_and logical_not logical_or logical_xor logit logsigmoid long lt
+    masked_fill maximum minimum mish mul multiply mvlgamma nan_to_num ne neg negative nextafter not_equal
+    ones_like positive pow prelu rad2deg reciprocal relu relu6 remainder round rrelu rsqrt rsub selu sgn
+    short sigmoid sign signbit silu sin sinc sinh softplus softshrink softsign sqrt square sub subtract tan
+    tanh tanhshrink threshold to true_divide trunc type type_as where xlogy zero zero_ zeros_like full_like
+    empty_like threshold_ __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__
+    __floordiv__ __rfloordiv__ __mod__ __rmod__ __pow__ __rpow__ __neg__ __pos__ __abs__ __invert__ __and__
+    __rand__ __or__ __ror__ __xor__ __rxor__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __iadd__ __isub__
+    __imul__ __itruediv__ __ipow__ __iand__ __ior__ __ixor__ native_dropout
+""")
 
 
 @rule_for(*_NAMES)

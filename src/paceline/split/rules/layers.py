@@ -89,9 +89,9 @@ def convolution(
 def layer_norm(
     mode: SplitMode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    names = ("input", "normalized_shape", "weight", "bias", "eps")
+    names = ["input", "normalized_shape", "weight", "bias", "eps"]
     if func.__name__ == "rms_norm":
-        names = ("input", "normalized_shape", "weight", "eps")
+        names.remove("bias")
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     x, shape = given.pop("input"), given.pop("normalized_shape")
     shard = mode.shard(x)

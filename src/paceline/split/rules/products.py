@@ -1,7 +1,7 @@
 """Products of matrices, with and without weights: where a network is divided.
 
-A weight that is divided by its outputs (columns, in the terms of Shoeybi et al. 2019) reads a whole input and gives divided
-outputs; one that is divided by its inputs (rows) reads a divided input, and the workers' results are added up.
+A weight that is divided by its outputs (columns, in the terms of Shoeybi et al. 2019) reads a whole input and gives
+divided outputs; one that is divided by its inputs (rows) reads a divided input, and the workers' results are added up.
 """
 
 from __future__ import annotations

@@ -162,7 +162,7 @@ def split(mode: SplitMode, func: Callable[..., Any], args: tuple[Any, ...], kwar
         if is_divisible(wanted, mode.num_workers):
             mode.would_fit(x, wanted)
         return func(mode.whole(x), *args[1:], **kwargs)
-    cut = x.split([mode.local(shape[:dim] + (p.size,), p)[dim] for p in pieces], dim)
+    cut = x.split([mode.local((*shape[:dim], p.size), p)[dim] for p in pieces], dim)
     return tuple(mode.made(t, p, x) for t, p in zip(cut, pieces, strict=True))
 
 

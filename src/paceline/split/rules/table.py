@@ -47,3 +47,8 @@ def weighted_rule_for(*names: str) -> Callable[[Rule], Rule]:
 
 def positive(dim: int, num_dims: int) -> int:
     return dim + num_dims if dim < 0 else dim
+
+
+def words(text: str) -> list[str]:
+    """The words of a long list of names."""
+    return text.split()
