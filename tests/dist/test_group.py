@@ -155,8 +155,8 @@ def storm(world: World, num_small: int, num_large: int, flushes: bool) -> bool:
 @pytest.mark.parametrize(
     ("size", "transport", "num_small", "num_large", "flushes"),
     [
-        (2, "auto", 3000, 32, True),
-        (2, "auto", 3000, 32, False),
+        (2, "auto", 1500, 32, True),
+        (2, "auto", 1500, 32, False),
         (4, "auto", 300, 2, False),
         (2, "gloo", 200, 12, False),
     ],

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from paceline.comm.group import Group
+from paceline.split.exchange import has_no_values
 
 
 class BatchShare:
@@ -56,7 +57,7 @@ def share_batch_norms(model: nn.Module, share: BatchShare) -> list[str]:
 
 
 def _forward(module: _BatchNorm, local_forward: Any, share: BatchShare, x: torch.Tensor) -> torch.Tensor:
-    if share.group is None or not _uses_batch_statistics(module):
+    if share.group is None or has_no_values(x) or not _uses_batch_statistics(module):
         return local_forward(x)  # type: ignore[no-any-return]
     module._check_input_dim(x)
     tracks = module.training and module.track_running_stats

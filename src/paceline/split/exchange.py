@@ -11,7 +11,9 @@ For tensors that have shapes only, on the meta device or fake, nothing is exchan
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -43,9 +45,26 @@ def cut(tensor: torch.Tensor, shard: Shard, group: Group) -> torch.Tensor:
     return _Cut.apply(tensor, shard, group)  # type: ignore[no-any-return]
 
 
+class _Silence(threading.local):
+    depth = 0
+
+
+_silence = _Silence()
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Within it nothing is exchanged, by this thread: results are asked for their shapes only."""
+    _silence.depth += 1
+    try:
+        yield
+    finally:
+        _silence.depth -= 1
+
+
 def has_no_values(tensor: torch.Tensor) -> bool:
     """Whether it is a shape only, for which nothing is exchanged."""
-    return tensor.is_meta or isinstance(tensor, FakeTensor)
+    return _silence.depth > 0 or tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 def sum_over(tensor: torch.Tensor, group: Group, what: str) -> torch.Tensor:

@@ -28,6 +28,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from paceline.errors import SplitError
+from paceline.split.exchange import silent
 from paceline.split.pieces import Piece
 from paceline.split.stages import PieceCalls, Stages
 from paceline.split.tensor_mode import mark, plainly, shard_of
@@ -371,6 +372,12 @@ class AbsentPieces:
         forward: Callable[..., Any],
         leaves: list[Any],
         restore: Callable[[list[Any]], Any],
+    ) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+        with silent():
+            return self._find_out_silently(piece, forward, leaves, restore)
+
+    def _find_out_silently(
+        self, piece: Piece, forward: Callable[..., Any], leaves: list[Any], restore: Callable[[list[Any]], Any]
     ) -> tuple[list[Any], Callable[[list[Any]], Any]]:
         try:
             try:
