@@ -249,9 +249,9 @@ class Difference(Record):
     """How far one quantity of a layout's step is from the same quantity of one process."""
 
     kind: str
-    """`loss`, `gradient`, `parameter` (after its update) or `buffer`."""
+    """`loss`, `gradient norm` (before clipping), `gradient`, `parameter` (after its update) or `buffer`."""
     name: str
-    """The parameter's or buffer's name; empty for the loss."""
+    """The parameter's or buffer's name; empty for the loss and the norm."""
     step: int = Field(ge=1)
     relative_error: float | None = None
     """None where no number can say it: then the note does."""

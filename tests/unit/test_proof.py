@@ -18,6 +18,7 @@ def observed(**changes: object) -> Observed:
     gradient, before = torch.randn(20, generator=generator), torch.randn(20, generator=generator)
     fields = {
         "loss": 1.5,
+        "grad_norm": 2.0,
         "samples": 8,
         "gradients": {"a": gradient},
         "before": {"a": before},
@@ -25,6 +26,13 @@ def observed(**changes: object) -> Observed:
         "buffers": {"mean": torch.ones(3), "count": torch.tensor(2)},
     }
     return Observed(**{**fields, **changes})
+
+
+def test_a_factor_that_clipping_hides_is_seen_in_the_norm():
+    found = compare(1, observed(grad_norm=1.0), observed())
+    (norm,) = [d for d in found if d.kind == "gradient norm"]
+    assert norm.relative_error == pytest.approx(0.5)
+    assert not [d for d in compare(1, observed(grad_norm=None), observed(grad_norm=None)) if d.kind == norm.kind]
 
 
 def worst(seen: Observed, wanted: Observed) -> Difference:

@@ -14,21 +14,15 @@ torch in it.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
-from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from paceline.errors import SplitError
-from paceline.split.exchange import silent
+from paceline.split.absent import AbsentPieces
+from paceline.split.flight import Arrival, Arrive, Flight, Links
 from paceline.split.pieces import Piece
 from paceline.split.stages import PieceCalls, Stages
 from paceline.split.tensor_mode import mark, plainly, shard_of
@@ -37,52 +31,6 @@ from paceline.split.trees import flatten, map_tensors, tensors_in
 _STAGE = "_paceline_stage"
 _HERE = "_paceline_here"
 _SENT = "_paceline_sent"
-
-
-class Links(Protocol):
-    """How one worker's stages reach those of others, or of its own."""
-
-    def send(self, tensor: torch.Tensor, source: int, target: int, kind: str) -> None:
-        """Begin to send a contiguous tensor from stage `source`, which is here, to stage `target`."""
-
-    def receive(self, tensor: torch.Tensor, source: int, target: int, kind: str) -> torch.Tensor:
-        """Fill `tensor` with what comes next of this kind from stage `source` to stage `target`, which is here."""
-
-
-@dataclasses.dataclass
-class Flight:
-    """One micro-batch on one stage, between its forward and its backward."""
-
-    received: dict[int, list[_Arrival]] = dataclasses.field(default_factory=dict)
-    """By the stage that sent them, in order: values that take a gradient."""
-    sent: dict[int, list[torch.Tensor]] = dataclasses.field(default_factory=dict)
-    """By the stage that got them, in order: values that get a gradient."""
-    loss: torch.Tensor | None = None
-    """What the last stage differentiates."""
-
-
-@dataclasses.dataclass
-class _Arrival:
-    """A received value, and its gradient once the backward pass has come to it."""
-
-    gradient: torch.Tensor | None = None
-    value: torch.Tensor | None = None
-    """Where the backward pass is in parts."""
-
-
-class _Arrive(torch.autograd.Function):
-    """Lets a received tensor take part in the graph; the gradient is kept when it has come."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, tensor: torch.Tensor, arrival: _Arrival) -> torch.Tensor:
-        ctx.arrival = arrival
-        ctx.mark_dirty(tensor)
-        return tensor
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None, None]:
-        ctx.arrival.gradient = gradient
-        return None, None, None
 
 
 class PipelineStage(TorchFunctionMode):
@@ -240,89 +188,16 @@ class PipelineStage(TorchFunctionMode):
         value = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
         value = self._links.receive(value, stage, self._stage, "F")
         if tensor.requires_grad and torch.is_grad_enabled():
-            arrival = _Arrival()
+            arrival = Arrival()
             self.flight.received.setdefault(stage, []).append(arrival)
             anchor = torch.empty(0, requires_grad=True)
-            value = _Arrive.apply(anchor, value, arrival)
+            value = Arrive.apply(anchor, value, arrival)
             if self._in_parts:
                 # Kept as it came: the model may change its own in place.
                 arrival.value, value = value, value.clone()
         mark(value, shard_of(tensor))
         setattr(tensor, _HERE, value)
         return value
-
-
-def backward(flight: Flight, stage: int, links: Links, device: torch.device) -> None:
-    """The backward pass of one micro-batch on one stage.
-
-    Gradients of what was sent come in, gradients of what was received go out.
-    """
-    roots, gradients = _gradients_in(flight, stage, links, device)
-    if roots:
-        torch.autograd.backward(roots, gradients)
-    _gradients_out(flight, stage, links, device)
-
-
-def backward_of_inputs(
-    flight: Flight, stage: int, links: Links, device: torch.device, weights: list[nn.Parameter]
-) -> Callable[[], None] | None:
-    """As `backward`, without the gradients of `weights`.
-
-    Returns:
-        What computes these later; None: there is nothing left to do.
-    """
-    roots, gradients = _gradients_in(flight, stage, links, device)
-    arrivals = [a for _, found in sorted(flight.received.items()) for a in found]
-    if not arrivals:
-        # Nobody waits for this stage.
-        if roots:
-            torch.autograd.backward(roots, gradients)
-        return None
-    groups: list[Any] = []
-    if roots:
-        # One number with the same gradients: torch detaches what it is given, which the graph may have saved.
-        weighed = [r if g is None else (r * g).sum() for r, g in zip(roots, gradients, strict=True)]
-        root = torch.stack([w.reshape(()) for w in weighed]).sum()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # gradients of tensors that are no leaves are meant
-            found, groups = stage_backward_input([root], None, [a.value for a in arrivals], iter(weights))
-        for arrival, gradient in zip(arrivals, found, strict=True):
-            arrival.gradient, arrival.value = gradient, None
-    _gradients_out(flight, stage, links, device)
-    return lambda: _of_weights(weights, groups)
-
-
-def _of_weights(weights: list[nn.Parameter], groups: list[Any]) -> None:
-    stage_backward_weight(iter(weights), groups)
-
-
-def _gradients_in(
-    flight: Flight, stage: int, links: Links, device: torch.device
-) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-    """What to differentiate, and the gradients of it that others have sent."""
-    roots: list[torch.Tensor] = []
-    gradients: list[torch.Tensor | None] = []
-    if flight.loss is not None:
-        roots.append(flight.loss)
-        gradients.append(None)
-    for target, tensors in sorted(flight.sent.items()):
-        flags = torch.zeros(len(tensors), dtype=torch.uint8, device=device)
-        flags = links.receive(flags, target, stage, "B")
-        for tensor, flag in zip(tensors, flags.tolist(), strict=True):
-            if flag:
-                empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-                roots.append(tensor)
-                gradients.append(links.receive(empty, target, stage, "B"))
-    return roots, gradients
-
-
-def _gradients_out(flight: Flight, stage: int, links: Links, device: torch.device) -> None:
-    for source, arrivals in sorted(flight.received.items()):
-        flags = torch.tensor([a.gradient is not None for a in arrivals], dtype=torch.uint8, device=device)
-        links.send(flags, stage, source, "B")
-        for arrival in arrivals:
-            if arrival.gradient is not None:
-                links.send(arrival.gradient.contiguous(), stage, source, "B")
 
 
 def _shape_of(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -336,159 +211,6 @@ def _shape_of(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
             cause=str(error).splitlines()[0],
             next_step="use another axis (dp_shard, tp), or move that code into a block",
         ) from error
-
-
-class AbsentPieces:
-    """What the pieces of other stages would return, from the shapes of what they are given."""
-
-    def __init__(self) -> None:
-        self._known: dict[Any, tuple[list[Any], Callable[[list[Any]], Any]]] = {}
-
-    def outputs(
-        self,
-        piece: Piece,
-        forward: Callable[..., Any],
-        leaves: list[Any],
-        restore: Callable[[list[Any]], Any],
-    ) -> Any:
-        """Absent tensors in the structure that the piece returns; what it hands through is that which it was given.
-
-        Args:
-            leaves, restore: the piece's `(args, kwargs)`, flat.
-        """
-        with plainly():
-            key = (piece.name, torch.is_grad_enabled(), piece.module.training, *map(_signature, leaves))
-        if key not in self._known:
-            self._known[key] = self._find_out(piece, forward, leaves, restore)
-        described, rebuild = self._known[key]
-        with plainly():
-            return rebuild(
-                [leaf.make(leaves) if isinstance(leaf, _Output | _Given) else leaf for leaf in described]
-            )
-
-    def _find_out(
-        self,
-        piece: Piece,
-        forward: Callable[..., Any],
-        leaves: list[Any],
-        restore: Callable[[list[Any]], Any],
-    ) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-        with silent():
-            return self._find_out_silently(piece, forward, leaves, restore)
-
-    def _find_out_silently(
-        self, piece: Piece, forward: Callable[..., Any], leaves: list[Any], restore: Callable[[list[Any]], Any]
-    ) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-        try:
-            try:
-                with FakeTensorMode(allow_non_fake_inputs=True), _quietly():
-                    return _describe(piece, forward, leaves, restore, torch.empty)
-            except Exception:
-                # What it does depends on values: it is run once on zeros, with weights of zero.
-                return _describe(piece, forward, leaves, restore, torch.zeros)
-        except Exception as error:
-            raise SplitError(
-                f"the model cannot be cut into pipeline stages: what {piece.name} returns cannot be told from the "
-                "shapes of what it is given",
-                cause=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-                next_step="use another axis (dp_shard, tp)",
-            ) from error
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """torch logs what a fake tensor cannot do; it is tried in another way then."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    before, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = before
-
-
-def _describe(
-    piece: Piece,
-    forward: Callable[..., Any],
-    leaves: list[Any],
-    restore: Callable[[list[Any]], Any],
-    make: Callable[..., torch.Tensor],
-) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """Run the piece on tensors that `make` makes, and say what it returns."""
-    module = _Calling(piece.module, forward)
-    with plainly():
-        stand_ins = [_stand_in(leaf, make) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        state = {n: _stand_in(t, make) for n, t in (*module.named_parameters(), *module.named_buffers())}
-    args, kwargs = restore(stand_ins)
-    found, rebuild = flatten(functional_call(module, state, args, kwargs))
-    given = {id(t): number for number, t in enumerate(stand_ins) if _is_object(t)}
-    with plainly():
-        described = [
-            _Given(given[id(leaf)])
-            if id(leaf) in given
-            else _Output(tuple(leaf.shape), leaf.dtype, leaf.requires_grad, shard_of(leaf))
-            if isinstance(leaf, torch.Tensor)
-            else leaf
-            for leaf in found
-        ]
-    return described, rebuild
-
-
-def _is_object(value: Any) -> bool:
-    """Whether two of them are the same only if they are one."""
-    return value is not None and not isinstance(value, bool | int | float | str)
-
-
-class _Calling(nn.Module):
-    """Calls a piece's forward, so that its parameters can be stood in for."""
-
-    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
-        super().__init__()
-        self.module = module
-        self._call = forward
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._call(*args, **kwargs)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Output:
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    requires_grad: bool
-    shard: Any
-
-    def make(self, leaves: list[Any]) -> torch.Tensor:
-        tensor = torch.empty(self.shape, dtype=self.dtype, device="meta")
-        if self.requires_grad:
-            # No leaf: the code between the pieces may change it in place.
-            tensor = tensor.requires_grad_().clone()
-        return mark(tensor, self.shard)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Given:
-    number: int
-
-    def make(self, leaves: list[Any]) -> Any:
-        return leaves[self.number]
-
-
-def _stand_in(tensor: torch.Tensor, make: Callable[..., torch.Tensor]) -> torch.Tensor:
-    device = "cpu" if tensor.is_meta else tensor.device
-    new = make(tensor.shape, dtype=tensor.dtype, device=device)
-    if tensor.requires_grad:
-        new = new.requires_grad_()
-        if not isinstance(tensor, nn.Parameter):
-            new = new.clone()
-    return mark(new, shard_of(tensor))
-
-
-def _signature(leaf: Any) -> Any:
-    if isinstance(leaf, torch.Tensor):
-        return tuple(leaf.shape), leaf.dtype, leaf.requires_grad, shard_of(leaf)
-    if leaf is None or isinstance(leaf, bool | int | float | str):
-        return leaf
-    return type(leaf).__name__
 
 
 def _stage_of(tensor: torch.Tensor) -> int | None:

@@ -24,6 +24,8 @@ class Observed:
     """One step of one side. Tensors by the names that the model gives its parameters and buffers."""
 
     loss: float
+    grad_norm: float | None
+    """Before clipping; None where the job does not clip."""
     samples: int
     gradients: Tensors
     """As the optimizer got them: averaged over the global batch, and clipped where the job clips."""
@@ -35,12 +37,16 @@ class Observed:
 def compare(step: int, seen: Observed, wanted: Observed) -> list[Difference]:
     """How far each quantity of a step is from what it should be.
 
-    Errors are norms of differences, relative to: the loss; the parameter's gradient, or 1 % of the whole
+    Errors are norms of differences, relative to: the loss; the gradient's norm; the parameter's gradient, or 1 % of the whole
     gradient where that is more; the parameter's update, rounding of the parameter left out; the buffer, or
     0.01 for each of its numbers where that is more.
     """
     loss_error = abs(seen.loss - wanted.loss) / max(abs(wanted.loss), 1e-30)
     differences = [_difference("loss", "", step, loss_error)]
+    if wanted.grad_norm is not None and seen.grad_norm is not None:
+        # Clipping would hide a factor that all gradients have in common.
+        error = abs(seen.grad_norm - wanted.grad_norm) / max(wanted.grad_norm, 1e-30)
+        differences.append(_difference("gradient norm", "", step, error))
     whole = math.sqrt(sum(_norm(g) ** 2 for g in wanted.gradients.values() if g is not None))
     for name, gradient in wanted.gradients.items():
         found = seen.gradients.get(name)

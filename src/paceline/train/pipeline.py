@@ -11,9 +11,11 @@ import torch
 from paceline.comm.links import StageLinks
 from paceline.plan.schedules import Schedule, make_schedule
 from paceline.records import Layout
+from paceline.split.absent import AbsentPieces
 from paceline.split.apply import SplitModel
+from paceline.split.flight import Flight, backward, backward_of_inputs
 from paceline.split.pieces import Piece
-from paceline.split.pipeline import AbsentPieces, Flight, PipelineStage, backward, backward_of_inputs
+from paceline.split.pipeline import PipelineStage
 from paceline.train.data import GlobalBatch, Part
 from paceline.train.seeds import mix
 

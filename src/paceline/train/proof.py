@@ -21,10 +21,11 @@ from paceline.comm.mesh import Mesh
 from paceline.errors import ProofError, WorkerError
 from paceline.job import Job
 from paceline.records import Difference, Proof
+from paceline.train.calling import caller
 from paceline.train.comparison import Observed, Tensors, badness, compare, worst_of_each_kind
 from paceline.train.data import GlobalBatch, ShareLoader, few_samples, is_iterable, map_tensors
 from paceline.train.determinism import deterministic
-from paceline.train.replica import Replica, caller
+from paceline.train.replica import Replica
 from paceline.train.seeds import derive, seed_everything, seed_torch
 from paceline.train.session import Datasets
 
@@ -180,6 +181,7 @@ class _LayoutSide:
         result = self._replica.step(next(self._batches))
         return Observed(
             loss=result.loss,
+            grad_norm=result.grad_norm,
             samples=result.samples,
             gradients=self._gradients,
             before=before,
@@ -247,8 +249,9 @@ class _PlainSide:
         self._next = None
         before = _copies(self.model.named_parameters())
         loss = self._backward(batch)
+        norm = None
         if self._job.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self._trained, self._job.clip_norm)
+            norm = float(nn.utils.clip_grad_norm_(self._trained, self._job.clip_norm))
         gradients = _gradients(self.model)
         for name, parameter in self.model.named_parameters():
             parameter.grad = given.get(name)
@@ -258,6 +261,7 @@ class _PlainSide:
         self._optimizer.zero_grad()
         return Observed(
             loss=loss,
+            grad_norm=norm,
             samples=batch.samples,
             gradients=gradients,
             before=before,

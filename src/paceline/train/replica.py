@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import inspect
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from paceline.split.apply import LocalParameter, SplitModel
 from paceline.split.batchnorm import BatchShare, share_batch_norms
 from paceline.split.sharding import ShardedParameters
 from paceline.split.swap import swap_parameters
+from paceline.train.calling import caller, require_scalar, sum_and_weight
 from paceline.train.data import GlobalBatch, Part, evaluation_parts
 from paceline.train.pipeline import Pipeline, schedule_of
 from paceline.train.reduction import Reduction, Sums
@@ -240,7 +240,7 @@ class Replica:
                         for row, (name, function) in enumerate(functions.items()):
                             value = function(outputs, part.batch)
                             if counts_here:
-                                totals[row] += _sum_and_weight(name, value, part.share.samples)
+                                totals[row] += sum_and_weight(name, value, part.share.samples)
                     if counts_here:
                         totals[-1, 0] += part.share.samples
             if self._pipeline is not None:
@@ -343,12 +343,12 @@ class Replica:
         """Add this part's loss sum and weight to `sums`; return what to differentiate."""
         samples = part.share.samples
         if not isinstance(loss, tuple):
-            _require_scalar(loss, "the loss")
+            require_scalar(loss, "the loss")
             sums[_LOSS] += loss.detach() * samples
             sums[_WEIGHT] += samples
             return loss if self._is_whole(batch) else loss * (samples / batch.samples)
         loss_sum, weight = loss
-        _require_scalar(loss_sum, "the loss's sum")
+        require_scalar(loss_sum, "the loss's sum")
         if part.share.borrowed:
             return loss_sum * 0.0
         weight = weight.detach() if isinstance(weight, torch.Tensor) else weight
@@ -438,65 +438,3 @@ class Replica:
             self._mesh.everyone.broadcast_(wire, "initial parameters")
             for tensor, piece in zip(tensors, wire.split([t.numel() for t in tensors]), strict=True):
                 tensor.copy_(piece.view(tensor.shape))
-
-
-def _sum_and_weight(name: str, value: Any, samples: int) -> torch.Tensor:
-    """`[sum, weight]` from either form of a loss or metric; a mean counts for `samples`."""
-    if isinstance(value, tuple):
-        total, weight = value
-        return torch.tensor([float(total), float(weight)], dtype=torch.float64)
-    if isinstance(value, torch.Tensor):
-        _require_scalar(value, f"the metric {name!r}", needs_gradient=False)
-    return torch.tensor([float(value) * samples, float(samples)], dtype=torch.float64)
-
-
-def _require_scalar(value: Any, what: str, *, needs_gradient: bool = True) -> None:
-    if not isinstance(value, torch.Tensor):
-        raise LossError(
-            f"{what} is {type(value).__name__}, not a tensor",
-            next_step="return a scalar tensor, or a tuple (sum, weight) of two",
-        )
-    if value.numel() != 1:
-        raise LossError(
-            f"{what} has shape {tuple(value.shape)}, not a scalar",
-            cause="a loss with reduction='none', or a missing .mean()",
-            next_step="return the mean over the batch, or a tuple (sum, weight)",
-        )
-    if needs_gradient and not value.requires_grad:
-        raise LossError(
-            f"{what} does not depend on the model's parameters",
-            cause="computed under no_grad, from .detach() or .item(), or by a function without a gradient",
-            next_step="compute it from the model's outputs",
-        )
-
-
-def caller(job: Job, model: nn.Module) -> Callable[[Any], Any]:
-    """`(batch) -> outputs`: the model called with the batch's inputs, by the job's rule or the default one."""
-    accepted = _keyword_names(model)
-
-    def inputs_of(batch: Any) -> Any:
-        if job.inputs is not None:
-            return job.inputs(batch)
-        if isinstance(batch, Mapping):
-            return {k: v for k, v in batch.items() if accepted is None or k in accepted}
-        if isinstance(batch, tuple | list):
-            return batch[0]
-        return batch
-
-    def call(batch: Any) -> Any:
-        inputs = inputs_of(batch)
-        if isinstance(inputs, tuple):
-            return model(*inputs)
-        if isinstance(inputs, Mapping):
-            return model(**inputs)
-        return model(inputs)
-
-    return call
-
-
-def _keyword_names(model: nn.Module) -> set[str] | None:
-    """Names that `model.forward` takes; None where it takes any."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return None
-    return {p.name for p in parameters}

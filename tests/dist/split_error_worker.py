@@ -1,0 +1,101 @@
+"""Proves layouts after an error was planted in paceline itself, one after the other; rank 0 writes the proofs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from split_jobs import SPLIT_JOBS
+
+from paceline.comm.group import Group
+from paceline.comm.mesh import make_mesh
+from paceline.comm.world import join
+from paceline.records import Layout
+from paceline.split import exchange, sharding, tensor_plan
+from paceline.train.pipeline import Pipeline
+from paceline.train.proof import prove
+from paceline.train.reduction import Reduction
+from paceline.train.session import Datasets
+
+
+@contextlib.contextmanager
+def planted(place: Any, name: str, wrong: Any) -> Iterator[None]:
+    right = getattr(place, name)
+    setattr(place, name, wrong)
+    try:
+        yield
+    finally:
+        setattr(place, name, right)
+
+
+def forget_a_reduction() -> contextlib.AbstractContextManager[None]:
+    """Gradients of what all workers of a tensor-parallel group read stay each worker's own."""
+    return planted(exchange._Share, "backward", staticmethod(lambda ctx, gradient: (gradient, None)))
+
+
+def scale_wrongly() -> contextlib.AbstractContextManager[None]:
+    right = Group.reduce_scatter_
+
+    def wrong(self: Group, full: Any, what: str) -> None:
+        right(self, full, what)
+        full.mul_(0.5)
+
+    return planted(Group, "reduce_scatter_", wrong)
+
+
+def swap_heads() -> contextlib.AbstractContextManager[None]:
+    """Each of two workers has the other's heads of queries, keys and values, and its own rows of what reads them."""
+    right = tensor_plan.take
+
+    def wrong(whole: Any, shard: Any, rank: int, num_workers: int) -> Any:
+        return right(whole, shard, 1 - rank if len(shard.parts) == 3 else rank, num_workers)
+
+    return planted(tensor_plan, "take", wrong)
+
+
+def keep_a_stale_tied_weight() -> contextlib.AbstractContextManager[None]:
+    return planted(Reduction, "_add_up_tied", lambda self: None)
+
+
+def lose_a_shard() -> contextlib.AbstractContextManager[None]:
+    """The updated parameters of the other workers are not heard of."""
+    return planted(sharding._Flat, "publish", lambda self: None)
+
+
+def mix_up_micro_batches() -> contextlib.AbstractContextManager[None]:
+    right = Pipeline.step
+
+    def wrong(self: Pipeline, batch: Any, *rest: Any) -> None:
+        if not self.has_last:
+            batch.parts.reverse()
+        right(self, batch, *rest)
+
+    return planted(Pipeline, "step", wrong)
+
+
+def nothing() -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
+def main() -> None:
+    asked = json.loads(Path(sys.argv[1]).read_text())
+    world = join("cpu", timeout_s=60)
+    proofs = {}
+    for error, name, text in asked:
+        job, _ = SPLIT_JOBS[name]
+        mesh = make_mesh(world, Layout.parse(text))
+        assert mesh is not None
+        with globals()[error]():
+            proof = prove(job, mesh, Datasets(job, 7), seed=7, device=world.device)
+        proofs[f"{error}/{text}"] = proof.model_dump_json()
+    if world.rank == 0:
+        Path(sys.argv[2]).write_text(json.dumps(proofs))
+    world.leave()
+
+
+if __name__ == "__main__":
+    main()
