@@ -5,7 +5,7 @@
 
 For each job `paceline train` first chooses a layout by itself. Then five programs are started: one worker × one
 thread, one worker × all threads, the chosen layout, a plain DistributedDataParallel script under torchrun
-with one process per core (`ddp_script.py`), and the same script with malloc told to keep freed memory, as paceline
+with one process per core (`peer_script.py`), and the same script with malloc told to keep freed memory, as paceline
 tells it by itself. They train on the job's real data, model, batch size and optimizer, and take turns of about a
 second and a half: a round is one turn of each. The ways are compared within a round, as the machine's speed may
 drift between rounds; evaluation and showcase are left out. Where one process was chosen, its ratio to the way that
@@ -97,13 +97,13 @@ def measure(job: str, rounds: int, folder: Path) -> Measured:
     path.write_text(JOB_FILE.format(path=str(ROOT / "examples" / f"{job}.py"), name=job))
     chosen = choose(path, folder / f"{job}-auto")
     workers, batch_size = int(chosen["workers"]), int(chosen["batch_size"])
-    ours, ddp = str(ROOT / "benchmarks" / "paceline_script.py"), str(ROOT / "benchmarks" / "ddp_script.py")
+    ours, ddp = str(ROOT / "benchmarks" / "paceline_script.py"), str(ROOT / "benchmarks" / "peer_script.py")
     ways: dict[str, tuple[int, list[str], dict[str, str]]] = {
         SINGLE: (1, [ours, str(path), "dp_replicate=1,threads=1"], {}),
         THREADED: (1, [ours, str(path), f"dp_replicate=1,threads={CORES}"], {}),
         OURS: (workers, [ours, str(path), str(chosen["layout"])], {}),
-        DDP: (CORES, [ddp, str(path)], {}),
-        TUNED_DDP: (CORES, [ddp, str(path)], KEEP_MEMORY),
+        DDP: (CORES, [ddp, "ddp", str(path)], {}),
+        TUNED_DDP: (CORES, [ddp, "ddp", str(path)], KEEP_MEMORY),
     }
     step_s: dict[str, list[float]] = {way: [] for way in WAYS}
     with contextlib.ExitStack() as stack:

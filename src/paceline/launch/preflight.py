@@ -18,6 +18,7 @@ from paceline.train.data import GlobalBatch, Part, is_iterable, num_batches, num
 from paceline.train.order import Share
 from paceline.train.precision import check_precision
 from paceline.train.replica import Replica
+from paceline.train.room import TRAINING_BYTES, why_no_room
 from paceline.train.session import Datasets
 from paceline.train.target import Target, plan_length
 
@@ -45,7 +46,8 @@ def preflight(spec: RunSpec, device: str, max_workers: int) -> LoadedJob:
     per_epoch = num_batches(dataset, job.batch_size)
     planned = plan_length(job, steps=spec.steps, epochs=spec.epochs, batches_per_epoch=per_epoch)
     num_samples(_build(datasets, "test"), "test")
-    if device == "cpu":
+    split = spec.layout != AUTO and Layout.parse(spec.layout).splits_model
+    if device == "cpu" and not (split and why_no_room(job, device, TRAINING_BYTES)):
         _try_step(loaded, datasets, spec.seed, planned.steps)
     return loaded
 

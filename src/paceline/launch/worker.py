@@ -35,6 +35,7 @@ from paceline.train.data import num_batches, num_samples
 from paceline.train.loop import Outcome, TrainingLoop, save, showcase
 from paceline.train.precision import choose_precision
 from paceline.train.proof import prove, require
+from paceline.train.room import PROOF_BYTES, why_no_room
 from paceline.train.session import Datasets, Session
 from paceline.train.target import Length, Target, plan_length
 from paceline.train.trial import LayoutTimer
@@ -103,7 +104,7 @@ class Worker:
         datasets = Datasets(job, spec.seed)
         chosen = None
         if world.rank == 0:
-            chosen = choose_precision(spec.precision, job, datasets, seed=spec.seed, device=world.device)
+            chosen = self._choose_precision(job, datasets, world)
         precision, precision_reason = everyone.gather_json(chosen, "the precision")[0]
         length = self._length(loaded, datasets)
         target = Target.parse(spec.until, job) if spec.until is not None else None
@@ -129,7 +130,7 @@ class Worker:
         )
         plan = self._plan(loaded, world, everyone, cluster, datasets, precision)
         mesh = self._take(plan, world)
-        if mesh is not None and mesh.everyone.size > 1 and spec.verify:
+        if mesh is not None and mesh.everyone.size > 1 and spec.verify and self._has_room(job, mesh, world):
             proof = self._prove(job, world, mesh, datasets)
             if proof.status == "different" and plan.chosen_by == "trial":
                 plan = without_workers(plan, f"{plan.label} would train something else: {proof.what_differs}")
@@ -153,6 +154,20 @@ class Worker:
         self._write("model", parameters=session.num_parameters)
         outcome = TrainingLoop(session, length, target, self._writer).run()
         self._finish(session, world, outcome, plan)
+
+    def _choose_precision(self, job: Job, datasets: Datasets, world: World) -> tuple[str, str]:
+        spec = self._spec
+        if spec.precision == AUTO and spec.layout != AUTO and Layout.parse(spec.layout).splits_model:
+            return "fp32", "the layout splits the model: what one process would gain was not timed"
+        return choose_precision(spec.precision, job, datasets, seed=spec.seed, device=world.device)
+
+    def _has_room(self, job: Job, mesh: Mesh, world: World) -> bool:
+        """Whether one process can hold what a proof compares with; if not, that is said."""
+        reason = why_no_room(job, world.device.type, PROOF_BYTES) if mesh.layout.splits_model else ""
+        reason = mesh.everyone.gather_json(reason, "room for a proof")[0]
+        if reason:
+            self._write("message", level="warning", text=f"The layout was not proven: {reason}.")
+        return not reason
 
     def _take(self, plan: Plan, world: World) -> Mesh | None:
         """Tell the plan; its mesh, or None on a worker that it leaves out."""

@@ -89,6 +89,36 @@ def _memory_bytes() -> int:
     return 0
 
 
+def available_memory_bytes(device: str) -> int:
+    """What this process may still take, on the GPU where it trains there; 0 where that is not known."""
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    free = [
+        int(line.split()[1]) * 1024
+        for line in _read_lines(Path("/proc/meminfo"))
+        if line.startswith("MemAvailable:")
+    ]
+    return min([*free, *_cgroup_memory_left()], default=0)
+
+
+def _cgroup_memory_left() -> list[int]:
+    """The bytes that the cgroups of this process leave it, where they set a limit."""
+    left = []
+    for line in _read_lines(Path("/proc/self/cgroup")):
+        _, controllers, path = line.split(":", 2)
+        if controllers == "memory":
+            names = "memory/" + path.lstrip("/"), "memory.limit_in_bytes", "memory.usage_in_bytes"
+        elif controllers == "":
+            names = path.lstrip("/"), "memory.max", "memory.current"
+        else:
+            continue
+        directory = Path("/sys/fs/cgroup") / names[0]
+        limit, used = (_read_words(directory / name) for name in names[1:])
+        if limit and used and limit[0] != "max":
+            left.append(int(limit[0]) - int(used[0]))
+    return left
+
+
 def _read_lines(path: Path) -> list[str]:
     try:
         return path.read_text().splitlines()

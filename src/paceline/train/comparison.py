@@ -37,7 +37,7 @@ class Observed:
 def compare(step: int, seen: Observed, wanted: Observed) -> list[Difference]:
     """How far each quantity of a step is from what it should be.
 
-    Errors are norms of differences, relative to: the loss; the gradient's norm; the parameter's gradient, or 1 % of the whole
+    Errors are norms of differences, relative to: the loss; the norm; the parameter's gradient, or 1 % of the whole
     gradient where that is more; the parameter's update, rounding of the parameter left out; the buffer, or
     0.01 for each of its numbers where that is more.
     """

@@ -29,6 +29,8 @@ from paceline.train.seeds import derive, seed_everything, seed_torch
 
 # The sums that travel with the gradients, and their places.
 _LOSS, _WEIGHT, _WEIGHTED, _STOP = range(4)
+_BROADCAST_NUMEL = 1 << 22
+"""Elements of parameters that are sent in one message, if more than one parameter is."""
 SUMS = Sums(num=4, num_alike=3, weight=_WEIGHT, weighted=_WEIGHTED)
 
 
@@ -433,8 +435,15 @@ class Replica:
         for tensor in [*self.model.parameters(), *self.model.buffers()]:
             by_type.setdefault(tensor.dtype, []).append(tensor.detach())
         for dtype, tensors in by_type.items():
-            flat = torch.cat([t.reshape(-1) for t in tensors])
-            wire = flat.to(torch.uint8) if dtype == torch.bool else flat
-            self._mesh.everyone.broadcast_(wire, "initial parameters")
-            for tensor, piece in zip(tensors, wire.split([t.numel() for t in tensors]), strict=True):
-                tensor.copy_(piece.view(tensor.shape))
+            while tensors:
+                # Small ones together, large ones alone: no second copy of a large model.
+                count, numel = 1, tensors[0].numel()
+                while count < len(tensors) and numel + tensors[count].numel() <= _BROADCAST_NUMEL:
+                    numel += tensors[count].numel()
+                    count += 1
+                together, tensors = tensors[:count], tensors[count:]
+                flat = torch.cat([t.reshape(-1) for t in together])
+                wire = flat.to(torch.uint8) if dtype == torch.bool else flat
+                self._mesh.everyone.broadcast_(wire, "initial parameters")
+                for tensor, piece in zip(together, wire.split([t.numel() for t in together]), strict=True):
+                    tensor.copy_(piece.view(tensor.shape))

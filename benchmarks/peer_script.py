@@ -1,9 +1,10 @@
-"""The peer: a job trained with DistributedDataParallel, as PyTorch's documentation writes it, by turns (turns.py).
+"""The peers: a job trained as PyTorch's documentation writes it, by turns (turns.py).
 
-    torchrun --standalone --nproc-per-node 2 benchmarks/ddp_script.py JOB_FILE FOLDER
+    torchrun --standalone --nproc-per-node 2 benchmarks/peer_script.py PEER JOB_FILE FOLDER
 
-Only model, data, loss and optimizer come from the job. Batch statistics stay local, gradients are averaged
-by DDP, the global batch is split by DistributedSampler.
+PEER is `ddp` (DistributedDataParallel) or `fsdp2` (fully_shard, of each block of the model's lists, then of the rest).
+Only model, data, loss and optimizer come from the job. Batch statistics stay local, gradients are averaged by the peer,
+the global batch is split by DistributedSampler.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, default_collate
 from turns import Player
@@ -40,13 +43,26 @@ def epochs(loader: DataLoader, sampler: DistributedSampler) -> Iterator[object]:
         yield from loader
 
 
+def shard_blocks(model: torch.nn.Module) -> torch.nn.Module:
+    """FSDP2: each block of a list, then what is left."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for module in list(model.modules()):
+        if isinstance(module, torch.nn.ModuleList):
+            for block in module:
+                fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+PEERS = {"ddp": DistributedDataParallel, "fsdp2": shard_blocks}
+
+
 def main() -> None:
-    job = paceline.load_job(sys.argv[1])
+    job = paceline.load_job(sys.argv[2])
     dist.init_process_group("gloo")
     torch.manual_seed(0)
     model = job.model()
     accepted = set(inspect.signature(model.forward).parameters)
-    replica = DistributedDataParallel(model)
+    replica = PEERS[sys.argv[1]](model)
     optimizer = job.optimizer([p for p in model.parameters() if p.requires_grad])
     scheduler = job.schedule(optimizer, MANY) if job.schedule else None
     dataset = job.data("train")
@@ -60,7 +76,7 @@ def main() -> None:
         collate_fn=job.collate or default_collate,
         drop_last=True,
     )
-    player = Player(Path(sys.argv[2]), dist.get_rank(), dist.barrier)
+    player = Player(Path(sys.argv[3]), dist.get_rank(), dist.barrier)
     batches = epochs(loader, sampler)
     for steps in player.turns():
         for batch in itertools.islice(batches, steps):

@@ -1,0 +1,174 @@
+"""One job in every kind of layout: the same loss curve, and what each costs.
+
+    python benchmarks/layouts.py                     # about a quarter of an hour on two cores
+    python benchmarks/layouts.py --steps 50 --rounds 5
+
+First `paceline train` trains the text example in each layout from the same seed; the curves are drawn on top of each other
+(`docs/images/layouts.png`), with their distance from the curve of one process. Then the layouts take turns with one
+process, a DistributedDataParallel script and an FSDP2 script (`peer_script.py`), a second and a half each (`turns.py`).
+Writes `docs/layouts.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+
+import matplotlib.pyplot as plt
+import torch
+from data_parallel import CORES, JOB_FILE, ROOT, TURN_S, WARM_UP_STEPS, spread
+from turns import Program
+
+from paceline.records import Layout
+
+ONE = "dp_replicate=1"
+CURVES = (ONE, "pp=2,micro=2", "tp=2", "dp_shard=2", "dp_replicate=2,tp=2", "pp=2,dp_shard=2,micro=2")
+TIMED = ("dp_replicate=2", "dp_shard=2", "dp_shard=2,zero=1", "tp=2", "pp=2,micro=4", "pp=2,micro=4,schedule=zb-h1")
+SINGLE, THREADED, DDP, FSDP2 = "one worker × 1 thread", "one worker × all threads", "DDP script", "FSDP2 script"
+PARTS = ("compute_s", "communication_s", "optimizer_s", "data_s")
+
+
+@dataclasses.dataclass
+class Curve:
+    """One run of `paceline train`."""
+
+    losses: list[float]
+    parts_s: dict[str, float]
+    """Medians over its steps, of the first worker."""
+    proof: float | None
+    """The largest relative error of its proof."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=150, help="of each curve")
+    parser.add_argument("--rounds", type=int, default=15, help="of turns")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        job = Path(folder) / "text.py"
+        job.write_text(JOB_FILE.format(path=str(ROOT / "examples" / "text.py"), name="text"))
+        curves = {layout: train(job, layout, arguments.steps, Path(folder)) for layout in CURVES}
+        draw(curves, ROOT / "docs" / "images" / "layouts.png")
+        step_s = take_turns(job, arguments.rounds, Path(folder))
+    text = to_markdown(curves, step_s)
+    print(text)
+    (ROOT / "docs" / "layouts.md").write_text(text)
+
+
+def train(job: Path, layout: str, steps: int, folder: Path) -> Curve:
+    out = folder / layout
+    command = [sys.executable, "-m", "paceline", "train", str(job), f"--layout={layout}", f"--steps={steps}"]
+    process = subprocess.run(
+        [*command, "--precision=fp32", "--quiet", f"--out={out}"],
+        capture_output=True, text=True, timeout=1200, check=False,
+    )  # fmt: skip
+    if process.returncode:
+        sys.exit(f"{' '.join(command)}\n{process.stdout}\n{process.stderr}")
+    events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    taken = [e for e in events if e["event"] == "step"]
+    proofs = [e for e in events if e["event"] == "proof"]
+    worst = max((d["relative_error"] for d in proofs[0]["worst"]), default=None) if proofs else None
+    print(f"{layout}: loss {taken[0]['loss']:.4f} to {taken[-1]['loss']:.4f}", flush=True)
+    return Curve([e["loss"] for e in taken], {p: median(e[p] for e in taken) for p in PARTS}, worst)
+
+
+def distances(curves: dict[str, Curve], layout: str) -> list[float]:
+    """Relative distance of a curve from that of one process, step by step."""
+    return [abs(a - b) / b for a, b in zip(curves[layout].losses, curves[ONE].losses, strict=True)]
+
+
+def draw(curves: dict[str, Curve], path: Path) -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    widths = [7, 5.5, 4.2, 3, 2, 1]
+    for (layout, curve), width in zip(curves.items(), widths, strict=True):
+        label = "one process" if layout == ONE else layout
+        (line,) = left.plot(range(1, 1 + len(curve.losses)), curve.losses, lw=width, label=label)
+        if layout != ONE:
+            shown = [max(d, 1e-9) for d in distances(curves, layout)]
+            right.plot(range(1, 1 + len(shown)), shown, lw=1.2, color=line.get_color(), label=label)
+    left.set(xlabel="step", ylabel="training loss (nats per byte)", title="Six layouts, one curve")
+    right.set(xlabel="step", yscale="log", title="Relative distance from one process")
+    left.legend(frameon=False)
+    right.axhline(1e-5, color="grey", lw=0.8, ls=":")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def take_turns(job: Path, rounds: int, folder: Path) -> dict[str, list[float]]:
+    """Seconds per step of each way, round by round."""
+    ours, peer = (str(ROOT / "benchmarks" / f"{name}_script.py") for name in ("paceline", "peer"))
+    ways: dict[str, tuple[int, list[str]]] = {
+        SINGLE: (1, [ours, str(job), "dp_replicate=1,threads=1"]),
+        THREADED: (1, [ours, str(job), f"dp_replicate=1,threads={CORES}"]),
+        DDP: (2, [peer, "ddp", str(job)]),
+        FSDP2: (2, [peer, "fsdp2", str(job)]),
+        **{layout: (Layout.parse(layout).workers, [ours, str(job), layout]) for layout in TIMED},
+    }
+    step_s: dict[str, list[float]] = {way: [] for way in ways}
+    with contextlib.ExitStack() as stack:
+        programs = {}
+        for number, (way, (processes, command)) in enumerate(ways.items()):
+            programs[way] = Program(processes, command, folder / f"turns-{number}", {})
+            stack.callback(programs[way].close)
+        steps = {}
+        for way, program in programs.items():
+            program.turn(WARM_UP_STEPS)
+            seconds, _ = program.turn(WARM_UP_STEPS)
+            steps[way] = max(1, round(TURN_S * WARM_UP_STEPS / seconds))
+        names = list(ways)
+        for number in range(rounds):
+            first = number % len(names)
+            for way in (*names[first:], *names[:first]):
+                seconds, _ = programs[way].turn(steps[way])
+                step_s[way].append(seconds / steps[way])
+    return step_s
+
+
+def to_markdown(curves: dict[str, Curve], step_s: dict[str, list[float]]) -> str:
+    rounds = len(step_s[SINGLE])
+    lines = [
+        "# Layouts: the same curve, and what each costs",
+        "",
+        f"`python benchmarks/layouts.py`, {datetime.date.today()}, torch {torch.__version__}, {CORES} cores, text example.",
+        "",
+        "![Six loss curves on top of each other](images/layouts.png)",
+        "",
+        f"The first {len(curves[ONE].losses)} steps from the same seed. Distances are of the loss, relative, over all steps;",
+        "the proof is of the two steps before. Times are medians of the first worker's steps, in milliseconds.",
+        "",
+        "| layout | last loss | largest distance | proof | computation | communication | optimizer | data |",
+        "|---" * 8 + "|",
+    ]
+    for layout, curve in curves.items():
+        cells = [f"{curve.parts_s[part] * 1e3:.1f}" for part in PARTS]
+        far = "–" if layout == ONE else f"{max(distances(curves, layout)):.1e}"
+        proof = "–" if curve.proof is None else f"{curve.proof:.1e}"
+        name = "one process" if layout == ONE else layout
+        lines.append(f"| {name} | {curve.losses[-1]:.4f} | {far} | {proof} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        f"Step times by turns: median (middle half) of {rounds} rounds, and how many times as long as the FSDP2 script's.",
+        "",
+        "| way | milliseconds per step | against FSDP2 |",
+        "|---|---|---|",
+    ]
+    for way, found in step_s.items():
+        ratios = [ours / theirs for ours, theirs in zip(found, step_s[FSDP2], strict=True)]
+        lines.append(f"| {way} | {spread([s * 1e3 for s in found], 1)} | {spread(ratios, 2)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
