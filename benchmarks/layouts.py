@@ -3,9 +3,9 @@
     python benchmarks/layouts.py                     # about a quarter of an hour on two cores
     python benchmarks/layouts.py --steps 50 --rounds 5
 
-First `paceline train` trains the text example in each layout from the same seed; the curves are drawn on top of each other
-(`docs/images/layouts.png`), with their distance from the curve of one process. Then the layouts take turns with one
-process, a DistributedDataParallel script and an FSDP2 script (`peer_script.py`), a second and a half each (`turns.py`).
+First `paceline train` trains the text example in each layout from the same seed; the curves are drawn on top of each
+other (`docs/images/layouts.png`), with their distance from the curve of one process. Then the layouts take turns with
+one process, a DistributedDataParallel script and an FSDP2 script (`peer_script.py`), a second and a half each (`turns.py`).
 Writes `docs/layouts.md`.
 """
 
@@ -31,8 +31,20 @@ from paceline.records import Layout
 
 ONE = "dp_replicate=1"
 CURVES = (ONE, "pp=2,micro=2", "tp=2", "dp_shard=2", "dp_replicate=2,tp=2", "pp=2,dp_shard=2,micro=2")
-TIMED = ("dp_replicate=2", "dp_shard=2", "dp_shard=2,zero=1", "tp=2", "pp=2,micro=4", "pp=2,micro=4,schedule=zb-h1")
-SINGLE, THREADED, DDP, FSDP2 = "one worker × 1 thread", "one worker × all threads", "DDP script", "FSDP2 script"
+TIMED = (
+    "dp_replicate=2",
+    "dp_shard=2",
+    "dp_shard=2,zero=1",
+    "tp=2",
+    "pp=2,micro=4",
+    "pp=2,micro=4,schedule=zb-h1",
+)
+SINGLE, THREADED, DDP, FSDP2 = (
+    "one worker × 1 thread",
+    "one worker × all threads",
+    "DDP script",
+    "FSDP2 script",
+)
 PARTS = ("compute_s", "communication_s", "optimizer_s", "data_s")
 
 
@@ -141,11 +153,13 @@ def to_markdown(curves: dict[str, Curve], step_s: dict[str, list[float]]) -> str
     lines = [
         "# Layouts: the same curve, and what each costs",
         "",
-        f"`python benchmarks/layouts.py`, {datetime.date.today()}, torch {torch.__version__}, {CORES} cores, text example.",
+        f"`python benchmarks/layouts.py`, {datetime.date.today()}, torch {torch.__version__}, {CORES} cores, text "
+        "example.",
         "",
         "![Six loss curves on top of each other](images/layouts.png)",
         "",
-        f"The first {len(curves[ONE].losses)} steps from the same seed. Distances are of the loss, relative, over all steps;",
+        f"The first {len(curves[ONE].losses)} steps from the same seed. Distances are of the loss, relative, over all "
+        "steps;",
         "the proof is of the two steps before. Times are medians of the first worker's steps, in milliseconds.",
         "",
         "| layout | last loss | largest distance | proof | computation | communication | optimizer | data |",
@@ -159,7 +173,8 @@ def to_markdown(curves: dict[str, Curve], step_s: dict[str, list[float]]) -> str
         lines.append(f"| {name} | {curve.losses[-1]:.4f} | {far} | {proof} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        f"Step times by turns: median (middle half) of {rounds} rounds, and how many times as long as the FSDP2 script's.",
+        f"Step times by turns: median (middle half) of {rounds} rounds, and how many times as long as the FSDP2 "
+        "script's.",
         "",
         "| way | milliseconds per step | against FSDP2 |",
         "|---|---|---|",

@@ -3,9 +3,10 @@
     python benchmarks/memory.py              # about ten minutes; the limit needs root and cgroup v1
     python benchmarks/memory.py --no-limit
 
-A worker's memory is what is private to it (smaps: Private_Dirty), less what it was before the model was built: the
-framework. *State* is taken just before the second update, when parameters, gradients and the optimizer's state are all
-there and activations are not. *Peak* is the largest of samples every 10 ms during the steps; *building* before them.
+A worker's memory is what is private to it (smaps: Anonymous; not what workers share to exchange tensors), less what
+it was before the model was built: the framework. *State* is taken just before the second update, when parameters,
+gradients and the optimizer's state are all there and activations are not. *Peak* is the largest of samples every 10 ms
+during the steps; *building* before them.
 Writes `docs/memory.md`.
 """
 
@@ -43,7 +44,7 @@ MIB = 1 << 20
 
 def private_bytes() -> int:
     for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
-        if line.startswith("Private_Dirty:"):
+        if line.startswith("Anonymous:"):
             return int(line.split()[1]) * 1024
     return 0
 
@@ -101,9 +102,19 @@ def measure(layout: str) -> dict[str, int]:
     """The largest of all workers, in bytes."""
     workers = Layout.parse(layout).workers
     with tempfile.TemporaryDirectory() as directory:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={workers}",
+        ]
         process = subprocess.run(
-            [*command, __file__, "--work", layout, directory], capture_output=True, text=True, timeout=600, check=False
+            [*command, __file__, "--work", layout, directory],
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
         )
         if process.returncode:
             sys.exit(process.stderr[-4000:])
@@ -139,7 +150,9 @@ def train_limited(layout: str) -> str:
         )  # fmt: skip
         if process.returncode:
             return process.stderr.strip().splitlines()[0]
-        events = [json.loads(line) for line in Path(directory, "run", "events.jsonl").read_text().splitlines()]
+        events = [
+            json.loads(line) for line in Path(directory, "run", "events.jsonl").read_text().splitlines()
+        ]
     losses = [e["loss"] for e in events if e["event"] == "step"]
     return f"trained: loss {losses[0]:.4f}, {losses[1]:.4f}, {losses[2]:.4f}"
 
@@ -152,7 +165,7 @@ def to_markdown(found: dict[str, dict[str, int]], limited: dict[str, str]) -> st
         "",
         f"`python benchmarks/memory.py`, {datetime.date.today()}, torch {torch.__version__}: a transformer of "
         f"{parameters / 1e6:.0f} M parameters in float32,",
-        "AdamW, global batch of 8 sequences of 64 tokens. MiB of private memory of the largest worker, without the",
+        "AdamW, global batch of 8 sequences of 64 tokens. MiB of private memory of the largest worker, less the",
         f"framework ({found['dp_replicate=1']['base'] / MIB:.0f} MiB). *State*: parameters, gradients and the optimizer's",
         "state, just before an update. *Peak*: during steps. *Building*: before the first.",
         "",

@@ -82,17 +82,29 @@ def run(names: list[str], directory: Path) -> dict[tuple[str, str], dict[str, ob
     while waiting:
         cells = directory / "cells.json"
         cells.write_text(json.dumps(waiting))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORKERS}"]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={WORKERS}",
+        ]
         log = directory / "workers.log"
         with open(log, "w") as file:
             process = subprocess.Popen(
-                [*command, __file__, "--work", str(cells), str(results)], stdout=file, stderr=subprocess.STDOUT
+                [*command, __file__, "--work", str(cells), str(results)],
+                stdout=file,
+                stderr=subprocess.STDOUT,
             )
             _wait(process, results)
-        found = {(n, t): {**o, "seconds": s} for n, t, o, s in map(json.loads, results.read_text().splitlines())}
+        found = {
+            (n, t): {**o, "seconds": s} for n, t, o, s in map(json.loads, results.read_text().splitlines())
+        }
         waiting = [cell for cell in waiting if tuple(cell) not in found]
         if waiting:
-            errors = [line for line in log.read_text().splitlines() if "Error: " in line and "Child" not in line]
+            errors = [
+                line for line in log.read_text().splitlines() if "Error: " in line and "Child" not in line
+            ]
             reason = errors[0].partition("Error: ")[2] if errors else "no answer in time"
             with open(results, "a") as file:
                 file.write(json.dumps([*waiting.pop(0), {"failed": reason[:300]}, 0.0]) + "\n")
@@ -131,10 +143,11 @@ def page(names: list[str], found: dict[tuple[str, str], dict], minutes: float) -
     lines = [
         "# Models and layouts",
         "",
-        "Each model, as its authors wrote it, in each layout against one process of plain PyTorch: the largest relative",
-        "error among loss, gradients, updated parameters and buffers of two steps, or why the layout is out. `(float64)`:",
-        "float32 left a doubt, and the same steps in float64 settled it. Small configurations, random weights and data;",
-        f"`python benchmarks/zoo.py`, {datetime.date.today()}, torch {torch.__version__}, {minutes:.0f} minutes on two cores.",
+        "Each model, as its authors wrote it, in each layout against one process of plain PyTorch: the largest",
+        "relative error among loss, gradients, updated parameters and buffers of two steps, or why the layout is out.",
+        "`(float64)`: float32 left a doubt, and the same steps in float64 settled it. Small configurations, random",
+        f"weights and data; `python benchmarks/zoo.py`, {datetime.date.today()}, torch {torch.__version__}, "
+        f"{minutes:.0f} minutes on two cores.",
         "",
         "| model | " + " | ".join(LAYOUTS) + " |",
         "|---" * (len(LAYOUTS) + 1) + "|",
@@ -166,7 +179,9 @@ def _is_equal(outcome: dict) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", action="append", choices=list(ZOO), help="a model; may be given several times")
+    parser.add_argument(
+        "--only", action="append", choices=list(ZOO), help="a model; may be given several times"
+    )
     parser.add_argument("--work", nargs=2, type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:

@@ -96,7 +96,9 @@ def make_job(model: Callable[[], nn.Module], loss: Callable[[Any, Any], Any], **
     )  # fmt: skip
 
 
-def from_transformers(model: str, config: str, loss: Callable[[Any, Any], Any], fields: Any, **settings: Any) -> Any:
+def from_transformers(
+    model: str, config: str, loss: Callable[[Any, Any], Any], fields: Any, **settings: Any
+) -> Any:
     """A job on the class `model` of transformers."""
 
     def build() -> paceline.Job:
@@ -191,7 +193,12 @@ class LSTM(nn.Module):
 
 def mlp() -> nn.Module:
     return nn.Sequential(
-        nn.Flatten(), nn.Linear(3 * 32 * 32, 32), nn.GELU(), nn.Linear(32, 32), nn.GELU(), nn.Linear(32, CLASSES)
+        nn.Flatten(),
+        nn.Linear(3 * 32 * 32, 32),
+        nn.GELU(),
+        nn.Linear(32, 32),
+        nn.GELU(),
+        nn.Linear(32, CLASSES),
     )
 
 

@@ -32,7 +32,9 @@ def test_a_factor_that_clipping_hides_is_seen_in_the_norm():
     found = compare(1, observed(grad_norm=1.0), observed())
     (norm,) = [d for d in found if d.kind == "gradient norm"]
     assert norm.relative_error == pytest.approx(0.5)
-    assert not [d for d in compare(1, observed(grad_norm=None), observed(grad_norm=None)) if d.kind == norm.kind]
+    assert not [
+        d for d in compare(1, observed(grad_norm=None), observed(grad_norm=None)) if d.kind == norm.kind
+    ]
 
 
 def worst(seen: Observed, wanted: Observed) -> Difference:

@@ -162,10 +162,11 @@ class _Given:
 def _stand_in(tensor: torch.Tensor, make: Callable[..., torch.Tensor]) -> torch.Tensor:
     device = "cpu" if tensor.is_meta else tensor.device
     new = make(tensor.shape, dtype=tensor.dtype, device=device)
-    if tensor.requires_grad:
-        new = new.requires_grad_()
-        if not isinstance(tensor, nn.Parameter):
-            new = new.clone()
+    if isinstance(tensor, nn.Parameter):
+        # Rules know a weight by its class.
+        new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+    elif tensor.requires_grad:
+        new = new.requires_grad_().clone()
     return mark(new, shard_of(tensor))
 
 

@@ -1,18 +1,20 @@
 """Sharded data parallelism: each worker keeps a part of every parameter, its gradient and its optimizer's state.
 
 The parameters of a unit (a block of the model; one more unit has the rest) lie end to end in one flat tensor, of
-which worker r keeps range r (Rajbhandari et al. 2020; flat as in Zhao et al. 2023). Before the unit computes, its flat
-tensor is gathered in place, without a copy; afterwards its memory is given back. The model's parameters stay the
-user's own objects: they look into the flat tensor.
+which worker r keeps range r (Rajbhandari et al. 2020; flat as in Zhao et al. 2023). Before the unit computes, its
+flat tensor is gathered in place, without a copy; afterwards its memory is given back. The model's parameters stay
+the user's own objects: they look into the flat tensor.
 
 Cost per worker and step, with P bytes of parameters on n workers: an all-gather of P before forward and another
 before backward (ZeRO-3), one at all (ZeRO-2, ZeRO-1), and a reduce-scatter of P. Memory of parameters, gradients and
-state: 1/n of each (ZeRO-3), with the largest unit whole on top.
+state: 1/n of each (ZeRO-3), with the largest unit whole on top; two units, where the model calls
+`torch.utils.checkpoint` around its blocks.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -20,8 +22,9 @@ import torch
 from torch import nn
 
 from paceline.comm.group import Group
-from paceline.split.tensor_mode import mark, plainly, shard_of
-from paceline.split.trees import flatten, tensors_in
+from paceline.errors import SplitError
+from paceline.split.tensor_mode import plainly
+from paceline.split.trees import tensors_in
 
 KEEPS = ("nothing", "within_step", "always")
 """What stays gathered: ZeRO-3, ZeRO-2, ZeRO-1."""
@@ -96,6 +99,7 @@ class _Flat:
         for member in self.members:
             gradient = member.parameter.grad
             if gradient is not None:
+                _require_dense(member.name, gradient)
                 member.was_used = True
                 flat[member.begin : member.end].copy_(gradient.reshape(-1))
                 member.parameter.grad = None
@@ -123,6 +127,8 @@ class _Flat:
 class _Unit:
     def __init__(self, flats: list[_Flat]) -> None:
         self.flats = flats
+        self.is_open = False
+        """Its backward pass is under way, or over and not reduced yet."""
 
     def gather(self) -> None:
         for flat in self.flats:
@@ -132,19 +138,13 @@ class _Unit:
         for flat in self.flats:
             flat.release()
 
-
-class _AfterBackward(torch.autograd.Function):
-    """Stands before a block's inputs: when their gradients are there, the block's backward pass is done."""
-
-    @staticmethod
-    def forward(ctx: Any, done: Callable[[], None], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.done = done
-        return tuple(t.view_as(t) for t in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        ctx.done()
-        return (None, *gradients)
+    def close(self) -> None:
+        """After its backward pass."""
+        self.is_open = False
+        for flat in self.flats:
+            if flat.trains:
+                flat.reduce()
+        self.release()
 
 
 class ShardedParameters:
@@ -152,6 +152,14 @@ class ShardedParameters:
 
     All workers call the same blocks in the same order; within a block they may use different parameters.
     All of them have the same values at the beginning.
+
+    Gathers and reductions are collective, so what starts them must happen on all workers alike, whatever each
+    uses: it is the beginning of a block's forward or backward pass. When the backward pass of a block begins,
+    those of all blocks called later are over, since autograd goes back in the order of creation (on one device):
+    only then are they reduced and released. When gradients arrive decides nothing, as some may not come at all.
+
+    Not for blocks that return tensors within objects that `trees.flatten` does not open, nor for second
+    derivatives: their backward passes begin unseen.
     """
 
     def __init__(
@@ -240,8 +248,9 @@ class ShardedParameters:
                 member.was_used = next(was_used)
                 if member.piece is not None:
                     member.piece.grad = flat.piece_gradient(member) if member.was_used else None
-        for flat in self._flats:
-            flat.release()
+        for unit in (*self._units, self._root):
+            unit.is_open = False
+            unit.release()
 
     def shard_gradients(self) -> list[torch.Tensor]:
         """The gradients of this worker's shards, 1-D; the pieces' gradients look into them."""
@@ -283,31 +292,18 @@ class ShardedParameters:
         return flats
 
     def _watch(self, block: nn.Module, unit: _Unit) -> None:
-        """Gather before the block's forward and backward pass; after each release, and reduce after the last."""
+        """Gather before the block's forward and backward pass; release after each."""
         forgets = self._keep == "nothing"
+        first_node = 0
 
-        def done() -> None:
-            for flat in unit.flats:
-                if flat.trains:
-                    flat.reduce()
-            unit.release()
-
-        def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        def before(module: nn.Module, args: Any) -> None:
+            nonlocal first_node
+            first_node = torch._C._autograd._get_sequence_nr()
             with plainly():
-                return begin(args, kwargs)
-
-        def begin(args: Any, kwargs: Any) -> Any:
-            unit.gather()
-            if not forgets or not torch.is_grad_enabled():
-                return None
-            leaves, restore = flatten((args, kwargs))
-            places = [n for n, t in enumerate(leaves) if isinstance(t, torch.Tensor) and t.requires_grad]
-            if places:
-                for place, new in zip(
-                    places, _AfterBackward.apply(done, *(leaves[n] for n in places)), strict=True
-                ):
-                    leaves[place] = _like(new, leaves[place])
-            return restore(leaves)
+                if torch._C._current_graph_task_id() == -1:
+                    # Not a recomputation, which runs within the backward pass.
+                    self._close_units()
+                unit.gather()
 
         def after(module: nn.Module, args: Any, outputs: Any) -> None:
             if not forgets:
@@ -315,18 +311,54 @@ class ShardedParameters:
             with plainly():
                 if torch.is_grad_enabled():
                     for tensor in tensors_in(outputs):
-                        if tensor.requires_grad:
-                            tensor.register_hook(lambda _: unit.gather())
-                unit.release()
+                        if _was_made_since(first_node, tensor):
+                            tensor.register_hook(lambda _: self._open(unit))
+                if not unit.is_open:
+                    unit.release()
 
-        block.register_forward_pre_hook(before, with_kwargs=True)
+        block.register_forward_pre_hook(before)
         block.register_forward_hook(after)
+        held = {id(member.parameter) for flat in unit.flats for member in flat.members}
+        for module in block.modules():
+            if module is not block and any(id(p) in held for p in module.parameters(recurse=False)):
+                module.register_forward_pre_hook(functools.partial(_require_gathered, unit))
+
+    def _open(self, unit: _Unit) -> None:
+        """The unit's backward pass begins."""
+        if not unit.is_open:
+            with plainly():
+                self._close_units()
+                unit.gather()
+            unit.is_open = True
+
+    def _close_units(self) -> None:
+        for unit in self._units:
+            if unit.is_open:
+                unit.close()
 
 
-def _like(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-    """Divided by tensor parallelism as `old` is."""
-    mark(new, shard_of(old))
-    return new
+def _was_made_since(first_node: int, tensor: torch.Tensor) -> bool:
+    """Whether autograd's node of `tensor` is not older: what a block only passes on is no sign of its backward pass."""
+    return tensor.grad_fn is not None and tensor.grad_fn._sequence_nr() >= first_node
+
+
+def _require_gathered(unit: _Unit, module: nn.Module, args: Any) -> None:
+    if not unit.flats[0].is_gathered:
+        name = unit.flats[0].members[0].name
+        raise SplitError(
+            f"a {type(module).__name__} was called while its parameters lie on other workers (the block of {name})",
+            cause="the model calls a part of a block directly, not through the block's own forward",
+            next_step="call the block as a whole, or use zero=1, which keeps parameters whole",
+        )
+
+
+def _require_dense(name: str, gradient: torch.Tensor) -> None:
+    if gradient.is_sparse:
+        raise SplitError(
+            f"{name} has a sparse gradient",
+            cause="an embedding with sparse=True: sparse gradients cannot be sharded",
+            next_step="use sparse=False",
+        )
 
 
 def _cutter(flat: _Flat, member: _Member) -> Cut:

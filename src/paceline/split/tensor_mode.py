@@ -11,6 +11,7 @@ Python for each call that reads a divided tensor, 1 µs for others; none in the 
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import types
@@ -26,7 +27,6 @@ from paceline.split import exchange
 from paceline.split.placement import Shape, Shard, local_shape, whole_shape
 
 _SHARD = "_paceline_shard"
-_SHARED = "_paceline_shared"
 
 Rule = Callable[["SplitMode", Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
@@ -256,6 +256,8 @@ class TensorParallel(SplitMode):
         super().__init__(group.size)
         self.group = group
         self._depth = 0
+        self._shared: collections.deque[tuple[torch.Tensor, int, torch.Tensor]] = collections.deque(maxlen=4)
+        """What was shared last. Not an attribute of the tensor: the two would keep each other for ever."""
 
     @property
     def is_active(self) -> bool:
@@ -269,6 +271,8 @@ class TensorParallel(SplitMode):
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
         self._depth -= 1
+        if not self._depth:
+            self._shared.clear()
 
     def shape(self, tensor: torch.Tensor) -> Shape:
         return whole_shape(tensor.shape, shard_of(tensor))
@@ -292,11 +296,12 @@ class TensorParallel(SplitMode):
         if not tensor.requires_grad or not torch.is_grad_enabled():
             return tensor
         # Queries, keys and values read the same input: its gradients are added up once, for all of them.
-        shared = getattr(tensor, _SHARED, None)
-        if shared is None or shared._version != tensor._version:
-            shared = exchange.share(tensor, self.group)
-            if not isinstance(tensor, torch.nn.Parameter):
-                setattr(tensor, _SHARED, shared)
+        for known, version, shared in self._shared:
+            if known is tensor and version == tensor._version:
+                return shared
+        shared = exchange.share(tensor, self.group)
+        if not isinstance(tensor, torch.nn.Parameter):
+            self._shared.append((tensor, tensor._version, shared))
         return shared
 
     def add_up(self, tensor: torch.Tensor) -> torch.Tensor:

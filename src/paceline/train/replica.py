@@ -146,9 +146,13 @@ class Replica:
         runs = [functools.partial(run, batch) for batch in samples]
         self._split = split = SplitModel(self.model, layout, mesh, runs, schedule_of(layout))
         swap_parameters(self.optimizer, split.replaced)
+        # Nothing keeps the whole parameters any more.
+        split.replaced = {}
+        self._reductions.clear()
         self._local = [local for local in split.parameters.values() if split.requires_grad[local.name]]
         if layout.dp_shard > 1:
             self._shard_parameters(split, mesh)
+        self._trained = [local.parameter for local in self._local]
         if layout.pp > 1:
             self._pipeline = Pipeline(split, layout, self.device, self._call, self._forward_context)
         self._reduction = self._reduction_of(mesh)
@@ -162,6 +166,7 @@ class Replica:
         apart = [split.parameters[name].parameter for name in split.read_between if name in split.parameters]
         self._sharded = ShardedParameters(self.model, blocks, apart, mesh.shard, mesh.data, keep=keep)
         swap_parameters(self.optimizer, self._sharded.replaced)
+        self._sharded.replaced = {}
 
     def _reduction_of(self, mesh: Mesh) -> Reduction:
         if mesh.everyone not in self._reductions or self._split is not None:
