@@ -5,7 +5,8 @@
 
 First `paceline train` trains the text example in each layout from the same seed; the curves are drawn on top of each
 other (`docs/images/layouts.png`), with their distance from the curve of one process. Then the layouts take turns with
-one process, a DistributedDataParallel script and an FSDP2 script (`peer_script.py`), a second and a half each (`turns.py`).
+one process, a DistributedDataParallel script and an FSDP2 script (`peer_script.py`), a second and a half each
+(`turns.py`).
 Writes `docs/layouts.md`.
 """
 

@@ -166,8 +166,8 @@ def to_markdown(found: dict[str, dict[str, int]], limited: dict[str, str]) -> st
         f"`python benchmarks/memory.py`, {datetime.date.today()}, torch {torch.__version__}: a transformer of "
         f"{parameters / 1e6:.0f} M parameters in float32,",
         "AdamW, global batch of 8 sequences of 64 tokens. MiB of private memory of the largest worker, less the",
-        f"framework ({found['dp_replicate=1']['base'] / MIB:.0f} MiB). *State*: parameters, gradients and the optimizer's",
-        "state, just before an update. *Peak*: during steps. *Building*: before the first.",
+        f"framework ({found['dp_replicate=1']['base'] / MIB:.0f} MiB). *State*: parameters, gradients and the",
+        "optimizer's state, just before an update. *Peak*: during steps. *Building*: before the first.",
         "",
         "| layout | state | of one process | peak | building |",
         "|---|---|---|---|---|",

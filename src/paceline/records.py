@@ -163,12 +163,26 @@ class Layout(Record):
                     f"layout {text!r} gives {key}, and {axis} is 1",
                     next_step=f"give {axis} a size of at least 2, or leave {key} out",
                 )
+        if values.get("zero") == 3 and values.get("pp", 1) != 1:
+            raise LayoutError(
+                f"layout {text!r}: zero=3 in a pipeline",
+                cause="its blocks run many times in a step, and would be gathered each time",
+                next_step="use zero=2, or leave zero out",
+            )
+        if str(values.get("schedule", "")).startswith("zb") and values.get("recompute", "none") != "none":
+            raise LayoutError(
+                f"layout {text!r}: schedule={values['schedule']} with recompute={values['recompute']}",
+                cause="the backward pass in two parts needs what the forward pass has kept",
+                next_step="leave recompute out, or use schedule=1f1b",
+            )
         try:
             return cls(**values)  # type: ignore[arg-type]
         except ValidationError as error:
             first = error.errors()[0]
             raise LayoutError(
-                f"layout {text!r}: {first['loc'][0]} is {first['input']!r}", cause=first["msg"]
+                f"layout {text!r}: {first['loc'][0]} is {first['input']!r}",
+                cause=first["msg"],
+                next_step=f"give {first['loc'][0]} another value, or leave it out",
             ) from error
 
     def check_batch(self, batch_size: int) -> None:

@@ -6,6 +6,7 @@ import functools
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,10 @@ from paceline.comm.group import Group
 from paceline.errors import SplitError
 from paceline.split.sharding import KEEPS, ShardedParameters
 
-SIZES = (2, 4)
+ON_FOUR = ("chain", "tied", "experts", "constant_expert", "frozen", "twice", "checkpoint", "structured")
+MODELS_ON = {2: tuple(MODELS), 4: ON_FOUR}
+PAIRS = [(size, name) for size, names in MODELS_ON.items() for name in names]
+SIZES = tuple(MODELS_ON)
 TOLERANCE = 1e-6
 TOLERANCE_FLOAT32 = 1e-5
 RECOMPUTES_ITSELF = {"checkpoint_reentrant", "checkpoint_together"}
@@ -38,26 +42,25 @@ Results = dict[str, dict[str, torch.Tensor]]
 plain = functools.cache(train_plainly)
 
 
-@pytest.fixture(scope="module", params=SIZES)
-def workers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Results]:
-    """Every model in every way on so many workers: one launch."""
-    path = tmp_path_factory.mktemp("sharding") / "results.pt"
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={request.param}",
-    ]
-    process = subprocess.run(
-        [*command, str(Path(__file__).parent / "sharding_worker.py"), str(path)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr[-4000:]
-    return request.param, torch.load(path, weights_only=True)
+@pytest.fixture(scope="module")
+def results_on(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Results]:
+    """What so many workers made of their models, in every way: one launch for each number."""
+
+    @functools.cache
+    def launch(size: int) -> Results:
+        path = tmp_path_factory.mktemp("sharding") / "results.pt"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+        process = subprocess.run(
+            [*command, str(Path(__file__).parent / "sharding_worker.py"), str(path), *MODELS_ON[size]],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert process.returncode == 0, process.stderr[-4000:]
+        return torch.load(path, weights_only=True)
+
+    return launch
 
 
 def trained(result: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -72,17 +75,18 @@ def largest_error(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor
 
 
 @pytest.mark.parametrize(("keep", "kind"), [(keep, kind) for keep in KEEPS for kind in KINDS[keep]])
-@pytest.mark.parametrize("name", MODELS)
-def test_gradients_and_parameters_are_those_of_one_process(name, keep, kind, workers):
-    _, results = workers
+@pytest.mark.parametrize(("size", "name"), PAIRS)
+def test_gradients_and_parameters_are_those_of_one_process(name, keep, kind, size, results_on):
+    results = results_on(size)
     wanted = plain(name, kind)
     assert any(key.startswith(f"gradient.{NUM_STEPS - 1}.") for key in wanted)
     assert largest_error(trained(results[f"{name}/{keep}/{kind}"]), wanted) < TOLERANCE
 
 
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("keep", KEEPS)
-def test_float32_through_gloo_and_replicated_shards(keep, workers):
-    size, results = workers
+def test_float32_through_gloo_and_replicated_shards(keep, size, results_on):
+    results = results_on(size)
     wanted = plain("chain", "sgd", torch.float32)
     assert largest_error(trained(results[f"float32/{keep}"]), wanted) < TOLERANCE_FLOAT32
     assert largest_error(trained(results[f"gloo/{keep}"]), plain("experts", "sgd")) < TOLERANCE
@@ -90,9 +94,10 @@ def test_float32_through_gloo_and_replicated_shards(keep, workers):
         assert largest_error(trained(results[f"hybrid/{keep}"]), plain("experts", "sgd")) < TOLERANCE
 
 
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("keep", KEEPS)
-def test_a_forgotten_reduction_is_seen(keep, workers):
-    _, results = workers
+def test_a_forgotten_reduction_is_seen(keep, size, results_on):
+    results = results_on(size)
     assert largest_error(trained(results[f"planted/{keep}"]), plain("chain", "sgd")) > 1000 * TOLERANCE
 
 
@@ -103,9 +108,9 @@ def test_what_nobody_uses_has_no_gradient_and_what_one_uses_has():
 
 
 @pytest.mark.parametrize("keep", KEEPS)
-@pytest.mark.parametrize("name", MODELS)
-def test_evaluation_sees_the_trained_parameters(name, keep, workers):
-    _, results = workers
+@pytest.mark.parametrize(("size", "name"), PAIRS)
+def test_evaluation_sees_the_trained_parameters(name, keep, size, results_on):
+    results = results_on(size)
     result = results[f"{name}/{keep}/{KINDS[keep][0]}"]
     model = build(name).eval()
     with torch.no_grad():
@@ -114,9 +119,9 @@ def test_evaluation_sees_the_trained_parameters(name, keep, workers):
         assert float(loss_of(model, NUM_STEPS, 0)) == pytest.approx(float(result["evaluation"]), rel=1e-9)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_memory_is_given_back(name, workers):
-    _, results = workers
+@pytest.mark.parametrize(("size", "name"), PAIRS)
+def test_memory_is_given_back(name, size, results_on):
+    results = results_on(size)
     whole_bytes = sum(p.nbytes for p in build(name).parameters())
     num_blocks = len(build(name).blocks)
     for keep, most in (("nothing", 2 if name in RECOMPUTES_ITSELF else 1), ("within_step", num_blocks)):
@@ -126,10 +131,11 @@ def test_memory_is_given_back(name, workers):
     assert int(results[f"{name}/always/sgd"]["bytes.after_finish"]) >= whole_bytes
 
 
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", ["chain", "structured"])
-def test_a_step_communicates_as_often_as_is_claimed(name, workers):
+def test_a_step_communicates_as_often_as_is_claimed(name, size, results_on):
     """All of it in each worker's last step: what an earlier evaluation or step left over would show."""
-    size, results = workers
+    results = results_on(size)
     num_blocks, num_micro = len(build(name).blocks), NUM_MICRO * MAX_WORKERS // size
     wanted = {
         "nothing": [1 + 2 * num_blocks * num_micro, 1 + num_blocks * num_micro],
@@ -140,9 +146,10 @@ def test_a_step_communicates_as_often_as_is_claimed(name, workers):
     assert found == wanted
 
 
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", ["chain", "frozen"])
-def test_each_worker_keeps_its_part(name, workers):
-    size, results = workers
+def test_each_worker_keeps_its_part(name, size, results_on):
+    results = results_on(size)
     model = build(name)
     trained_bytes = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     frozen_bytes = sum(p.nbytes for p in model.parameters() if not p.requires_grad)

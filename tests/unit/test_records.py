@@ -6,14 +6,24 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from paceline.errors import LayoutError
-from paceline.records import Cluster, Host, Layout, Plan, Trial
+from paceline.records import SCHEDULE_NAMES, Cluster, Host, Layout, Plan, Trial
 
 layouts = st.builds(
     Layout, dp_replicate=st.integers(1, 64), micro=st.integers(1, 8), threads=st.none() | st.integers(1, 9)
 )
+split_layouts = st.builds(
+    Layout,
+    pp=st.integers(2, 8),
+    dp_replicate=st.integers(1, 4),
+    dp_shard=st.integers(2, 8),
+    tp=st.integers(1, 8),
+    schedule=st.sampled_from(SCHEDULE_NAMES),
+    stages=st.none() | st.integers(1, 4),
+    zero=st.sampled_from([None, 1, 2]),
+)
 
 
-@given(layouts)
+@given(layouts | split_layouts)
 def test_a_layout_reads_back_from_its_text_and_its_json(layout):
     assert Layout.parse(str(layout)) == layout
     assert Layout.from_json(layout.to_json()) == layout
@@ -34,8 +44,15 @@ def test_an_empty_layout_says_what_to_give():
         ("dp_replicate=two", "dp_replicate is 'two'"),
         ("dp_replicate", "dp_replicate is ''"),
         ("dp_replicate=2,dp_replicate=2", "twice"),
-        ("pp=2", "pp=2 cannot be trained by this version"),
-        ("dp_replicate=2,tp=4", "tp=4 cannot be trained by this version"),
+        ("cp=2", "cp=2 cannot be trained by this version"),
+        ("dp_replicate=2,ep=4", "ep=4 cannot be trained by this version"),
+        ("pp=2,schedule=1f2b", "perhaps '1f1b' was meant"),
+        ("tp=2,schedule=gpipe", "gives schedule, and pp is 1"),
+        ("dp_replicate=2,zero=1", "gives zero, and dp_shard is 1"),
+        ("dp_shard=2,zero=4", "zero is 4"),
+        ("pp=2,dp_shard=2,zero=3", "zero=3 in a pipeline"),
+        ("pp=2,schedule=zbv,recompute=full", "schedule=zbv with recompute=full"),
+        ("tp=2,recompute=some", "use one of none, selective, full"),
     ],
 )
 def test_a_layout_that_cannot_be_is_refused_in_words(text, words):

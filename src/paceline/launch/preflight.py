@@ -16,6 +16,7 @@ from paceline.load import LoadedJob, load_job_file
 from paceline.records import Layout
 from paceline.train.data import GlobalBatch, Part, is_iterable, num_batches, num_samples
 from paceline.train.order import Share
+from paceline.train.pipeline import schedule_of
 from paceline.train.precision import check_precision
 from paceline.train.replica import Replica
 from paceline.train.room import TRAINING_BYTES, why_no_room
@@ -54,6 +55,7 @@ def preflight(spec: RunSpec, device: str, max_workers: int) -> LoadedJob:
 
 def _check_layout(layout: Layout, batch_size: int, device: str, max_workers: int) -> None:
     layout.check_batch(batch_size)
+    schedule_of(layout)
     if device == "cuda" and layout.workers > max_workers:
         raise LayoutError(
             f"layout {layout} needs {layout.workers} workers, and this host has {max_workers} GPUs",

@@ -213,6 +213,8 @@ class Worker:
             self._check_enough(layout, world)
             local = min(world.local_size, layout.workers)
             label = describe(layout.workers, threads_for(local, layout.threads), cluster.device)
+            if layout.splits_model:
+                label = f"{label} ({layout})"
             return Plan(layout=layout, label=label, reason="as asked for", chosen_by="user")
         layouts = candidates(cluster, job.batch_size, threads=user_threads())
         if len(layouts) == 1:

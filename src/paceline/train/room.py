@@ -14,7 +14,7 @@ PROOF_BYTES = 32
 
 
 def why_no_room(job: Job, device: str, bytes_per_parameter: int) -> str:
-    """Why one process cannot hold the whole model, with so much for each parameter; empty if it can, or nobody knows."""
+    """Why one process cannot hold the whole model, with so much for each parameter; empty if it can, or may."""
     try:
         with torch.random.fork_rng(), torch.device("meta"):
             num_parameters = sum(p.numel() for p in job.model().parameters())
