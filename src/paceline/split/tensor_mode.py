@@ -224,7 +224,7 @@ _METADATA = {
     "is_quantized", "is_mkldnn", "is_mps", "is_xpu", "is_xla", "names", "grad_fn", "retains_grad", "itemsize",
     "is_floating_point", "is_complex", "element_size", "get_device", "requires_grad_", "is_contiguous",
     "is_inference", "is_tensor", "ndimension", "dim", "ndim", "is_signed", "register_hook", "is_shared", "is_pinned",
-    "has_names", "is_sparse_csr", "is_vulkan", "is_ipu", "is_maia", "is_mtia", "_is_view", "__hash__", "__bool__none",
+    "has_names", "is_sparse_csr", "is_vulkan", "is_ipu", "is_maia", "is_mtia", "_is_view", "__hash__",
 }  # fmt: skip
 
 

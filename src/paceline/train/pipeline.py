@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from paceline.comm.links import StageLinks
-from paceline.plan.schedules import Schedule, make_schedule
+from paceline.plan.schedules import Action, Schedule, make_schedule
 from paceline.records import Layout
 from paceline.split.absent import AbsentPieces
 from paceline.split.apply import SplitModel
@@ -17,7 +17,7 @@ from paceline.split.flight import Flight, backward, backward_of_inputs
 from paceline.split.pieces import Piece
 from paceline.split.pipeline import PipelineStage
 from paceline.train.data import GlobalBatch, Part
-from paceline.train.seeds import mix
+from paceline.train.seeds import derive, seed_torch
 
 Call = Callable[[Any], Any]
 
@@ -65,6 +65,7 @@ class Pipeline:
         """A stage of each of the pipeline's workers, by which it is reached."""
         self._weights = {stage: split.trained_on(stage) for stage in own}
         self._last = self._stages.num_stages - 1
+        self._orders: dict[int, list[Action]] = {}
         self._seed = 0
         self._calls_seen = 0
 
@@ -87,12 +88,9 @@ class Pipeline:
             loss_of: `(part, outputs)` -> what to differentiate; called where the last stage is.
             around: what the forward and the backward of a micro-batch run in.
         """
-        schedule = make_schedule(
-            self._layout.schedule, self._layout.pp, len(batch.parts), self._layout.stages
-        )
         flights: dict[tuple[int, int], Flight] = {}
         left: dict[tuple[int, int], Callable[[], None] | None] = {}
-        for action in schedule.actions(self._rank):
+        for action in self._actions(len(batch.parts)):
             part = batch.parts[action.micro]
             key = action.stage, action.micro
             with around(part):
@@ -113,6 +111,14 @@ class Pipeline:
                         weights()
         self.links.flush()
 
+    def _actions(self, num_micro: int) -> list[Action]:
+        """What this worker does in a step; the last batch of an epoch may have fewer micro-batches than others."""
+        if num_micro not in self._orders:
+            layout = self._layout
+            schedule = make_schedule(layout.schedule, layout.pp, num_micro, layout.stages)
+            self._orders[num_micro] = schedule.actions(self._rank)
+        return self._orders[num_micro]
+
     def forward(self, part: Part, seed: int) -> Any:
         """The model's outputs for one micro-batch, on the worker that has the last stage; absent tensors elsewhere."""
         outputs = None
@@ -121,7 +127,7 @@ class Pipeline:
         return outputs
 
     def _forward(self, stage: int, part: Part, seed: int) -> tuple[Flight, Any]:
-        torch.default_generator.manual_seed(seed)
+        seed_torch(seed, self._device)
         self._seed, self._calls_seen = seed, 0
         mode = self._modes[stage]
         with self._within():
@@ -134,19 +140,11 @@ class Pipeline:
         """Run a piece with random numbers of its own: the code between the pieces draws the same on all stages."""
         state = torch.default_generator.get_state()
         self._calls_seen += 1
-        seed = mix(self._seed, hash_of(piece.name) + self._calls_seen)
-        torch.default_generator.manual_seed(seed)
-        if self._device.type == "cuda":
-            torch.cuda.manual_seed(seed)
+        seed_torch(derive(self._seed, piece.name, self._calls_seen), self._device)
         try:
             return self._split.compute(piece, forward, args, kwargs)
         finally:
             torch.default_generator.set_state(state)
-
-
-def hash_of(name: str) -> int:
-    """A number for a name, the same in every process."""
-    return int.from_bytes(name.encode()[-7:], "little")
 
 
 def schedule_of(layout: Layout) -> Schedule | None:

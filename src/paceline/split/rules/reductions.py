@@ -13,7 +13,7 @@ from paceline.split.tensor_mode import SplitMode, on_whole_tensors
 
 @rule_for("sum", "mean", "amax", "amin", "max", "min", "var", "std", "prod", "argmax", "argmin", "any", "all", "norm",
           "logsumexp", "nansum", "nanmean", "var_mean", "std_mean", "median", "count_nonzero", "topk", "kthvalue",
-          "unbind_", "vector_norm")  # fmt: skip
+          "vector_norm")  # fmt: skip
 def reduce(mode: SplitMode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x = args[0]
     shard = mode.shard(x)
