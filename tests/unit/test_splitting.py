@@ -1,0 +1,154 @@
+"""What is found in a model before it is split: pieces, where to cut, what to divide."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from paceline.errors import LayoutError
+from paceline.split import rules  # noqa: F401 - fills the tables
+from paceline.split.apply import _nearest_tp
+from paceline.split.pieces import find_pieces
+from paceline.split.placement import Shard
+from paceline.split.recompute import recomputed
+from paceline.split.stages import PieceCalls, cut_evenly, plan_stages, steady_pieces
+from paceline.split.tensor_mode import shard_of
+from paceline.split.tensor_plan import plan_tensor_split
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "dist"))
+from split_jobs import SPLIT_JOBS, Shared, Transformer, UNet, torch_encoder
+
+TOKENS = torch.randint(1, 16, (2, 8), generator=torch.Generator().manual_seed(0))
+
+
+def names(model: nn.Module, at_least: int = 1) -> list[str]:
+    return [piece.name for piece in find_pieces(model, at_least)]
+
+
+def test_blocks_of_lists_and_what_stands_beside_them_are_pieces():
+    assert names(Transformer()) == ["embedding", "blocks.0", "blocks.1", "blocks.2", "blocks.3", "norm"]
+    assert names(UNet()) == ["down1.0", "down1.1", "down1.2", "down2.0", "down2.1", "down2.2", "up.0", "up.1", "up.2",
+                             "head"]  # fmt: skip
+
+
+def test_a_piece_that_outweighs_the_rest_is_opened():
+    model = nn.ModuleDict(
+        {"small": nn.Linear(2, 2), "large": nn.ModuleDict({"a": nn.Linear(9, 9), "b": nn.Linear(9, 9)})}
+    )
+    assert names(model, at_least=3) == ["small", "large.a", "large.b"]
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=8), st.integers(1, 4))
+def test_the_cut_is_the_best_of_all(costs, num_parts):
+    if num_parts > len(costs):
+        return
+    found = cut_evenly(costs, num_parts)
+    assert found == sorted(found)
+    assert set(found) == set(range(num_parts))
+
+    def slowest(parts: list[int]) -> int:
+        return max(
+            sum(c for c, p in zip(costs, parts, strict=True) if p == part) for part in range(num_parts)
+        )
+
+    def of(cuts: tuple[int, ...]) -> list[int]:
+        return [sum(place >= cut for cut in cuts) for place in range(len(costs))]
+
+    every = itertools.combinations(range(1, len(costs)), num_parts - 1)
+    assert slowest(found) == min(slowest(of(cuts)) for cuts in every)
+
+
+def test_stages_know_who_holds_tied_and_loose_parameters():
+    model = Transformer()
+    calls = PieceCalls(model, find_pieces(model, 4))
+    stages = plan_stages(model, calls, lambda: model(TOKENS), 2)
+    assert stages.holders["embedding.weight"] == (0, 1)
+    assert stages.holders["place"] == (0,)
+    assert stages.holders["scale"] == (1,)
+    assert sum(map(len, stages.holders.values())) == len(list(model.parameters())) + 1
+
+
+def test_a_block_that_is_called_several_times_may_lie_in_several_stages():
+    model = Shared()
+    calls = PieceCalls(model, find_pieces(model))
+    stages = plan_stages(model, calls, lambda: model(torch.randn(2, 12)), 6)
+    assert sorted(stages.calls.values()) == [0, 1, 2, 3, 4, 5]
+    assert stages.holders["block.0.weight"] == (1, 2, 3, 4)
+
+
+def test_more_stages_than_pieces_are_refused_with_what_works():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    calls = PieceCalls(model, find_pieces(model))
+    with pytest.raises(LayoutError, match="2 pieces to cut between, and 3 pipeline stages") as error:
+        plan_stages(model, calls, lambda: model(torch.randn(2, 2)), 3)
+    assert error.value.next_step == "use at most pp=2"
+
+
+def test_experts_that_the_data_choose_are_not_steady():
+    model = SPLIT_JOBS["unused"][0].model()
+    calls = PieceCalls(model, find_pieces(model))
+    batches = [torch.full((2, 12), value) for value in (0.0, 1.5)]
+    pieces, _ = steady_pieces(model, calls, [lambda b=b: model(b) for b in batches])
+    assert pieces == []
+
+
+def split_of(model: nn.Module, inputs: torch.Tensor, num_workers: int) -> dict[str, Shard]:
+    return dict(plan_tensor_split(model, lambda: F.cross_entropy(model(inputs).flatten(0, -2), torch.zeros(
+        inputs.shape[0] * (inputs.shape[1] if inputs.dtype == torch.int64 else 1), dtype=torch.long
+    )), num_workers).shards)  # fmt: skip
+
+
+def test_columns_rows_heads_and_vocabulary_are_found():
+    model = Transformer()
+    found = split_of(model, TOKENS, 2)
+    assert found["embedding.weight"] == Shard(0, (16,)), "by vocabulary, tied to the output"
+    for block in range(4):
+        prefix = f"blocks.{block}"
+        assert found[f"{prefix}.attention.qkv.weight"] == Shard(0, (16, 8, 8)), "whole heads of each"
+        assert found[f"{prefix}.attention.qkv.bias"] == Shard(0, (16, 8, 8))
+        assert found[f"{prefix}.attention.out.weight"] == Shard(1, (16,))
+        assert found[f"{prefix}.gate.weight"] == found[f"{prefix}.up.weight"] == Shard(0, (32,))
+        assert found[f"{prefix}.down.weight"] == Shard(1, (32,))
+        assert f"{prefix}.attention.head_norm.weight" not in found
+        assert f"{prefix}.down.bias" not in found
+    assert all(shard_of(p) is None for p in model.parameters()), "thinking leaves no trace"
+
+
+def test_torchs_own_attention_is_divided_by_heads():
+    found = split_of(torch_encoder(), torch.randn(2, 12), 2)
+    assert found["2.layers.0.self_attn.in_proj_weight"] == Shard(0, (16, 16, 16))
+    assert found["2.layers.0.self_attn.out_proj.weight"] == Shard(1, (16,))
+
+
+def test_what_cannot_be_divided_is_left_whole_and_the_nearest_is_named():
+    model = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 4))
+    assert split_of(model, torch.randn(2, 12), 5) == {}
+    assert (
+        _nearest_tp(model, lambda: model(torch.randn(2, 12)), 5) == "use tp=4, or another axis (dp_shard, pp)"
+    )
+
+
+@pytest.mark.parametrize(("how", "times"), [("none", 1), ("selective", 2), ("full", 2)])
+def test_recomputation_computes_again_and_counts_statistics_once(how, times):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh())
+    calls = 0
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return model(x)
+
+    x = torch.randn(3, 4, requires_grad=True)
+    recomputed(forward, how, model)(x).sum().backward()
+    assert calls == times
+    assert int(model[1].num_batches_tracked) == 1
