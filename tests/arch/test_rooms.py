@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import shutil
 import subprocess
 import sys
@@ -64,3 +65,11 @@ def test_the_public_face_is_pinned():
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="nothing"):
         paceline.nothing  # noqa: B018
+
+
+def test_no_folder_of_tests_is_left_out(pytestconfig):
+    """pytest's own default leaves out folders called `dist`, without a word."""
+    patterns = pytestconfig.getini("norecursedirs")
+    folders = [p.name for p in Path(__file__).parents[1].iterdir() if p.is_dir() and p.name != "__pycache__"]
+    assert "dist" in folders
+    assert not [name for name in folders if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
