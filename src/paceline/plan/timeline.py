@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from paceline.plan.schedules.base import Action, Schedule, needs
+from paceline.plan.schedules.base import Action, Result, Schedule, execution, needs, result_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Timeline:
     spans: tuple[tuple[Span, ...], ...]
     """Of each worker, in order."""
     peak_stored: tuple[int, ...]
-    """Largest number of (stage, micro-batch) pairs whose activations each worker held."""
+    """Largest number of (stage, micro-batch) pairs whose activations each worker held: from `F` to the end of `B` or
+    `W`."""
 
     @property
     def makespan_s(self) -> float:
@@ -32,9 +33,16 @@ class Timeline:
 
     @property
     def idle_shares(self) -> tuple[float, ...]:
-        """Of each worker: the share of the step in which it waits."""
+        """Of each worker: the share of the step in which it waits; 0 in a step that takes no time."""
         whole_s = self.makespan_s
+        if not whole_s:
+            return (0.0,) * len(self.spans)
         return tuple(1 - sum(s.end_s - s.begin_s for s in spans) / whole_s for spans in self.spans)
+
+    @property
+    def idle_share(self) -> float:
+        """Of all workers together."""
+        return sum(self.idle_shares) / len(self.spans)
 
 
 def simulate(
@@ -44,61 +52,34 @@ def simulate(
     weight_s: Sequence[float],
     send_s: float = 0.0,
 ) -> Timeline:
-    """Play `schedule`.
+    """Play `schedule`. A worker begins each action as soon as it is free and what the action needs is there.
 
     Args:
         forward_s, input_s, weight_s: seconds of each stage for one micro-batch: its forward pass, and the gradients
             of its inputs and of its weights, which together are the backward pass.
-        send_s: until a value or gradient is at another worker.
+        send_s: until a value or gradient is at another worker. Sending keeps no worker busy.
+
+    Raises:
+        InvalidScheduleError: workers wait for each other.
     """
     orders = [schedule.actions(worker) for worker in range(schedule.pp)]
-    places, free_s = [0] * len(orders), [0.0] * len(orders)
+    backward_s = [i + w for i, w in zip(input_s, weight_s, strict=True)]
+    costs_s = {"F": forward_s, "B": backward_s, "I": input_s, "W": weight_s}
+    worker_of = [schedule.worker_of(stage) for stage in range(schedule.num_stages)]
+    there_s: dict[Result, float] = {}
+    free_s = [0.0] * schedule.pp
     spans: list[list[Span]] = [[] for _ in orders]
-    ends_s: dict[Action, float] = {}
-    moved = True
-    while moved:
-        moved = False
-        for worker, order in enumerate(orders):
-            while places[worker] < len(order):
-                action = order[places[worker]]
-                begin_s = _ready_s(action, ends_s, schedule, worker, send_s)
-                if begin_s is None:
-                    break
-                begin_s = max(begin_s, free_s[worker])
-                end_s = begin_s + _cost_s(action, forward_s, input_s, weight_s)
-                ends_s[action] = free_s[worker] = end_s
-                spans[worker].append(Span(action, begin_s, end_s))
-                places[worker] += 1
-                moved = True
+    for worker, action in execution(orders, schedule.num_stages):
+        begin_s = free_s[worker]
+        for need in needs(action, schedule.num_stages):
+            away = worker_of[need[1]] != worker
+            begin_s = max(begin_s, there_s[need] + (send_s if away else 0.0))
+        free_s[worker] = end_s = begin_s + costs_s[action.kind][action.stage]
+        result = result_of(action)
+        if result is not None:
+            there_s[result] = end_s
+        spans[worker].append(Span(action, begin_s, end_s))
     return Timeline(tuple(map(tuple, spans)), tuple(_peak(order) for order in orders))
-
-
-def _ready_s(
-    action: Action, ends_s: dict[Action, float], schedule: Schedule, worker: int, send_s: float
-) -> float | None:
-    """When what `action` needs is there; None while that is not known."""
-    required = needs(action, schedule.num_stages)
-    if not required:
-        return 0.0
-    own, *later = required
-    if own not in ends_s:
-        return None
-    ready_s = ends_s[own] + (send_s if schedule.worker_of(own.stage) != worker else 0.0)
-    if later:
-        found = [ends_s[a] for a in later if a in ends_s]
-        if not found:
-            return None
-        away = schedule.worker_of(later[0].stage) != worker
-        ready_s = max(ready_s, found[0] + (send_s if away else 0.0))
-    return ready_s
-
-
-def _cost_s(
-    action: Action, forward_s: Sequence[float], input_s: Sequence[float], weight_s: Sequence[float]
-) -> float:
-    stage = action.stage
-    costs = {"F": forward_s[stage], "I": input_s[stage], "W": weight_s[stage]}
-    return costs["I"] + costs["W"] if action.kind == "B" else costs[action.kind]
 
 
 def _peak(order: Sequence[Action]) -> int:

@@ -10,7 +10,7 @@ from paceline.plan.schedules.base import Action, Schedule
 class BreadthFirst(Schedule):
     """Several stages a worker; all micro-batches pass one before the next begins (Lamy-Poirier 2023).
 
-    With v stages a worker and at least p micro-batches, the idle share of the ideal time is (p − 1) / (v · m).
+    With v stages a worker and m ≥ p micro-batches, the idle share of the ideal time is (p − 1) / (v · m).
     Stores all m micro-batches of v stages. Parameters that are sharded are gathered once for each stage, not for each
     micro-batch.
     """
