@@ -20,7 +20,7 @@ from paceline.load import load_job
 def automatic(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """One run with `--layout auto`."""
     out = tmp_path_factory.mktemp("auto") / "run"
-    process = paceline("train", str(TOY), f"--out={out}", "--seed=3")
+    process = paceline("train", str(TOY), f"--out={out}", "--seed=3", "--precision=fp32")
     assert process.returncode == 0, process.stdout + process.stderr
     return out, process
 
@@ -120,7 +120,8 @@ def torchrun(*arguments: str, environment: dict[str, str] | None = None) -> subp
 
 def test_the_same_command_under_torchrun_trains_the_same(automatic, tmp_path):
     process = torchrun(
-        "-m", "paceline", "train", str(TOY), "--layout=dp_replicate=2", "--seed=3", f"--out={tmp_path / 'run'}"
+        "-m", "paceline", "train", str(TOY), "--layout=dp_replicate=2", "--seed=3", "--precision=fp32",
+        f"--out={tmp_path / 'run'}"
     )
     assert process.returncode == 0, process.stdout + process.stderr
     assert "finished" in process.stdout
