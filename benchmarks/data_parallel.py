@@ -15,7 +15,6 @@ is the same program shows the noise.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import subprocess
@@ -24,7 +23,7 @@ import tempfile
 from pathlib import Path
 from statistics import median, quantiles
 
-from turns import Program
+from turns import take_turns
 
 from paceline.measure.machine import usable_cores
 from paceline.records import Layout
@@ -38,8 +37,6 @@ WAYS = (SINGLE, THREADED, OURS, DDP, TUNED_DDP)
 CORES = len(usable_cores())
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
 """What paceline tells malloc by itself, and a user of a plain script may set in the environment."""
-TURN_S = 1.5
-WARM_UP_STEPS = 8
 
 JOB_FILE = """
 import dataclasses
@@ -105,22 +102,7 @@ def measure(job: str, rounds: int, folder: Path) -> Measured:
         DDP: (CORES, [ddp, "ddp", str(path)], {}),
         TUNED_DDP: (CORES, [ddp, "ddp", str(path)], KEEP_MEMORY),
     }
-    step_s: dict[str, list[float]] = {way: [] for way in WAYS}
-    with contextlib.ExitStack() as stack:
-        programs = {}
-        for number, (way, (processes, command, environment)) in enumerate(ways.items()):
-            programs[way] = Program(processes, command, folder / f"{job}-{number}", environment)
-            stack.callback(programs[way].close)
-        steps = {}
-        for way, program in programs.items():
-            program.turn(WARM_UP_STEPS)
-            seconds, _ = program.turn(WARM_UP_STEPS)
-            steps[way] = max(1, round(TURN_S * WARM_UP_STEPS / seconds))
-        for number in range(rounds):
-            first = number % len(WAYS)  # each way follows another way equally often
-            for way in (*WAYS[first:], *WAYS[:first]):
-                seconds, samples = programs[way].turn(steps[way])
-                step_s[way].append(seconds * batch_size / samples)
+    step_s = take_turns(ways, rounds, folder / job, batch_size)
     return Measured(job, str(chosen["label"]), step_s)
 
 

@@ -13,7 +13,6 @@ Writes `docs/layouts.md`.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import datetime
 import json
@@ -25,9 +24,10 @@ from statistics import median
 
 import matplotlib.pyplot as plt
 import torch
-from data_parallel import CORES, JOB_FILE, ROOT, TURN_S, WARM_UP_STEPS, spread
-from turns import Program
+from data_parallel import CORES, JOB_FILE, ROOT, spread
+from turns import take_turns
 
+from paceline.load import load_job
 from paceline.records import Layout
 
 ONE = "dp_replicate=1"
@@ -72,7 +72,8 @@ def main() -> None:
         job.write_text(JOB_FILE.format(path=str(ROOT / "examples" / "text.py"), name="text"))
         curves = {layout: train(job, layout, arguments.steps, Path(folder)) for layout in CURVES}
         draw(curves, ROOT / "docs" / "images" / "layouts.png")
-        step_s = take_turns(job, arguments.rounds, Path(folder))
+        batch_size = load_job(str(job)).batch_size
+        step_s = take_turns(ways_of(job), arguments.rounds, Path(folder), batch_size)
     text = to_markdown(curves, step_s)
     print(text)
     (ROOT / "docs" / "layouts.md").write_text(text)
@@ -119,34 +120,16 @@ def draw(curves: dict[str, Curve], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def take_turns(job: Path, rounds: int, folder: Path) -> dict[str, list[float]]:
-    """Seconds per step of each way, round by round."""
+def ways_of(job: Path) -> dict[str, tuple[int, list[str], dict[str, str]]]:
+    """What takes turns: name -> (processes, command, environment)."""
     ours, peer = (str(ROOT / "benchmarks" / f"{name}_script.py") for name in ("paceline", "peer"))
-    ways: dict[str, tuple[int, list[str]]] = {
-        SINGLE: (1, [ours, str(job), "dp_replicate=1,threads=1"]),
-        THREADED: (1, [ours, str(job), f"dp_replicate=1,threads={CORES}"]),
-        DDP: (2, [peer, "ddp", str(job)]),
-        FSDP2: (2, [peer, "fsdp2", str(job)]),
-        **{layout: (Layout.parse(layout).workers, [ours, str(job), layout]) for layout in TIMED},
+    return {
+        SINGLE: (1, [ours, str(job), "dp_replicate=1,threads=1"], {}),
+        THREADED: (1, [ours, str(job), f"dp_replicate=1,threads={CORES}"], {}),
+        DDP: (2, [peer, "ddp", str(job)], {}),
+        FSDP2: (2, [peer, "fsdp2", str(job)], {}),
+        **{layout: (Layout.parse(layout).workers, [ours, str(job), layout], {}) for layout in TIMED},
     }
-    step_s: dict[str, list[float]] = {way: [] for way in ways}
-    with contextlib.ExitStack() as stack:
-        programs = {}
-        for number, (way, (processes, command)) in enumerate(ways.items()):
-            programs[way] = Program(processes, command, folder / f"turns-{number}", {})
-            stack.callback(programs[way].close)
-        steps = {}
-        for way, program in programs.items():
-            program.turn(WARM_UP_STEPS)
-            seconds, _ = program.turn(WARM_UP_STEPS)
-            steps[way] = max(1, round(TURN_S * WARM_UP_STEPS / seconds))
-        names = list(ways)
-        for number in range(rounds):
-            first = number % len(names)
-            for way in (*names[first:], *names[:first]):
-                seconds, _ = programs[way].turn(steps[way])
-                step_s[way].append(seconds / steps[way])
-    return step_s
 
 
 def to_markdown(curves: dict[str, Curve], step_s: dict[str, list[float]]) -> str:

@@ -6,6 +6,7 @@ by turns see the same machine; those that wait sleep.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -14,6 +15,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+TURN_S = 1.5
+WARM_UP_STEPS = 8
 _POLL_S = 0.02
 _END = 0
 _TURN_TIMEOUT_S = 300.0
@@ -102,6 +105,37 @@ class Program:
     def _ask(self, steps: int) -> None:
         self._number += 1
         _write(self._folder / f"turn{self._number}", {"steps": steps})
+
+
+def take_turns(
+    ways: Mapping[str, tuple[int, list[str], Mapping[str, str]]],
+    rounds: int,
+    folder: Path,
+    batch_size: int,
+) -> dict[str, list[float]]:
+    """Seconds per global batch of each way, round by round; each way follows another equally often.
+
+    Args:
+        ways: name -> (processes, command, environment).
+    """
+    step_s: dict[str, list[float]] = {way: [] for way in ways}
+    with contextlib.ExitStack() as stack:
+        programs = {}
+        for number, (way, (processes, command, environment)) in enumerate(ways.items()):
+            programs[way] = Program(processes, command, folder / f"turns-{number}", environment)
+            stack.callback(programs[way].close)
+        steps = {}
+        for way, program in programs.items():
+            program.turn(WARM_UP_STEPS)
+            seconds, _ = program.turn(WARM_UP_STEPS)
+            steps[way] = max(1, round(TURN_S * WARM_UP_STEPS / seconds))
+        names = list(ways)
+        for number in range(rounds):
+            first = number % len(names)
+            for way in (*names[first:], *names[:first]):
+                seconds, samples = programs[way].turn(steps[way])
+                step_s[way].append(seconds * batch_size / samples)
+    return step_s
 
 
 def _write(path: Path, content: Mapping[str, float]) -> None:

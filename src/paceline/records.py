@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -79,7 +79,7 @@ class Layout(Record):
     """Pipeline stages of each worker; None: as many as the schedule is made for."""
     zero: int | None = Field(default=None, ge=1, le=3)
     """What `dp_shard` shards: 1 the optimizer's state, 2 gradients too, 3 parameters too; None: `zero_stage`."""
-    recompute: str = "none"
+    recompute: Literal["none", "selective", "full"] = "none"
     """One of `RECOMPUTE`."""
     threads: int | None = Field(default=None, ge=1)
     """Threads of each worker; None shares out the host's cores."""

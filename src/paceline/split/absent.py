@@ -41,7 +41,8 @@ class AbsentPieces:
         with plainly():
             key = (piece.name, torch.is_grad_enabled(), piece.module.training, *map(_signature, leaves))
         if key not in self._known:
-            self._known[key] = self._find_out(piece, forward, leaves, restore)
+            with silent():
+                self._known[key] = self._find_out(piece, forward, leaves, restore)
         described, rebuild = self._known[key]
         with plainly():
             return rebuild(
@@ -49,16 +50,6 @@ class AbsentPieces:
             )
 
     def _find_out(
-        self,
-        piece: Piece,
-        forward: Callable[..., Any],
-        leaves: list[Any],
-        restore: Callable[[list[Any]], Any],
-    ) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-        with silent():
-            return self._find_out_silently(piece, forward, leaves, restore)
-
-    def _find_out_silently(
         self,
         piece: Piece,
         forward: Callable[..., Any],

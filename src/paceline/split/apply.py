@@ -140,25 +140,32 @@ class SplitModel:
     def collect(
         self, local: Iterator[tuple[str, torch.Tensor | None]], what: str
     ) -> Iterator[tuple[str, torch.Tensor | None]]:
-        """Parameters, or what is shaped like them, whole; every name once, in the model's order, on rank 0.
+        """Parameters, or what is shaped like them, whole; every name once, on rank 0.
 
-        Others get what is theirs. A collective call.
+        Others get what is theirs. A collective call. One tensor after the other; in a pipeline a stage's together.
 
         Args:
             local: name and tensor of what this worker has, not sharded any more.
         """
-        mesh = self.mesh
-        here: dict[str, torch.Tensor | None] = {}
-        for name, tensor in local:
-            shard = self.shards.get(name)
-            if tensor is not None and shard is not None:
-                tensor = gather_whole(tensor, shard, mesh.tensor, name)
-            here[name] = tensor
-        yield from self._from_stages(here, self.shapes, {n: h[0] for n, h in self.all_holders.items()}, what)
+        whole = ((name, self._gathered(name, tensor)) for name, tensor in local)
+        if self.mesh.pipeline.size == 1:
+            yield from whole
+            return
+        holders = {name: workers[0] for name, workers in self.all_holders.items()}
+        yield from self._from_stages(dict(whole), self.shapes, holders, what)
+
+    def _gathered(self, name: str, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        shard = self.shards.get(name)
+        if tensor is None or shard is None:
+            return tensor
+        return gather_whole(tensor, shard, self.mesh.tensor, name)
 
     def collect_buffers(self) -> Iterator[tuple[str, torch.Tensor | None]]:
         """The model's buffers, each from where it is computed, on rank 0. A collective call."""
         here: dict[str, torch.Tensor | None] = dict(self.model.named_buffers())
+        if self.mesh.pipeline.size == 1:
+            yield from here.items()
+            return
         shapes = {name: tuple(t.shape) for name, t in here.items() if t is not None}
         yield from self._from_stages(here, shapes, self._buffer_holders, "buffers")
 
@@ -170,9 +177,6 @@ class SplitModel:
         what: str,
     ) -> Iterator[tuple[str, torch.Tensor | None]]:
         group = self.mesh.pipeline
-        if group.size == 1:
-            yield from ((name, here.get(name)) for name in shapes)
-            return
         dtypes = {name: None if t is None else str(t.dtype) for name, t in here.items()}
         told = group.gather_json(dtypes, what)
         for name, shape in shapes.items():

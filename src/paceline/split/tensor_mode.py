@@ -5,8 +5,8 @@ model asks for is translated to that of the piece. Which calls can be made on pi
 them, is known for each function of torch (`split/rules`); any other function gets its tensors whole, so that a model
 is computed right whatever it calls, if not always cheaply. Nothing is known of any model.
 
-A tensor carries its division as an attribute, from the call that made it to those that read it. Cost: some 5 µs of
-Python for each call that reads a divided tensor, 1 µs for others; none in the backward pass.
+A tensor carries its division as an attribute, from the call that made it to those that read it. Cost: 8 µs of Python
+for each call that reads a divided tensor, 4 µs for others (docs/log.md); none in the backward pass.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from paceline.comm.group import Group
 from paceline.split import exchange
 from paceline.split.placement import Shape, Shard, local_shape, whole_shape
+from paceline.split.trees import map_arguments
 
 _SHARD = "_paceline_shard"
 
@@ -136,10 +137,6 @@ class SplitMode(TorchFunctionMode):
         """−log softmax(scores)[target], for scores [..., C] divided along C; shape that of `target`."""
         raise NotImplementedError
 
-    def untouched(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call a function on the pieces as they are, whatever it calls."""
-        return function(*args, **kwargs)
-
     def compose(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a function that is written in terms of torch's, each call of which is seen."""
         with self:
@@ -161,19 +158,6 @@ def _holds_weights(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
     return any(isinstance(a, torch.nn.Parameter) for a in (*args, *kwargs.values()))
 
 
-def map_tensors(value: Any, function: Callable[[torch.Tensor], Any]) -> Any:
-    """`value`, nested in tuples, lists and dicts, with `function` applied to its tensors."""
-    if isinstance(value, torch.Tensor):
-        return function(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(v, function) for v in value))
-    if isinstance(value, tuple | list):
-        return type(value)(map_tensors(v, function) for v in value)
-    if isinstance(value, dict):
-        return {k: map_tensors(v, function) for k, v in value.items()}
-    return value
-
-
 def on_whole_tensors(
     mode: SplitMode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
@@ -182,7 +166,7 @@ def on_whole_tensors(
         return func(*args, **kwargs)
     if _is_composed(func):
         return mode.compose(_without_overrides(func), *args, **kwargs)
-    changed = [args[0]] if args and _works_in_place(func) else []
+    changed = [args[0]] if args and works_in_place(func) else []
     changed += [v for k, v in kwargs.items() if k == "out"]
     swapped = {id(t): mode.whole(t) for t in changed if shard_of(t) is not None}
 
@@ -191,7 +175,7 @@ def on_whole_tensors(
 
     if swapped:
         swapped = {key: tensor.clone() for key, tensor in swapped.items()}
-    result = func(*map_tensors(args, make_whole), **map_tensors(kwargs, make_whole))
+    result = func(*map_arguments(args, make_whole), **map_arguments(kwargs, make_whole))
     for tensor in changed:
         if id(tensor) in swapped:
             mode.put(tensor, swapped[id(tensor)])
@@ -213,7 +197,8 @@ def plainly() -> contextlib.AbstractContextManager[Any]:
     return torch._C.DisableTorchFunction()
 
 
-def _works_in_place(func: Callable[..., Any]) -> bool:
+def works_in_place(func: Callable[..., Any]) -> bool:
+    """Whether a function of torch writes its result into its first argument."""
     name = getattr(func, "__name__", "")
     return name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
 
@@ -315,7 +300,7 @@ class TensorParallel(SplitMode):
     def made(self, result: Any, shard: Shard | None, *sources: Any) -> Any:
         if isinstance(result, torch.Tensor):
             return mark(result, shard)
-        map_tensors(result, lambda t: mark(t, shard))
+        map_arguments(result, lambda t: mark(t, shard))
         return result
 
     def own_range(self, shard: Shard) -> tuple[int, int]:

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from paceline.split.placement import Shard, is_divisible, take
-from paceline.split.tensor_mode import Thought, map_tensors, mark, shard_of
+from paceline.split.tensor_mode import Thought, mark, shard_of
+from paceline.split.trees import map_arguments
 
 _ORIGINS = "_paceline_origins"
 _TRANSPOSED = "_paceline_transposed"
@@ -38,14 +39,10 @@ _MOST_PASSES = 20
 
 @dataclasses.dataclass(frozen=True)
 class TensorSplit:
-    """What is divided, by the names of the parameters, and how much of the model that is."""
+    """What is divided, by the names of the parameters."""
 
     num_workers: int
     shards: Mapping[str, Shard]
-    divided: int
-    """Elements of the divided parameters."""
-    elements: int
-    """Of all parameters."""
 
 
 class Planning(Thought):
@@ -134,7 +131,7 @@ class Planning(Thought):
             setattr(tensor, _ORIGINS, origins)
             return mark(tensor, shard)
 
-        return note(result) if isinstance(result, torch.Tensor) else map_tensors(result, note)
+        return note(result) if isinstance(result, torch.Tensor) else map_arguments(result, note)
 
     def would_fit(self, tensor: torch.Tensor, shard: Shard) -> None:
         for name in self._origins(tensor):
@@ -146,19 +143,16 @@ class Planning(Thought):
         return frozenset([name]) if name is not None else getattr(tensor, _ORIGINS, frozenset())
 
 
-def plan_tensor_split(
-    model: nn.Module, run: Callable[[], Any], num_workers: int, fixed: frozenset[str] = frozenset()
-) -> TensorSplit:
+def plan_tensor_split(model: nn.Module, run: Callable[[], Any], num_workers: int) -> TensorSplit:
     """What to divide among `num_workers`.
 
     Args:
         run: one forward of the model and its loss. Buffers and random state are put back afterwards.
-        fixed: names of parameters that must stay whole.
     """
     parameters = dict(model.named_parameters())
     names = {id(p): name for name, p in parameters.items()}
     num_elements = sum(p.numel() for p in parameters.values())
-    left_whole = set(fixed)
+    left_whole: set[str] = set()
     parts: dict[str, tuple[int, ...]] = {}
     tried: set[tuple[str, tuple[int, ...]]] = set()
     for _ in range(_MOST_PASSES):
@@ -176,8 +170,7 @@ def plan_tensor_split(
         if not small - left_whole:
             break
         left_whole |= small
-    shards = planning.shards
-    return TensorSplit(num_workers, shards, sum(parameters[n].numel() for n in shards), num_elements)
+    return TensorSplit(num_workers, planning.shards)
 
 
 @contextlib.contextmanager

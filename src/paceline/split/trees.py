@@ -65,3 +65,16 @@ def map_tensors(value: Any, function: Callable[[torch.Tensor], Any]) -> Any:
         return function(value)
     leaves, restore = flatten(value)
     return restore([function(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves])
+
+
+def map_arguments(value: Any, function: Callable[[Any], Any], kinds: Any = torch.Tensor) -> Any:
+    """A call's arguments, in tuples, lists and dicts, with `function` applied to those of `kinds`; quicker."""
+    if isinstance(value, kinds):
+        return function(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_arguments(v, function, kinds) for v in value))
+    if isinstance(value, tuple | list):
+        return type(value)(map_arguments(v, function, kinds) for v in value)
+    if isinstance(value, dict):
+        return {k: map_arguments(v, function, kinds) for k, v in value.items()}
+    return value

@@ -177,7 +177,7 @@ class _LayoutSide:
         self._replica.optimizer.register_step_pre_hook(self._keep_gradients)
 
     def step(self) -> Observed:
-        before = _copies(self._replica.whole_parameters())
+        before = _copies(self._replica.state.parameters())
         result = self._replica.step(next(self._batches))
         return Observed(
             loss=result.loss,
@@ -185,8 +185,8 @@ class _LayoutSide:
             samples=result.samples,
             gradients=self._gradients,
             before=before,
-            parameters=_copies(self._replica.whole_parameters()),
-            buffers=_copies(self._replica.whole_buffers()),
+            parameters=_copies(self._replica.state.parameters()),
+            buffers=_copies(self._replica.state.buffers()),
         )
 
     def how_parted(self) -> str:
@@ -200,7 +200,7 @@ class _LayoutSide:
     def _keep_gradients(self, *_: object) -> None:
         self._gradients = {
             name: None if gradient is None else gradient.clone()
-            for name, gradient in self._replica.whole_gradients()
+            for name, gradient in self._replica.state.gradients()
         }
 
 

@@ -26,11 +26,10 @@ from paceline.train.data import GlobalBatch, Part, evaluation_parts
 from paceline.train.pipeline import Pipeline, schedule_of
 from paceline.train.reduction import Reduction, Sums
 from paceline.train.seeds import derive, seed_everything, seed_torch
+from paceline.train.state import WholeState, broadcast
 
 # The sums that travel with the gradients, and their places.
 _LOSS, _WEIGHT, _WEIGHTED, _STOP = range(4)
-_BROADCAST_NUMEL = 1 << 22
-"""Elements of parameters that are sent in one message, if more than one parameter is."""
 SUMS = Sums(num=4, num_alike=3, weight=_WEIGHT, weighted=_WEIGHTED)
 
 
@@ -111,6 +110,7 @@ class Replica:
         self._split: SplitModel | None = None
         self._sharded: ShardedParameters | None = None
         self._pipeline: Pipeline | None = None
+        self.state = WholeState(self.model, self._local)
         self._num_parameters = sum(p.numel() for p in self.model.parameters())
         self._reduction = self._reduction_of(self._mesh)
         self.model.train()
@@ -125,7 +125,7 @@ class Replica:
         self._mesh = mesh
         self.optimizer.zero_grad(set_to_none=True)
         if mesh.everyone.size > 1:
-            self._broadcast_state()
+            broadcast(self.model, mesh.everyone)
         self._reduction = self._reduction_of(mesh)
 
     def split(self, mesh: Mesh, samples: list[Any]) -> None:
@@ -141,7 +141,7 @@ class Replica:
         layout = mesh.layout
 
         def run(batch: Any) -> None:
-            self._loss_of(batch, self._call(batch))
+            self.job.loss(self._call(batch), batch)
 
         runs = [functools.partial(run, batch) for batch in samples]
         self._split = split = SplitModel(self.model, layout, mesh, runs, schedule_of(layout))
@@ -153,6 +153,7 @@ class Replica:
         if layout.dp_shard > 1:
             self._shard_parameters(split, mesh)
         self._trained = [local.parameter for local in self._local]
+        self.state = WholeState(self.model, self._local, split, self._sharded)
         if layout.pp > 1:
             self._pipeline = Pipeline(split, layout, self.device, self._call, self._forward_context)
         self._reduction = self._reduction_of(mesh)
@@ -169,7 +170,7 @@ class Replica:
         self._sharded.replaced = {}
 
     def _reduction_of(self, mesh: Mesh) -> Reduction:
-        if mesh.everyone not in self._reductions or self._split is not None:
+        if mesh.everyone not in self._reductions:
             links = self._pipeline.links if self._pipeline is not None else None
             stages = self._pipeline.first_stage_of if self._pipeline is not None else {}
             self._reductions[mesh.everyone] = Reduction(mesh, self._local, SUMS, self._sharded, links, stages)
@@ -311,7 +312,7 @@ class Replica:
         def loss_of(part: Part, outputs: Any) -> torch.Tensor:
             nonlocal weighted
             with self._forward_context():
-                loss = self._loss_of(part.batch, outputs)
+                loss = self.job.loss(outputs, part.batch)
             weighted = isinstance(loss, tuple)
             sums[_WEIGHTED] = float(weighted)
             return self._weigh(loss, part, batch, sums)  # type: ignore[no-any-return]
@@ -342,9 +343,6 @@ class Replica:
         """What calls of the model and of the loss run in."""
         with contextlib.nullcontext() if self._split is None else self._split.computing(), self._autocast():
             yield
-
-    def _loss_of(self, batch: Any, outputs: Any) -> Any:
-        return self.job.loss(outputs, batch)
 
     def _weigh(self, loss: Any, part: Part, batch: GlobalBatch, sums: torch.Tensor) -> Any:
         """Add this part's loss sum and weight to `sums`; return what to differentiate."""
@@ -393,62 +391,3 @@ class Replica:
         if self.precision == "bf16":
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return contextlib.nullcontext()
-
-    def whole_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The model's parameters by name, each whole, on rank 0. A collective call."""
-        if self._split is None:
-            yield from ((name, p.detach()) for name, p in self.model.named_parameters())
-            return
-        local: Iterator[tuple[str, torch.Tensor | None]]
-        if self._sharded is not None:
-            local = iter(self._sharded.whole_parameters())
-        else:
-            local = ((name, p.parameter.detach()) for name, p in self._split.parameters.items())
-        yield from self._split.collect(local, "parameters")  # type: ignore[misc]
-
-    def whole_gradients(self) -> Iterator[tuple[str, torch.Tensor | None]]:
-        """The gradients of what is trained, as the optimizer is about to get them; otherwise as `whole_parameters`."""
-        if self._split is None:
-            yield from ((p.name, None if p.parameter.grad is None else p.parameter.grad) for p in self._local)
-            return
-        local: Iterator[tuple[str, torch.Tensor | None]]
-        if self._sharded is not None:
-            local = iter(self._sharded.whole_gradients())
-        else:
-            local = ((p.name, p.parameter.grad) for p in self._local)
-        for name, gradient in self._split.collect(local, "gradients"):
-            if self._split.requires_grad[name]:
-                yield name, gradient
-
-    def describe_state(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Type and whole shape of each parameter and each buffer that is kept with the model, in the model's order."""
-        shapes = {} if self._split is None else self._split.shapes
-        kept = set(self.model.state_dict())
-        parameters = {n: (p.dtype, shapes.get(n, tuple(p.shape))) for n, p in self.model.named_parameters()}
-        return parameters | {n: (b.dtype, tuple(b.shape)) for n, b in self.model.named_buffers() if n in kept}
-
-    def whole_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The model's buffers, as `whole_parameters`."""
-        if self._split is None:
-            yield from self.model.named_buffers()
-        else:
-            yield from self._split.collect_buffers()  # type: ignore[misc]
-
-    def _broadcast_state(self) -> None:
-        """Give every worker rank 0's parameters and buffers, one message per type of number."""
-        by_type: dict[torch.dtype, list[torch.Tensor]] = {}
-        for tensor in [*self.model.parameters(), *self.model.buffers()]:
-            by_type.setdefault(tensor.dtype, []).append(tensor.detach())
-        for dtype, tensors in by_type.items():
-            while tensors:
-                # Small ones together, large ones alone: no second copy of a large model.
-                count, numel = 1, tensors[0].numel()
-                while count < len(tensors) and numel + tensors[count].numel() <= _BROADCAST_NUMEL:
-                    numel += tensors[count].numel()
-                    count += 1
-                together, tensors = tensors[:count], tensors[count:]
-                flat = torch.cat([t.reshape(-1) for t in together])
-                wire = flat.to(torch.uint8) if dtype == torch.bool else flat
-                self._mesh.everyone.broadcast_(wire, "initial parameters")
-                for tensor, piece in zip(together, wire.split([t.numel() for t in together]), strict=True):
-                    tensor.copy_(piece.view(tensor.shape))

@@ -180,12 +180,12 @@ class Session:
 
     def whole_state(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The model's parameters and buffers by name, whole, on rank 0; on others what is there. All call it."""
-        yield from self._replica.whole_parameters()
-        yield from self._replica.whole_buffers()
+        yield from self._replica.state.parameters()
+        yield from self._replica.state.buffers()
 
     def describe_state(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Type and shape of what `whole_state` gives and a checkpoint keeps, in its order."""
-        return self._replica.describe_state()
+        """Type and whole shape of what `whole_state` gives and is kept with the model."""
+        return self._replica.state.describe()
 
     def request_stop(self) -> None:
         """Ask all workers to stop: the next step's result has `stop` set on each of them."""

@@ -26,7 +26,7 @@ _TYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_ALIGNMENT_BYTES = 8
+_ALIGNMENT_BYTES = _LENGTH_BYTES = 8
 
 
 def save_weights(model: nn.Module, directory: Path) -> str:
@@ -46,15 +46,17 @@ def save_tensors(
     described: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     directory: Path,
 ) -> str:
-    """The same, of tensors that come one after the other: no two of them need to be in memory at once.
+    """The same, of tensors that come one after the other, in any order: no two of them need to be in memory at once.
 
     Args:
-        described: name -> type and shape, in the order in which they come.
+        described: name -> type and shape of all that come.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    begins: dict[str, int] = {}
     offset = 0
     for name, (dtype, shape) in described.items():
         num_bytes = math.prod(shape) * dtype.itemsize
+        begins[name] = offset
         header[name] = {
             "dtype": _TYPES[dtype],
             "shape": list(shape),
@@ -66,8 +68,9 @@ def save_tensors(
     path = directory / FILE_NAME
     partial = path.with_suffix(".partial")
     with open(partial, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in tensors:
+        file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
+        for name, tensor in tensors:
+            file.seek(_LENGTH_BYTES + len(text) + begins[name])
             flat = tensor.detach().cpu().contiguous().reshape(-1)
             file.write(flat.view(torch.uint8).numpy().data)
     os.replace(partial, path)

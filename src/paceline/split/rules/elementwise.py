@@ -9,7 +9,8 @@ import torch
 
 from paceline.split.placement import Shard
 from paceline.split.rules.table import positive, rule_for, words
-from paceline.split.tensor_mode import SplitMode, map_tensors
+from paceline.split.tensor_mode import SplitMode, works_in_place
+from paceline.split.trees import map_arguments
 
 _NAMES = words("""
     abs absolute acos acosh add addcdiv addcmul alpha_dropout angle arccos arcsin arctan asin asinh atan
@@ -35,19 +36,21 @@ def elementwise(
     mode: SplitMode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     tensors: list[torch.Tensor] = []
-    map_tensors((args, kwargs), tensors.append)
-    in_place = _in_place(func)
+    map_arguments((args, kwargs), tensors.append)
+    in_place = works_in_place(func)
     # In place, the result lies where it lay.
     target = mode.shard(tensors[0]) if in_place else None
     if target is None and not in_place:
         target = common(mode, tensors)
     if target is None:
-        return func(*map_tensors(args, mode.whole), **map_tensors(kwargs, mode.whole))
+        return func(*map_arguments(args, mode.whole), **map_arguments(kwargs, mode.whole))
     num_dims = max(len(mode.shape(t)) for t in tensors)
     fitted = {id(t): fit(mode, t, target, num_dims) for t in tensors}
     if in_place:
         fitted[id(tensors[0])] = tensors[0]
-    result = func(*map_tensors(args, lambda t: fitted[id(t)]), **map_tensors(kwargs, lambda t: fitted[id(t)]))
+    result = func(
+        *map_arguments(args, lambda t: fitted[id(t)]), **map_arguments(kwargs, lambda t: fitted[id(t)])
+    )
     return result if in_place else mode.made(result, target, *tensors)
 
 
@@ -70,13 +73,6 @@ def fit(mode: SplitMode, tensor: torch.Tensor, target: Shard, num_dims: int) -> 
     if dim < 0 or shape[dim] == 1:
         return mode.share(mode.whole(tensor))
     return mode.cut(tensor, target.at(dim))
-
-
-def _in_place(func: Callable[..., Any]) -> bool:
-    name = func.__name__
-    return (name.endswith("_") and not name.startswith("__")) or name in (
-        "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__iand__", "__ior__", "__ixor__"
-    )  # fmt: skip
 
 
 @rule_for(
@@ -105,7 +101,7 @@ def along_a_dimension(
     shard, shape = mode.shard(x), mode.shape(x)
     dims = _dims_of(func, args, kwargs, len(shape))
     if shard is None or shard.dim in dims or func.__name__ == "renorm":
-        return func(*map_tensors(args, mode.whole), **map_tensors(kwargs, mode.whole))
+        return func(*map_arguments(args, mode.whole), **map_arguments(kwargs, mode.whole))
     return mode.made(func(*args, **kwargs), shard, x)
 
 
