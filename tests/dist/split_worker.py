@@ -13,6 +13,7 @@ from paceline.comm.mesh import make_mesh
 from paceline.comm.world import World, join
 from paceline.errors import LayoutError
 from paceline.records import Layout
+from paceline.split import deferred
 from paceline.train.loop import save
 from paceline.train.proof import prove
 from paceline.train.session import Datasets, Session
@@ -53,6 +54,8 @@ def train_one(name: str, text: str, world: World, directory: Path) -> dict[str, 
 def main() -> None:
     asked = json.loads(Path(sys.argv[1]).read_text())
     directory = Path(sys.argv[2])
+    # These models are tiny: what is built in parts elsewhere shall be here, too.
+    deferred.LEAST_BYTES = 64
     world = join("cpu", timeout_s=60)
     everyone = world.group(world.size)
     assert everyone is not None

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from paceline.records import Difference, Layout, Proof
 from paceline.train.comparison import Observed, compare
-from paceline.train.determinism import deterministic
+from paceline.split.determinism import deterministic
 
 
 def observed(**changes: object) -> Observed:

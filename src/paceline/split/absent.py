@@ -91,7 +91,7 @@ def _describe(
     make: Callable[..., torch.Tensor],
 ) -> tuple[list[Any], Callable[[list[Any]], Any]]:
     """Run the piece on tensors that `make` makes, and say what it returns."""
-    module = _Calling(piece.module, forward)
+    module = Calling(piece.module, forward)
     with plainly():
         stand_ins = [_stand_in(leaf, make) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         state = {n: _stand_in(t, make) for n, t in (*module.named_parameters(), *module.named_buffers())}
@@ -115,7 +115,7 @@ def _is_object(value: Any) -> bool:
     return value is not None and not isinstance(value, bool | int | float | str)
 
 
-class _Calling(nn.Module):
+class Calling(nn.Module):
     """Calls a piece's forward, so that its parameters can be stood in for."""
 
     def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:

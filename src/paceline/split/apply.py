@@ -1,6 +1,7 @@
 """Applying a layout to a model, in one fixed order.
 
-1. **Pieces** are found: everything below works piece by piece.
+1. **Pieces** are found: everything below works piece by piece. Nothing has to be in memory for that: parameters
+   may be deferred, and are then lent their values piece by piece.
 2. **Pipeline**: parameters of other stages leave. First, as what is not here need not be divided.
 3. **Tensor parallelism** divides what is left; it must see whole parameters, and gives plain, smaller ones.
 4. **Batch norms** take statistics over the workers among which the batch is split.
@@ -27,13 +28,16 @@ from paceline.errors import SplitError
 from paceline.plan.schedules import Schedule
 from paceline.records import Layout
 from paceline.split import rules as rules  # fills the tables of tensor parallelism
+from paceline.split.block_proof import find_proven_split
+from paceline.split.deferred import DeferredParameters
 from paceline.split.exchange import gather_whole
+from paceline.split.finding import TensorSplit, find_stages, find_steady
 from paceline.split.pieces import Piece, find_pieces
 from paceline.split.placement import Shard, take
 from paceline.split.recompute import recomputed
-from paceline.split.stages import PieceCalls, Stages, plan_stages, steady_pieces
+from paceline.split.stages import PieceCalls, Stages
 from paceline.split.tensor_mode import TensorParallel
-from paceline.split.tensor_plan import TensorSplit, divide_parameters, plan_tensor_split
+from paceline.split.tensor_plan import divide_parameters
 
 Cut = Callable[[torch.Tensor], torch.Tensor]
 
@@ -62,11 +66,13 @@ class SplitModel:
         mesh: Mesh,
         runs: Sequence[Callable[[], Any]],
         schedule: Schedule | None,
+        deferred: DeferredParameters,
     ) -> None:
         """Split `model`, in place. A collective call of all workers of `mesh`.
 
         Args:
             runs: forwards of the model and the loss, each on another small batch.
+            deferred: the parameters that have no values yet. Of those that stay whole here it still has them.
             schedule: of the pipeline; None where there is none.
 
         Raises:
@@ -76,24 +82,23 @@ class SplitModel:
         self.model, self.layout, self.mesh = model, layout, mesh
         self.replaced: dict[nn.Parameter, tuple[nn.Parameter, Cut] | None] = {}
         """What stands for each parameter that is not here as it was: see `swap_parameters`."""
+        self._deferred = deferred
         whole = dict(model.named_parameters())
         shapes = {name: tuple(p.shape) for name, p in whole.items()}
-        run = runs[0]
         num_stages = 1 if schedule is None else schedule.num_stages
         self.calls = PieceCalls(model, find_pieces(model, 2 * num_stages))
         self.steady: list[Piece] = []
         """Pieces that all workers call alike, whatever their samples."""
         self.read_between: set[str] = set()
         """Parameters that are read between the pieces."""
-        if layout.dp_shard > 1:
-            self.steady, self.read_between = steady_pieces(model, self.calls, runs)
         self.stages: Stages | None = None
         self.tensor: TensorParallel | None = None
         self.tensor_split: TensorSplit | None = None
-        if layout.tp > 1:
-            self.tensor_split = self._agree_on_tensor_split(run)
-        if layout.pp > 1:
-            self.stages = self._agree_on_stages(run, num_stages)
+        self.left_whole: dict[str, str] = {}
+        """Pieces that could have been divided and were not, and why."""
+        with deferred.lending() as self.calls.around:
+            self._find_out(runs, num_stages)
+        self.calls.around = None
         worker_of = schedule.worker_of if schedule is not None else _first
         holders = self._holders(whole, worker_of)
         self._drop({name: p for name, p in whole.items() if mesh.pipeline.rank not in holders[name]})
@@ -193,23 +198,18 @@ class SplitModel:
                     group.receive_(tensor, holder, f"{what} {name}")
             yield name, tensor
 
-    def _agree_on_tensor_split(self, run: Callable[[], Any]) -> TensorSplit:
-        split = plan_tensor_split(self.model, run, self.layout.tp)
-        told = self.mesh.everyone.gather_json(
-            {name: [shard.dim, list(shard.parts)] for name, shard in split.shards.items()}, "the tensor split"
-        )[0]
-        shards = {name: Shard(dim, tuple(parts)) for name, (dim, parts) in told.items()}
-        if not shards:
-            raise SplitError(
-                f"nothing in the model can be divided by tp={self.layout.tp}",
-                cause="it divides linear layers, embeddings and convolutions whose sizes are multiples of tp",
-                next_step=_nearest_tp(self.model, run, self.layout.tp),
+    def _find_out(self, runs: Sequence[Callable[[], Any]], num_stages: int) -> None:
+        """Where this model can be split, from forwards of the whole of it."""
+        group, layout = self.mesh.everyone, self.layout
+        if layout.dp_shard > 1:
+            steady, self.read_between = find_steady(group, self.model, self.calls, runs)
+            self.steady = [piece for piece in self.calls.pieces if piece.name in steady]
+        if layout.tp > 1:
+            self.tensor_split, self.left_whole = find_proven_split(
+                self.mesh, self.model, self.calls, runs[0], layout
             )
-        return dataclasses.replace(split, shards=shards)
-
-    def _agree_on_stages(self, run: Callable[[], Any], num_stages: int) -> Stages:
-        stages = plan_stages(self.model, self.calls, run, num_stages)
-        return Stages.from_json(self.mesh.everyone.gather_json(stages.to_json(), "the pipeline's stages")[0])
+        if layout.pp > 1:
+            self.stages = find_stages(group, self.model, self.calls, runs[0], num_stages)
 
     def _holders(
         self, whole: dict[str, nn.Parameter], worker_of: Callable[[int], int]
@@ -243,7 +243,9 @@ class SplitModel:
     def _divide(self, group: Group) -> None:
         assert self.tensor_split is not None
         self.tensor = TensorParallel(group)
-        divided = divide_parameters(self.model, self.tensor_split, group.rank)
+        divided = divide_parameters(
+            self.model, self.tensor_split.shards, group.rank, group.size, lambda p: self._deferred.filled([p])
+        )
         by_new = {id(new): name for name, new in self.model.named_parameters()}
         for old, new in divided.items():
             shard = self.tensor_split.shards[by_new[id(new)]]
@@ -269,10 +271,3 @@ def _first(stage: int) -> int:
 
 def _cutter(shard: Shard, group: Group) -> Cut:
     return lambda tensor: take(tensor, shard, group.rank, group.size).clone()
-
-
-def _nearest_tp(model: nn.Module, run: Callable[[], Any], wanted: int) -> str:
-    for other in sorted(range(2, 2 * wanted + 1), key=lambda n: (abs(n - wanted), n)):
-        if other != wanted and plan_tensor_split(model, run, other).shards:
-            return f"use tp={other}, or another axis (dp_shard, pp)"
-    return "use another axis (dp_shard, pp)"

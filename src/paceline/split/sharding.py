@@ -23,6 +23,7 @@ from torch import nn
 
 from paceline.comm.group import Group
 from paceline.errors import SplitError
+from paceline.split.deferred import DeferredParameters
 from paceline.split.tensor_mode import plainly
 from paceline.split.trees import tensors_in
 
@@ -49,7 +50,9 @@ class _Member:
 class _Flat:
     """Parameters of one unit, type and kind, end to end."""
 
-    def __init__(self, members: list[_Member], group: Group, *, whole: bool) -> None:
+    def __init__(
+        self, members: list[_Member], group: Group, deferred: DeferredParameters, *, whole: bool
+    ) -> None:
         self.members, self._group, self._stays = members, group, whole
         self.trains = members[0].parameter.requires_grad
         first = members[0].parameter
@@ -58,7 +61,8 @@ class _Flat:
         self.begin, self.end = (self.numel // size * r for r in (group.rank, group.rank + 1))
         self.full = torch.zeros(self.numel, dtype=first.dtype, device=first.device)
         for member in members:
-            self.full[member.begin : member.end].copy_(member.parameter.detach().reshape(-1))
+            with deferred.filled([member.parameter]):
+                self.full[member.begin : member.end].copy_(member.parameter.detach().reshape(-1))
             member.parameter.data = self.full[member.begin : member.end].view(member.parameter.shape)
         own = self.full[self.begin : self.end]
         self.shard = own if whole else own.clone()
@@ -169,6 +173,7 @@ class ShardedParameters:
         apart: Collection[nn.Parameter],
         group: Group,
         data: Group,
+        deferred: DeferredParameters,
         *,
         keep: str,
     ) -> None:
@@ -177,9 +182,10 @@ class ShardedParameters:
             apart: parameters that are read outside of the blocks that hold them.
             data: the workers among which the batch is split; `group` is a part of them.
             blocks: modules that are gathered and released each for itself.
+            deferred: the parameters that have no values yet; they get them here.
             keep: one of `KEEPS`.
         """
-        self._group, self._data, self._keep = group, data, keep
+        self._group, self._data, self._deferred, self._keep = group, data, deferred, keep
         names = {p: name for name, p in model.named_parameters() if not p.is_meta}
         owners: dict[nn.Parameter, set[int]] = {}
         for number, block in enumerate(blocks):
@@ -288,7 +294,7 @@ class ShardedParameters:
             for parameter in same:
                 members.append(_Member(names[parameter], parameter, begin, begin + parameter.numel()))
                 begin += parameter.numel()
-            flats.append(_Flat(members, self._group, whole=self._keep == "always"))
+            flats.append(_Flat(members, self._group, self._deferred, whole=self._keep == "always"))
         return flats
 
     def _watch(self, block: nn.Module, unit: _Unit) -> None:

@@ -8,6 +8,7 @@ stages; each of them then has its parameters, as has each stage that reads a par
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import time
@@ -65,6 +66,8 @@ class PieceCalls:
     def __init__(self, model: nn.Module, pieces: Sequence[Piece]) -> None:
         self.on_call: Callable[[Piece, Callable[..., Any], Any, Any], Any] | None = None
         self.compute: Callable[[Piece, Callable[..., Any], Any, Any], Any] | None = None
+        self.around: Callable[[Piece], contextlib.AbstractContextManager[None]] | None = None
+        """What every piece is called in."""
         self.pieces = list(pieces)
         self._is_inside = False
         for piece in pieces:
@@ -84,7 +87,8 @@ class PieceCalls:
             if self._is_inside:
                 return forward(*args, **kwargs)
             stand_in = self.on_call or self.compute
-            return inside(*args, **kwargs) if stand_in is None else stand_in(piece, inside, args, kwargs)
+            with contextlib.nullcontext() if self.around is None else self.around(piece):
+                return inside(*args, **kwargs) if stand_in is None else stand_in(piece, inside, args, kwargs)
 
         return called
 

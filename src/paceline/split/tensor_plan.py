@@ -10,8 +10,7 @@ and values in one weight), or left whole where they are small; and the forward r
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -35,14 +34,6 @@ _TRANSPOSES = (
 LEAST_SHARE = 0.01
 """Of the model's parameters: a smaller weight is left whole where dividing it costs a message of its own."""
 _MOST_PASSES = 20
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorSplit:
-    """What is divided, by the names of the parameters."""
-
-    num_workers: int
-    shards: Mapping[str, Shard]
 
 
 class Planning(Thought):
@@ -143,16 +134,19 @@ class Planning(Thought):
         return frozenset([name]) if name is not None else getattr(tensor, _ORIGINS, frozenset())
 
 
-def plan_tensor_split(model: nn.Module, run: Callable[[], Any], num_workers: int) -> TensorSplit:
-    """What to divide among `num_workers`.
+def plan_tensor_split(
+    model: nn.Module, run: Callable[[], Any], num_workers: int, left_whole: Collection[str] = ()
+) -> dict[str, Shard]:
+    """What to divide among `num_workers`, by the names of the parameters.
 
     Args:
         run: one forward of the model and its loss. Buffers and random state are put back afterwards.
+        left_whole: names of parameters that may not be divided.
     """
     parameters = dict(model.named_parameters())
     names = {id(p): name for name, p in parameters.items()}
     num_elements = sum(p.numel() for p in parameters.values())
-    left_whole: set[str] = set()
+    left_whole = set(left_whole)
     parts: dict[str, tuple[int, ...]] = {}
     tried: set[tuple[str, tuple[int, ...]]] = set()
     for _ in range(_MOST_PASSES):
@@ -170,7 +164,7 @@ def plan_tensor_split(model: nn.Module, run: Callable[[], Any], num_workers: int
         if not small - left_whole:
             break
         left_whole |= small
-    return TensorSplit(num_workers, planning.shards)
+    return planning.shards
 
 
 @contextlib.contextmanager
@@ -195,13 +189,24 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(kept[name])
 
 
-def divide_parameters(model: nn.Module, split: TensorSplit, rank: int) -> dict[nn.Parameter, nn.Parameter]:
-    """Replace the parameters of `split` by this worker's pieces, everywhere in the model; old -> new."""
+def divide_parameters(
+    model: nn.Module,
+    shards: Mapping[str, Shard],
+    rank: int,
+    num_workers: int,
+    values: Callable[[nn.Parameter], contextlib.AbstractContextManager[None]],
+) -> dict[nn.Parameter, nn.Parameter]:
+    """Replace parameters by this worker's pieces, everywhere in the model; old -> new.
+
+    Args:
+        values: what a parameter is read in.
+    """
     replaced: dict[nn.Parameter, nn.Parameter] = {}
     for name, parameter in list(model.named_parameters()):
-        shard = split.shards.get(name)
+        shard = shards.get(name)
         if shard is not None:
-            piece = take(parameter.detach(), shard, rank, split.num_workers).clone()
+            with values(parameter):
+                piece = take(parameter.detach(), shard, rank, num_workers).clone()
             replaced[parameter] = nn.Parameter(piece, requires_grad=parameter.requires_grad)
             mark(replaced[parameter], shard)
     for module in model.modules():

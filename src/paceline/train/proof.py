@@ -21,10 +21,10 @@ from paceline.comm.mesh import Mesh
 from paceline.errors import ProofError, WorkerError
 from paceline.job import Job
 from paceline.records import Difference, Proof
+from paceline.split.determinism import deterministic
 from paceline.train.calling import caller
 from paceline.train.comparison import Observed, Tensors, badness, compare, worst_of_each_kind
 from paceline.train.data import GlobalBatch, ShareLoader, few_samples, is_iterable, map_tensors
-from paceline.train.determinism import deterministic
 from paceline.train.replica import Replica
 from paceline.train.seeds import derive, seed_everything, seed_torch
 from paceline.train.session import Datasets
@@ -159,10 +159,15 @@ class _LayoutSide:
         device: torch.device,
     ) -> None:
         self._replica = Replica(
-            job, seed=seed, device=device, precision="fp32", total_steps=job.steps or 1000
+            job,
+            seed=seed,
+            device=device,
+            precision="fp32",
+            total_steps=job.steps or 1000,
+            dtype=dtype,
+            in_parts=mesh.layout.splits_model,
         )
         layout = mesh.layout
-        self._replica.model.to(dtype)
         self.model = self._replica.model
         if layout.splits_model:
             # The layout is found again, in the precision of the proof, on the same samples as in training.

@@ -21,11 +21,12 @@ from paceline.split.apply import LocalParameter, SplitModel
 from paceline.split.batchnorm import BatchShare, share_batch_norms
 from paceline.split.sharding import ShardedParameters
 from paceline.split.swap import swap_parameters
+from paceline.train.build import build_model, build_optimizer, everyone_fills_alike
 from paceline.train.calling import caller, require_scalar, sum_and_weight
 from paceline.train.data import GlobalBatch, Part, evaluation_parts
 from paceline.train.pipeline import Pipeline, schedule_of
 from paceline.train.reduction import Reduction, Sums
-from paceline.train.seeds import derive, seed_everything, seed_torch
+from paceline.train.seeds import derive, seed_torch
 from paceline.train.state import WholeState, broadcast
 
 # The sums that travel with the gradients, and their places.
@@ -59,11 +60,21 @@ class Replica:
     """
 
     def __init__(
-        self, job: Job, *, seed: int, device: torch.device, precision: str, total_steps: int | None
+        self,
+        job: Job,
+        *,
+        seed: int,
+        device: torch.device,
+        precision: str,
+        total_steps: int | None,
+        dtype: torch.dtype | None = None,
+        in_parts: bool = False,
     ) -> None:
         """
         Args:
             precision: `fp32`, or `bf16` for autocast with float32 parameters.
+            dtype: of the parameters; None: as the job says.
+            in_parts: `split` will be called: the whole model need not be in memory.
             total_steps: what the job's schedule is given; None where the length is not known.
         """
         self.job = job
@@ -72,14 +83,7 @@ class Replica:
         self.stop_requested = False
         self._seed = seed
         self._num_steps = 0
-        seed_everything(derive(seed, "model"))
-        self.model: nn.Module = job.model()
-        if not isinstance(self.model, nn.Module):
-            raise JobError(
-                f"Job: model() returned {type(self.model).__name__}",
-                next_step="return an nn.Module",
-            )
-        self.model.to(device)
+        self.model, self._deferred = build_model(job, seed, device, dtype, in_parts=in_parts)
         self._trained = [p for p in self.model.parameters() if p.requires_grad]
         if not self._trained:
             raise JobError(
@@ -87,7 +91,7 @@ class Replica:
                 cause="all of them have requires_grad=False",
                 next_step="leave at least one trainable",
             )
-        self.optimizer = job.optimizer(self._trained)
+        self.optimizer = build_optimizer(job, self._trained, self._deferred)
         self.scheduler = None
         if job.schedule is not None:
             if total_steps is None:
@@ -125,7 +129,7 @@ class Replica:
         self._mesh = mesh
         self.optimizer.zero_grad(set_to_none=True)
         if mesh.everyone.size > 1:
-            broadcast(self.model, mesh.everyone)
+            broadcast(self.model, mesh.everyone, but=self._deferred)
         self._reduction = self._reduction_of(mesh)
 
     def split(self, mesh: Mesh, samples: list[Any]) -> None:
@@ -137,6 +141,8 @@ class Replica:
         Raises:
             LayoutError: the model cannot be split so.
         """
+        if not everyone_fills_alike(self._deferred, mesh.everyone):
+            self._deferred.settle(self.model.parameters())
         self.attach(mesh)
         layout = mesh.layout
 
@@ -144,7 +150,7 @@ class Replica:
             self.job.loss(self._call(batch), batch)
 
         runs = [functools.partial(run, batch) for batch in samples]
-        self._split = split = SplitModel(self.model, layout, mesh, runs, schedule_of(layout))
+        self._split = split = SplitModel(self.model, layout, mesh, runs, schedule_of(layout), self._deferred)
         swap_parameters(self.optimizer, split.replaced)
         # Nothing keeps the whole parameters any more.
         split.replaced = {}
@@ -152,6 +158,8 @@ class Replica:
         self._local = [local for local in split.parameters.values() if split.requires_grad[local.name]]
         if layout.dp_shard > 1:
             self._shard_parameters(split, mesh)
+        # Sharded parameters have got their values.
+        self._deferred.settle([] if self._sharded else [p.parameter for p in split.parameters.values()])
         self._trained = [local.parameter for local in self._local]
         self.state = WholeState(self.model, self._local, split, self._sharded)
         if layout.pp > 1:
@@ -165,7 +173,7 @@ class Replica:
             piece.module for piece in split.steady if any(id(p) in here for p in piece.module.parameters())
         ]
         apart = [split.parameters[name].parameter for name in split.read_between if name in split.parameters]
-        self._sharded = ShardedParameters(self.model, blocks, apart, mesh.shard, mesh.data, keep=keep)
+        self._sharded = ShardedParameters(self.model, blocks, apart, mesh.shard, mesh.data, self._deferred, keep=keep)
         swap_parameters(self.optimizer, self._sharded.replaced)
         self._sharded.replaced = {}
 

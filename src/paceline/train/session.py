@@ -106,7 +106,12 @@ class Session:
         if total_steps is None:
             total_steps = self._default_steps()
         self._replica = Replica(
-            job, seed=seed, device=self.world.device, precision=precision, total_steps=total_steps
+            job,
+            seed=seed,
+            device=self.world.device,
+            precision=precision,
+            total_steps=total_steps,
+            in_parts=self.layout.splits_model,
         )
         if self.layout.splits_model:
             self._replica.split(mesh, few_samples(job, self.datasets["train"], self.world.device))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -77,10 +77,14 @@ class WholeState:
             yield from self._split.collect_buffers()  # type: ignore[misc]
 
 
-def broadcast(model: nn.Module, group: Group) -> None:
-    """Give every worker rank 0's parameters and buffers, one message per type of number."""
+def broadcast(model: nn.Module, group: Group, but: Container[torch.Tensor] = ()) -> None:
+    """Give every worker rank 0's parameters and buffers, one message per type of number.
+
+    Args:
+        but: parameters that are left as they are.
+    """
     by_type: dict[torch.dtype, list[torch.Tensor]] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
+    for tensor in [*(p for p in model.parameters() if p not in but), *model.buffers()]:
         by_type.setdefault(tensor.dtype, []).append(tensor.detach())
     for dtype, tensors in by_type.items():
         while tensors:

@@ -1,0 +1,140 @@
+"""Where a model can be split: found by rank 0 from forwards on small batches, told to all workers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from paceline import errors
+from paceline.comm.group import Group
+from paceline.errors import PacelineError, SplitError
+from paceline.records import Layout
+from paceline.split.placement import Shard
+from paceline.split.stages import PieceCalls, Stages, plan_stages, steady_pieces
+from paceline.split.tensor_mode import shard_of
+from paceline.split.tensor_plan import plan_tensor_split
+from paceline.split.trees import flatten
+
+Run = Callable[[], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSplit:
+    """What tensor parallelism divides."""
+
+    shards: Mapping[str, Shard]
+    """By the names of the parameters."""
+    given: Mapping[tuple[str, int], tuple[Shard | None, ...]]
+    """How the arguments of a call of a piece, flat, are divided: (name of the piece, number of the call)."""
+
+
+def agree(group: Group, what: str, function: Callable[[], Any]) -> Any:
+    """What rank 0 finds out, in JSON, on every worker; and what goes wrong there does so everywhere.
+
+    Raises:
+        PacelineError: of the kind that `function` raised.
+        RuntimeError: it raised something else.
+    """
+    told: dict[str, Any] = {}
+    raised: Exception | None = None
+    if group.rank == 0:
+        try:
+            told = {"found": function()}
+        except PacelineError as error:
+            raised = error
+            told = {"kind": type(error).__name__, "error": [error.what, error.cause, error.next_step]}
+        except Exception as error:
+            raised = error
+            told = {"failed": f"{type(error).__name__}: {error}"}
+    told = group.gather_json(told, what)[0]
+    if raised is not None:
+        raise raised
+    if "kind" in told:
+        text, cause, next_step = told["error"]
+        kind = getattr(errors, told["kind"])
+        raise kind(text, cause=cause, next_step=next_step)
+    if "failed" in told:
+        raise RuntimeError(told["failed"])
+    return told["found"]
+
+
+def find_steady(
+    group: Group, model: nn.Module, calls: PieceCalls, runs: Sequence[Run]
+) -> tuple[set[str], set[str]]:
+    """Names of the pieces that all `runs` call alike, and of the parameters that are read between pieces."""
+
+    def find() -> list[list[str]]:
+        pieces, read_between = steady_pieces(model, calls, runs)
+        return [[piece.name for piece in pieces], sorted(read_between)]
+
+    steady, read_between = agree(group, "pieces of the model", find)
+    return set(steady), set(read_between)
+
+
+def find_stages(group: Group, model: nn.Module, calls: PieceCalls, run: Run, num_stages: int) -> Stages:
+    """Where to cut the model."""
+    return Stages.from_json(
+        agree(group, "the pipeline's stages", lambda: plan_stages(model, calls, run, num_stages).to_json())
+    )
+
+
+def find_tensor_split(
+    group: Group, model: nn.Module, calls: PieceCalls, run: Run, layout: Layout, left_whole: Collection[str]
+) -> TensorSplit:
+    """What to divide by `layout.tp`.
+
+    Raises:
+        SplitError: there is nothing.
+    """
+
+    def find() -> list[Any]:
+        given: dict[tuple[str, int], list[Any]] = {}
+
+        def note(piece: Any, forward: Any, args: Any, kwargs: Any) -> Any:
+            number = sum(name == piece.name for name, _ in given)
+            given[piece.name, number] = [_to_json(shard_of(leaf)) for leaf in flatten((args, kwargs))[0]]
+            return forward(*args, **kwargs)
+
+        def noted_run() -> None:
+            given.clear()  # of an earlier pass
+            run()
+
+        calls.on_call = note
+        try:
+            shards = plan_tensor_split(model, noted_run, layout.tp, left_whole)
+        finally:
+            calls.on_call = None
+        if not shards:
+            raise SplitError(
+                f"nothing in the model can be divided by tp={layout.tp}",
+                cause="it divides linear layers, embeddings and convolutions whose sizes are multiples of tp",
+                next_step=_nearest_tp(model, run, layout.tp),
+            )
+        return [
+            [[name, _to_json(shard)] for name, shard in shards.items()],
+            [[*key, value] for key, value in given.items()],
+        ]
+
+    shards, given = agree(group, "the tensor split", find)
+    return TensorSplit(
+        {name: _from_json(shard) for name, shard in shards},  # type: ignore[misc]
+        {(name, number): tuple(map(_from_json, value)) for name, number, value in given},
+    )
+
+
+def _to_json(shard: Shard | None) -> Any:
+    return None if shard is None else [shard.dim, list(shard.parts)]
+
+
+def _from_json(value: Any) -> Shard | None:
+    return None if value is None else Shard(value[0], tuple(value[1]))
+
+
+def _nearest_tp(model: nn.Module, run: Run, wanted: int) -> str:
+    for other in sorted(range(2, 2 * wanted + 1), key=lambda n: (abs(n - wanted), n)):
+        if other != wanted and plan_tensor_split(model, run, other):
+            return f"use tp={other}, or another axis (dp_shard, pp)"
+    return "use another axis (dp_shard, pp)"
