@@ -20,6 +20,8 @@ SCHEDULE_NAMES = ("gpipe", "1f1b", "interleaved", "bfs", "zb-h1", "zbv")
 
 RECOMPUTE = ("none", "selective", "full")
 """What a backward pass computes again: nothing; all but products of matrices; all of each piece."""
+SEQUENCE = ("auto", "off", "on")
+"""Whether tensor parallelism divides what is between its layers along positions: sequence parallelism."""
 
 
 class Record(BaseModel):
@@ -81,6 +83,8 @@ class Layout(Record):
     """What `dp_shard` shards: 1 the optimizer's state, 2 gradients too, 3 parameters too; None: `zero_stage`."""
     recompute: Literal["none", "selective", "full"] = "none"
     """One of `RECOMPUTE`."""
+    sequence: Literal["auto", "off", "on"] = "auto"
+    """One of `SEQUENCE`; `auto`: where it saves memory and exchanges no more."""
     threads: int | None = Field(default=None, ge=1)
     """Threads of each worker; None shares out the host's cores."""
 
@@ -121,6 +125,8 @@ class Layout(Record):
             parts.append(f"zero={self.zero}")
         if self.recompute != "none":
             parts.append(f"recompute={self.recompute}")
+        if self.sequence != "auto":
+            parts.append(f"sequence={self.sequence}")
         if self.threads is not None:
             parts.append(f"threads={self.threads}")
         return ",".join(parts)
@@ -157,7 +163,7 @@ class Layout(Record):
                     cause=f"it splits along {', '.join(a for a in AXES if a in SUPPORTED_AXES)}",
                     next_step=f"use dp_shard={values[axis]}, or `auto`",
                 )
-        for key, axis in (("schedule", "pp"), ("stages", "pp"), ("zero", "dp_shard")):
+        for key, axis in (("schedule", "pp"), ("stages", "pp"), ("zero", "dp_shard"), ("sequence", "tp")):
             if key in values and values.get(axis, 1) == 1:
                 raise LayoutError(
                     f"layout {text!r} gives {key}, and {axis} is 1",
@@ -200,7 +206,7 @@ class Layout(Record):
         )
 
 
-_NAMED = {"schedule": SCHEDULE_NAMES, "recompute": RECOMPUTE}
+_NAMED = {"schedule": SCHEDULE_NAMES, "recompute": RECOMPUTE, "sequence": SEQUENCE}
 
 
 def _read_name(text: str, key: str, value: str) -> str:

@@ -104,7 +104,7 @@ def test_experts_that_the_data_choose_are_not_steady():
 def split_of(model: nn.Module, inputs: torch.Tensor, num_workers: int) -> dict[str, Shard]:
     return dict(plan_tensor_split(model, lambda: F.cross_entropy(model(inputs).flatten(0, -2), torch.zeros(
         inputs.shape[0] * (inputs.shape[1] if inputs.dtype == torch.int64 else 1), dtype=torch.long
-    )), num_workers))  # fmt: skip
+    )), num_workers)[0])  # fmt: skip
 
 
 def test_columns_rows_heads_and_vocabulary_are_found():

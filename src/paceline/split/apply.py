@@ -67,11 +67,14 @@ class SplitModel:
         runs: Sequence[Callable[[], Any]],
         schedule: Schedule | None,
         deferred: DeferredParameters,
+        *,
+        growth: float,
     ) -> None:
         """Split `model`, in place. A collective call of all workers of `mesh`.
 
         Args:
             runs: forwards of the model and the loss, each on another small batch.
+            growth: how many times larger than a run's batch a worker's micro-batch is.
             deferred: the parameters that have no values yet. Of those that stay whole here it still has them.
             schedule: of the pipeline; None where there is none.
 
@@ -97,7 +100,7 @@ class SplitModel:
         self.left_whole: dict[str, str] = {}
         """Pieces that could have been divided and were not, and why."""
         with deferred.lending() as self.calls.around:
-            self._find_out(runs, num_stages)
+            self._find_out(runs, num_stages, growth)
         self.calls.around = None
         worker_of = schedule.worker_of if schedule is not None else _first
         holders = self._holders(whole, worker_of)
@@ -198,7 +201,7 @@ class SplitModel:
                     group.receive_(tensor, holder, f"{what} {name}")
             yield name, tensor
 
-    def _find_out(self, runs: Sequence[Callable[[], Any]], num_stages: int) -> None:
+    def _find_out(self, runs: Sequence[Callable[[], Any]], num_stages: int, growth: float) -> None:
         """Where this model can be split, from forwards of the whole of it."""
         group, layout = self.mesh.everyone, self.layout
         if layout.dp_shard > 1:
@@ -206,7 +209,7 @@ class SplitModel:
             self.steady = [piece for piece in self.calls.pieces if piece.name in steady]
         if layout.tp > 1:
             self.tensor_split, self.left_whole = find_proven_split(
-                self.mesh, self.model, self.calls, runs[0], layout
+                self.mesh, self.model, self.calls, runs[0], layout, growth
             )
         if layout.pp > 1:
             self.stages = find_stages(group, self.model, self.calls, runs[0], num_stages)
@@ -242,7 +245,7 @@ class SplitModel:
 
     def _divide(self, group: Group) -> None:
         assert self.tensor_split is not None
-        self.tensor = TensorParallel(group)
+        self.tensor = TensorParallel(group, by_position=self.tensor_split.by_position)
         divided = divide_parameters(
             self.model, self.tensor_split.shards, group.rank, group.size, lambda p: self._deferred.filled([p])
         )

@@ -40,7 +40,7 @@ Run = Callable[[], Any]
 
 
 def find_proven_split(
-    mesh: Mesh, model: nn.Module, calls: PieceCalls, run: Run, layout: Layout
+    mesh: Mesh, model: nn.Module, calls: PieceCalls, run: Run, layout: Layout, growth: float
 ) -> tuple[TensorSplit, dict[str, str]]:
     """What to divide by tensor parallelism, each piece proven. A collective call.
 
@@ -54,7 +54,7 @@ def find_proven_split(
     left_whole: set[str] = set()
     while True:
         try:
-            split = find_tensor_split(mesh.everyone, model, calls, run, layout, left_whole)
+            split = find_tensor_split(mesh.everyone, model, calls, run, layout, left_whole, growth)
         except SplitError as error:
             if not failed:
                 raise
@@ -128,7 +128,9 @@ class _Proof:
             except Exception:
                 continue  # not in this precision; or not at all, which is not for tensor parallelism to mend
             try:
-                parts = side.compute_parts(_SEED, shards, self._split.shards)
+                parts = side.compute_parts(
+                    _SEED, shards, self._split.shards, by_position=self._split.by_position
+                )
             except CollectiveError:
                 raise
             except Exception as error:
@@ -167,11 +169,12 @@ class _Side:
         return self._compute(seed, contextlib.nullcontext(), {}, {})
 
     def compute_parts(
-        self, seed: int, given: tuple[Shard | None, ...], shards: Mapping[str, Shard]
+        self, seed: int, given: tuple[Shard | None, ...], shards: Mapping[str, Shard], *, by_position: bool
     ) -> dict[str, torch.Tensor]:
         """The same on this worker's parts; `shards_of_results` says which part of the whole each is."""
         by_place = {number: shard for number, shard in enumerate(given) if shard is not None}
-        return self._compute(seed, TensorParallel(self._mesh.tensor), by_place, shards)
+        mode = TensorParallel(self._mesh.tensor, by_position=by_position)
+        return self._compute(seed, mode, by_place, shards)
 
     def _compute(
         self,

@@ -5,7 +5,8 @@ every worker; that of a divided tensor is divided alike. What is read in whole b
 gets a part of its gradient from each worker: `share` adds them up (Shoeybi et al. 2019 call it f, and `add_up` g).
 
 Cost per worker for a tensor of b bytes: `share` and `add_up` an all-reduce of b (the one backward, the other forward);
-`gather` an all-gather of b; `cut` nothing forward, an all-gather of b backward.
+`gather` an all-gather of b; `cut` nothing forward, an all-gather of b backward; `add_up_pieces` a reduce-scatter of b
+forward and an all-gather backward, `share_whole` the reverse.
 For tensors that have shapes only, on the meta device or fake, nothing is exchanged.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +29,11 @@ def share(tensor: torch.Tensor, group: Group) -> torch.Tensor:
     return _Share.apply(tensor, group)  # type: ignore[no-any-return]
 
 
+def share_together(tensors: Sequence[torch.Tensor], group: Group) -> tuple[torch.Tensor, ...]:
+    """`share`, with one message for all of their gradients."""
+    return _ShareTogether.apply(group, *tensors)  # type: ignore[no-any-return]
+
+
 def add_up(tensor: torch.Tensor, group: Group) -> torch.Tensor:
     """The sum of what each worker computed: an all-reduce forward, the same gradient backward."""
     return _AddUp.apply(tensor, group)  # type: ignore[no-any-return]
@@ -36,6 +42,16 @@ def add_up(tensor: torch.Tensor, group: Group) -> torch.Tensor:
 def gather(tensor: torch.Tensor, shard: Shard, group: Group) -> torch.Tensor:
     """A divided tensor made whole on every worker."""
     return _Gather.apply(tensor, shard, group)  # type: ignore[no-any-return]
+
+
+def share_whole(tensor: torch.Tensor, shard: Shard, group: Group) -> torch.Tensor:
+    """A divided tensor made whole, to be read by a divided computation: gradients are added up, each worker its piece."""
+    return _ShareWhole.apply(tensor, shard, group)  # type: ignore[no-any-return]
+
+
+def add_up_pieces(tensor: torch.Tensor, shard: Shard, group: Group) -> torch.Tensor:
+    """This worker's piece of the sum of what each worker computed."""
+    return _AddUpPieces.apply(tensor, shard, group)  # type: ignore[no-any-return]
 
 
 def cut(tensor: torch.Tensor, shard: Shard, group: Group) -> torch.Tensor:
@@ -74,6 +90,15 @@ def sum_over(tensor: torch.Tensor, group: Group, what: str) -> torch.Tensor:
     return group.sum_(tensor.contiguous().clone(), what)
 
 
+def sum_pieces(tensor: torch.Tensor, shard: Shard, group: Group, what: str) -> torch.Tensor:
+    """A new tensor: this worker's piece of the sum over the group, without gradient."""
+    if has_no_values(tensor):
+        return take(tensor, shard, group.rank, group.size).clone()
+    pieces = torch.stack([take(tensor, shard, rank, group.size) for rank in range(group.size)])
+    group.reduce_scatter_(pieces.view(-1), what)
+    return pieces[group.rank].clone()
+
+
 def gather_whole(tensor: torch.Tensor, shard: Shard, group: Group, what: str) -> torch.Tensor:
     """A new tensor, whole, without gradient."""
     if has_no_values(tensor):
@@ -92,6 +117,20 @@ class _Share(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return sum_over(gradient, ctx.group, "gradients of tensor parallelism"), None
+
+
+class _ShareTogether(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: Group, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.group = group
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        flat = sum_over(flat, ctx.group, "gradients of tensor parallelism")
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        return None, *(part.view_as(g) for part, g in zip(parts, gradients, strict=True))
 
 
 class _AddUp(torch.autograd.Function):
@@ -113,6 +152,28 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return take(gradient, ctx.shard, ctx.group.rank, ctx.group.size).contiguous(), None, None
+
+
+class _ShareWhole(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, shard: Shard, group: Group) -> torch.Tensor:
+        ctx.shard, ctx.group = shard, group
+        return gather_whole(tensor, shard, group, "activations of tensor parallelism")
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return sum_pieces(gradient, ctx.shard, ctx.group, "gradients of tensor parallelism"), None, None
+
+
+class _AddUpPieces(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, shard: Shard, group: Group) -> torch.Tensor:
+        ctx.shard, ctx.group = shard, group
+        return sum_pieces(tensor, shard, group, "activations of tensor parallelism")
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return gather_whole(gradient, ctx.shard, ctx.group, "gradients of tensor parallelism"), None, None
 
 
 class _Cut(torch.autograd.Function):

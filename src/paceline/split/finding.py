@@ -29,6 +29,8 @@ class TensorSplit:
     """By the names of the parameters."""
     given: Mapping[tuple[str, int], tuple[Shard | None, ...]]
     """How the arguments of a call of a piece, flat, are divided: (name of the piece, number of the call)."""
+    by_position: bool
+    """Whether what is between the divided layers is divided along positions."""
 
 
 def agree(group: Group, what: str, function: Callable[[], Any]) -> Any:
@@ -82,29 +84,40 @@ def find_stages(group: Group, model: nn.Module, calls: PieceCalls, run: Run, num
 
 
 def find_tensor_split(
-    group: Group, model: nn.Module, calls: PieceCalls, run: Run, layout: Layout, left_whole: Collection[str]
+    group: Group,
+    model: nn.Module,
+    calls: PieceCalls,
+    run: Run,
+    layout: Layout,
+    left_whole: Collection[str],
+    growth: float,
 ) -> TensorSplit:
     """What to divide by `layout.tp`.
+
+    Args:
+        growth: how many times larger than the run's batch a worker's micro-batch is.
 
     Raises:
         SplitError: there is nothing.
     """
 
     def find() -> list[Any]:
-        given: dict[tuple[str, int], list[Any]] = {}
+        passes: list[dict[tuple[str, int], list[Any]]] = []
 
         def note(piece: Any, forward: Any, args: Any, kwargs: Any) -> Any:
-            number = sum(name == piece.name for name, _ in given)
-            given[piece.name, number] = [_to_json(shard_of(leaf)) for leaf in flatten((args, kwargs))[0]]
+            number = sum(name == piece.name for name, _ in passes[-1])
+            passes[-1][piece.name, number] = [_to_json(shard_of(leaf)) for leaf in flatten((args, kwargs))[0]]
             return forward(*args, **kwargs)
 
         def noted_run() -> None:
-            given.clear()  # of an earlier pass
+            passes.append({})
             run()
 
         calls.on_call = note
         try:
-            shards = plan_tensor_split(model, noted_run, layout.tp, left_whole)
+            shards, by_position = plan_tensor_split(
+                model, noted_run, layout.tp, left_whole, sequence=layout.sequence, growth=growth
+            )
         finally:
             calls.on_call = None
         if not shards:
@@ -113,15 +126,18 @@ def find_tensor_split(
                 cause="it divides linear layers, embeddings and convolutions whose sizes are multiples of tp",
                 next_step=_nearest_tp(model, run, layout.tp),
             )
+        given = passes[-1 if by_position else -2]
         return [
             [[name, _to_json(shard)] for name, shard in shards.items()],
             [[*key, value] for key, value in given.items()],
+            by_position,
         ]
 
-    shards, given = agree(group, "the tensor split", find)
+    shards, given, by_position = agree(group, "the tensor split", find)
     return TensorSplit(
         {name: _from_json(shard) for name, shard in shards},  # type: ignore[misc]
         {(name, number): tuple(map(_from_json, value)) for name, number, value in given},
+        by_position,
     )
 
 
@@ -135,6 +151,6 @@ def _from_json(value: Any) -> Shard | None:
 
 def _nearest_tp(model: nn.Module, run: Run, wanted: int) -> str:
     for other in sorted(range(2, 2 * wanted + 1), key=lambda n: (abs(n - wanted), n)):
-        if other != wanted and plan_tensor_split(model, run, other):
+        if other != wanted and plan_tensor_split(model, run, other)[0]:
             return f"use tp={other}, or another axis (dp_shard, pp)"
     return "use another axis (dp_shard, pp)"

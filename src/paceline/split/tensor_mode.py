@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from paceline.comm.group import Group
 from paceline.split import exchange
-from paceline.split.placement import Shape, Shard, local_shape, whole_shape
+from paceline.split.placement import Shape, Shard, evenly, is_divisible, local_shape, whole_shape
 from paceline.split.trees import map_arguments
 
 _SHARD = "_paceline_shard"
@@ -52,9 +52,15 @@ def mark(tensor: torch.Tensor, shard: Shard | None) -> torch.Tensor:
 class SplitMode(TorchFunctionMode):
     """What rules may ask for: done on pieces (`TensorParallel`), or thought through on whole tensors (`Thought`)."""
 
-    def __init__(self, num_workers: int) -> None:
+    def __init__(self, num_workers: int, *, by_position: bool = False) -> None:
+        """
+        Args:
+            by_position: what workers add up is divided along positions, not whole on all of them (sequence
+                parallelism, Korthikanti et al. 2022): norms, dropout and sums of residual streams are computed, and
+                kept for the backward pass, for 1/n of the positions by each worker.
+        """
         super().__init__()
-        self.num_workers = num_workers
+        self.num_workers, self.by_position = num_workers, by_position
 
     def __torch_function__(
         self,
@@ -106,6 +112,35 @@ class SplitMode(TorchFunctionMode):
     def add_up(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of the workers' results."""
         raise NotImplementedError
+
+    def share_together(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """`share`, of all of them."""
+        return [self.share(tensor) for tensor in tensors]
+
+    def share_whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Make it whole, to be read by a divided computation."""
+        raise NotImplementedError
+
+    def add_up_pieces(self, tensor: torch.Tensor, shard: Shard) -> torch.Tensor:
+        """Each worker's piece of the sum of the workers' results."""
+        raise NotImplementedError
+
+    def add_up_product(self, tensor: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """The sum of what the workers have computed of a layer's outputs, [..., positions, features], and a bias."""
+        shard = self._along_positions(tensor)
+        if shard is None:
+            result = self.add_up(tensor)
+            return result if bias is None else result + self.whole(bias)
+        result = self.add_up_pieces(tensor, shard)
+        if bias is not None:
+            result = result + self.share(self.whole(bias))
+        return self.made(result, shard, tensor)  # type: ignore[no-any-return]
+
+    def _along_positions(self, tensor: torch.Tensor) -> Shard | None:
+        if not self.by_position or tensor.dim() < 3:
+            return None
+        shard = evenly(tensor.dim() - 2, tensor.shape[-2])
+        return shard if is_divisible(shard, self.num_workers) else None
 
     def put(self, tensor: torch.Tensor, source: torch.Tensor) -> None:
         """Write the whole tensor `source` into the piece `tensor`, for a function that works in place."""
@@ -237,8 +272,8 @@ def _no(*_: object) -> bool:
 class TensorParallel(SplitMode):
     """Computes on pieces, together with the other workers of `group`."""
 
-    def __init__(self, group: Group) -> None:
-        super().__init__(group.size)
+    def __init__(self, group: Group, *, by_position: bool = False) -> None:
+        super().__init__(group.size, by_position=by_position)
         self.group = group
         self._depth = 0
         self._shared: collections.deque[tuple[torch.Tensor, int, torch.Tensor]] = collections.deque(maxlen=4)
@@ -280,14 +315,31 @@ class TensorParallel(SplitMode):
     def share(self, tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.requires_grad or not torch.is_grad_enabled():
             return tensor
-        # Queries, keys and values read the same input: its gradients are added up once, for all of them.
+        return self._once(tensor, lambda: exchange.share(tensor, self.group))
+
+    def share_together(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        if len(tensors) < 2 or not all(t.requires_grad for t in tensors) or not torch.is_grad_enabled():
+            return super().share_together(tensors)
+        return exchange.share_together(tensors, self.group)
+
+    def share_whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        shard = shard_of(tensor)
+        if shard is None:
+            return self.share(tensor)
+        return self._once(tensor, lambda: exchange.share_whole(tensor, shard, self.group))
+
+    def _once(self, tensor: torch.Tensor, function: Callable[[], torch.Tensor]) -> torch.Tensor:
+        # Queries, keys and values read the same input: it is gathered, and its gradients added up, once for all of them.
         for known, version, shared in self._shared:
             if known is tensor and version == tensor._version:
                 return shared
-        shared = exchange.share(tensor, self.group)
+        shared = function()
         if not isinstance(tensor, torch.nn.Parameter):
             self._shared.append((tensor, tensor._version, shared))
         return shared
+
+    def add_up_pieces(self, tensor: torch.Tensor, shard: Shard) -> torch.Tensor:
+        return exchange.add_up_pieces(tensor, shard, self.group)
 
     def add_up(self, tensor: torch.Tensor) -> torch.Tensor:
         return exchange.add_up(tensor, self.group)
@@ -346,6 +398,12 @@ class Thought(SplitMode):
         return tensor
 
     def add_up(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def share_whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.whole(tensor)
+
+    def add_up_pieces(self, tensor: torch.Tensor, shard: Shard) -> torch.Tensor:
         return tensor
 
     def put(self, tensor: torch.Tensor, source: torch.Tensor) -> None:

@@ -9,6 +9,7 @@ and values in one weight), or left whole where they are small; and the forward r
 
 from __future__ import annotations
 
+import collections
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
@@ -34,6 +35,10 @@ _TRANSPOSES = (
 LEAST_SHARE = 0.01
 """Of the model's parameters: a smaller weight is left whole where dividing it costs a message of its own."""
 _MOST_PASSES = 20
+LEAST_BY_POSITION = 1 << 17
+"""Mean elements of a sum that is divided along positions: with fewer, the messages take longer than what is saved."""
+_MOST_BY_POSITION = 1.05
+"""Division along positions may cost so much more exchange, for the memory and the work that it saves."""
 
 
 class Planning(Thought):
@@ -46,6 +51,8 @@ class Planning(Thought):
         num_elements: int,
         left_whole: set[str],
         parts: Mapping[str, tuple[int, ...]],
+        *,
+        by_position: bool = False,
     ) -> None:
         """
         Args:
@@ -53,7 +60,7 @@ class Planning(Thought):
             left_whole: what may not be divided.
             parts: into what parts the outputs of a weight are divided, where it is not one.
         """
-        super().__init__(num_workers)
+        super().__init__(num_workers, by_position=by_position)
         self._names, self._num_elements, self._left_whole, self._parts = (
             names,
             num_elements,
@@ -64,6 +71,11 @@ class Planning(Thought):
         self.gathered: dict[str, int] = {}
         """Elements that had to be made whole, by the weights that they come from."""
         self.better: dict[str, tuple[int, ...]] = {}
+        self.moved = 0
+        """Elements that a worker sends in a forward and a backward pass, roughly: b(n-1)/n of them count as b."""
+        self.divided_by_position = self.num_divided_by_position = 0
+        """Elements, and number, of the sums that are divided along positions."""
+        self._shared: collections.deque[tuple[torch.Tensor, int]] = collections.deque(maxlen=4)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -99,9 +111,37 @@ class Planning(Thought):
     def whole(self, tensor: torch.Tensor) -> torch.Tensor:
         if shard_of(tensor) is None:
             return tensor
+        self.moved += tensor.numel()
         for name in self._origins(tensor):
             self.gathered[name] = self.gathered.get(name, 0) + tensor.numel()
         return tensor.view_as(tensor)
+
+    def share(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._share_once(tensor)
+        return tensor
+
+    def share_whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        shard = shard_of(tensor)
+        if shard is None or shard.dim != tensor.dim() - 2:
+            return self.share(self.whole(tensor))
+        self._share_once(tensor)
+        return tensor.view_as(tensor)
+
+    def _share_once(self, tensor: torch.Tensor) -> None:
+        """An all-reduce backward; or an all-gather forward and a reduce-scatter backward."""
+        if not any(known is tensor and version == tensor._version for known, version in self._shared):
+            self.moved += 2 * tensor.numel()
+            self._shared.append((tensor, tensor._version))
+
+    def add_up(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.moved += 2 * tensor.numel()
+        return tensor
+
+    def add_up_pieces(self, tensor: torch.Tensor, shard: Shard) -> torch.Tensor:
+        self.moved += 2 * tensor.numel()
+        self.divided_by_position += tensor.numel()
+        self.num_divided_by_position += 1
+        return tensor
 
     def cut(self, tensor: torch.Tensor, shard: Shard) -> torch.Tensor:
         if shard_of(tensor) == shard:
@@ -110,6 +150,8 @@ class Planning(Thought):
         if name is not None and shard_of(tensor) is None and name not in self._left_whole:
             self.shards[name] = shard
             return mark(tensor, shard)
+        if shard_of(tensor) is None:
+            self.moved += tensor.numel()  # backward
         return mark(self.whole(tensor).view_as(tensor), shard)
 
     def made(self, result: Any, shard: Shard | None, *sources: Any) -> Any:
@@ -135,13 +177,25 @@ class Planning(Thought):
 
 
 def plan_tensor_split(
-    model: nn.Module, run: Callable[[], Any], num_workers: int, left_whole: Collection[str] = ()
-) -> dict[str, Shard]:
-    """What to divide among `num_workers`, by the names of the parameters.
+    model: nn.Module,
+    run: Callable[[], Any],
+    num_workers: int,
+    left_whole: Collection[str] = (),
+    *,
+    sequence: str = "auto",
+    growth: float = 1.0,
+) -> tuple[dict[str, Shard], bool]:
+    """What to divide among `num_workers`.
 
     Args:
         run: one forward of the model and its loss. Buffers and random state are put back afterwards.
         left_whole: names of parameters that may not be divided.
+        sequence: see `Layout`.
+        growth: how many times larger than the run's batch a worker's micro-batch is.
+
+    Returns:
+        How, by the names of the parameters; and whether what is between the divided layers is to be divided along
+        positions. If so, the last call of `run` was as it will be; if not, the one before the last.
     """
     parameters = dict(model.named_parameters())
     names = {id(p): name for name, p in parameters.items()}
@@ -149,10 +203,15 @@ def plan_tensor_split(
     left_whole = set(left_whole)
     parts: dict[str, tuple[int, ...]] = {}
     tried: set[tuple[str, tuple[int, ...]]] = set()
-    for _ in range(_MOST_PASSES):
-        planning = Planning(num_workers, names, num_elements, left_whole, parts)
+
+    def follow(*, by_position: bool) -> Planning:
+        planning = Planning(num_workers, names, num_elements, left_whole, parts, by_position=by_position)
         with _unmarked(parameters.values()), undisturbed(model), planning:
             run()
+        return planning
+
+    for _ in range(_MOST_PASSES):
+        planning = follow(by_position=False)
         better = {
             (n, p) for n, p in planning.better.items() if n in planning.gathered and (n, p) not in tried
         }
@@ -164,7 +223,13 @@ def plan_tensor_split(
         if not small - left_whole:
             break
         left_whole |= small
-    return planning.shards
+    along = follow(by_position=True)
+    is_possible = along.divided_by_position > 0 and along.shards == planning.shards
+    if not is_possible or sequence != "auto":
+        return planning.shards, is_possible and sequence == "on"
+    mean = growth * along.divided_by_position / along.num_divided_by_position
+    pays = mean >= LEAST_BY_POSITION and along.moved <= _MOST_BY_POSITION * planning.moved
+    return planning.shards, pays
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from paceline.train.order import Share, batches_per_epoch, epoch_order, shares
 from paceline.train.seeds import derive, mix
 
 _FEW = 10
+FEW_TOGETHER = 2
 
 
 @dataclasses.dataclass
@@ -236,11 +237,12 @@ def evaluation_parts(job: Job, dataset: Any, *, size: int, rank: int, device: to
 
 
 def few_samples(job: Job, dataset: Any, device: torch.device) -> list[Any]:
-    """Small batches of the training split, of two samples each."""
+    """Small batches of the training split, of `FEW_TOGETHER` samples each."""
     collate: Callable[[list[Any]], Any] = job.collate or default_collate
     length = num_samples(dataset, "train")
     samples = _take(iter(dataset), _FEW) if length is None else [dataset[i] for i in range(min(_FEW, length))]
-    groups = [samples[begin : begin + 2] for begin in range(0, len(samples) // 2 * 2 or 1, 2)]
+    starts = range(0, max(1, len(samples) - FEW_TOGETHER + 1), FEW_TOGETHER)
+    groups = [samples[begin : begin + FEW_TOGETHER] for begin in starts]
     return [to_device(collate(group), device) for group in groups]
 
 

@@ -23,7 +23,7 @@ from paceline.split.sharding import ShardedParameters
 from paceline.split.swap import swap_parameters
 from paceline.train.build import build_model, build_optimizer, everyone_fills_alike
 from paceline.train.calling import caller, require_scalar, sum_and_weight
-from paceline.train.data import GlobalBatch, Part, evaluation_parts
+from paceline.train.data import FEW_TOGETHER, GlobalBatch, Part, evaluation_parts
 from paceline.train.pipeline import Pipeline, schedule_of
 from paceline.train.reduction import Reduction, Sums
 from paceline.train.seeds import derive, seed_torch
@@ -150,7 +150,16 @@ class Replica:
             self.job.loss(self._call(batch), batch)
 
         runs = [functools.partial(run, batch) for batch in samples]
-        self._split = split = SplitModel(self.model, layout, mesh, runs, schedule_of(layout), self._deferred)
+        micro_batch = self.job.batch_size / (layout.data_parallel * layout.micro)
+        self._split = split = SplitModel(
+            self.model,
+            layout,
+            mesh,
+            runs,
+            schedule_of(layout),
+            self._deferred,
+            growth=micro_batch / FEW_TOGETHER,
+        )
         swap_parameters(self.optimizer, split.replaced)
         # Nothing keeps the whole parameters any more.
         split.replaced = {}

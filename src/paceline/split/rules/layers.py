@@ -38,7 +38,7 @@ def _embedding(
         given["padding_idx"] = padding - begin if begin <= padding < end else None
     elsewhere = (index < begin) | (index >= end)
     found = func((index - begin).masked_fill(elsewhere, 0), weight, **given)
-    return mode.add_up(found.masked_fill(elsewhere.unsqueeze(-1), 0.0))
+    return mode.add_up_product(found.masked_fill(elsewhere.unsqueeze(-1), 0.0))
 
 
 WEIGHTED[F.embedding] = _embedding
@@ -99,7 +99,8 @@ def layer_norm(
     if shard is None or shard.dim >= x.dim() - len(shape):
         parameters = {name: mode.whole(p) for name, p in parameters.items()}
         return func(mode.whole(x), shape, **parameters, **given)
-    shared = {name: mode.share(mode.whole(p)) for name, p in parameters.items()}
+    whole = [mode.whole(p) for p in parameters.values()]
+    shared = dict(zip(parameters, mode.share_together(whole), strict=True))
     return mode.made(func(x, shape, **shared, **given), shard, x)
 
 

@@ -56,9 +56,8 @@ def _weighted_product(
         result = func(x, mode.share(weight), *(mode.share(b) for b in extra))
         return mode.made(result, of_x, x)
     if of_weight.dim == inputs_dim:
-        result = mode.add_up(func(mode.cut(x, of_weight.at(last)), weight))
-        return result if bias is None else result + mode.whole(bias)
-    result = func(mode.share(mode.whole(x)), weight, *(mode.cut(b, of_weight.at(0)) for b in extra))
+        return mode.add_up_product(func(mode.cut(x, of_weight.at(last)), weight), bias)
+    result = func(mode.share_whole(x), weight, *(mode.cut(b, of_weight.at(0)) for b in extra))
     return mode.made(result, of_weight.at(last), weight)
 
 
