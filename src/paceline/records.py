@@ -308,6 +308,8 @@ class Proof(Record):
     """The largest differences of the same steps in float64, which are taken where float32 leaves a doubt."""
     why_not_float64: str = ""
     """Why those steps could not be taken in float64."""
+    left_whole: dict[str, str] = {}
+    """Pieces of the model that tensor parallelism does not divide, as they failed a proof of their own, and why."""
     proof_s: float = Field(ge=0)
 
     @property

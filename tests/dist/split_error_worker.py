@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from split_jobs import SPLIT_JOBS
+from torch.nn import functional as F
 
 from paceline.comm.group import Group
 from paceline.comm.mesh import make_mesh
 from paceline.comm.world import join
+from paceline.errors import SplitError
 from paceline.records import Layout
-from paceline.split import exchange, sharding, tensor_plan
+from paceline.split import block_proof, exchange, sharding, tensor_mode, tensor_plan
 from paceline.train.pipeline import Pipeline
 from paceline.train.proof import prove
 from paceline.train.reduction import Reduction
@@ -35,6 +37,29 @@ def planted(place: Any, name: str, wrong: Any) -> Iterator[None]:
 def forget_a_reduction() -> contextlib.AbstractContextManager[None]:
     """Gradients of what all workers of a tensor-parallel group read stay each worker's own."""
     return planted(exchange._Share, "backward", staticmethod(lambda ctx, gradient: (gradient, None)))
+
+
+@contextlib.contextmanager
+def forget_a_reduction_unseen() -> Iterator[None]:
+    """The same, and no piece of the model is proven by itself."""
+    with forget_a_reduction(), planted(block_proof, "_differ", lambda *_, **__: ""):
+        yield
+
+
+@contextlib.contextmanager
+def know_one_function_wrongly() -> Iterator[None]:
+    """SiLU, which the blocks use and the rest does not, takes the mean of what each worker has for that of all."""
+    right = tensor_mode.RULES[F.silu]
+
+    def wrong(mode: Any, func: Any, args: Any, kwargs: Any) -> Any:
+        (x,) = args
+        return mode.made(func(x) * (2.0 - func(x).detach().sign()), mode.shard(x), x)
+
+    tensor_mode.RULES[F.silu] = wrong
+    try:
+        yield
+    finally:
+        tensor_mode.RULES[F.silu] = right
 
 
 def scale_wrongly() -> contextlib.AbstractContextManager[None]:
@@ -90,8 +115,11 @@ def main() -> None:
         mesh = make_mesh(world, Layout.parse(text))
         assert mesh is not None
         with globals()[error]():
-            proof = prove(job, mesh, Datasets(job, 7), seed=7, device=world.device)
-        proofs[f"{error}/{text}"] = proof.model_dump_json()
+            try:
+                proved = prove(job, mesh, Datasets(job, 7), seed=7, device=world.device).model_dump_json()
+            except SplitError as refused:
+                proved = str(refused)
+        proofs[f"{error}/{name}/{text}"] = proved
     if world.rank == 0:
         Path(sys.argv[2]).write_text(json.dumps(proofs))
     world.leave()

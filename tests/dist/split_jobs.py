@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -48,14 +49,42 @@ class Block(nn.Module):
         return x + self.dropout(self.down(F.silu(self.gate(h)) * self.up(h)))
 
 
+class Swish(torch.autograd.Function):
+    """As in a compiled kernel of the user's own, what it calls is not seen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        with torch._C.DisableTorchFunction():
+            return x * torch.sigmoid(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        (x,) = ctx.saved_tensors
+        with torch._C.DisableTorchFunction():
+            s = torch.sigmoid(x)
+            return gradient * (s + x * s * (1 - s))
+
+
+class OwnFunction(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 32), nn.Linear(32, width)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return x + self.down(Swish.apply(self.up(x)))
+
+
 class Transformer(nn.Module):
     """Tied embeddings, a parameter that the model adds between its blocks, and masks made from the batch."""
 
-    def __init__(self, blocks: int = 4, width: int = 16) -> None:
+    def __init__(self, blocks: int = 4, width: int = 16, *, own_function: bool = False) -> None:
         super().__init__()
         self.embedding = nn.Embedding(16, width, padding_idx=0)
         self.place = nn.Parameter(0.1 * torch.randn(8, width))
         self.blocks = nn.ModuleList(Block(width) for _ in range(blocks))
+        if own_function:
+            self.blocks[1] = OwnFunction(width)
         self.norm = nn.LayerNorm(width)
         self.scale = nn.Parameter(torch.ones(()))
 
@@ -131,6 +160,7 @@ sentences = dataclasses.replace(
 
 SPLIT_JOBS: dict[str, tuple[paceline.Job, int]] = {
     "transformer": (sentences, 1),
+    "own_function": (dataclasses.replace(sentences, model=functools.partial(Transformer, own_function=True)), 1),
     "unet": (dataclasses.replace(plain, model=UNet, data=data_of(Images)), 1),
     "shared": (dataclasses.replace(plain, model=Shared), 1),
     "torch_encoder": (dataclasses.replace(plain, model=torch_encoder), 1),

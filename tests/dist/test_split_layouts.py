@@ -19,7 +19,7 @@ from paceline.records import Proof
 pytestmark = pytest.mark.timeout(600)
 
 ON_FOUR = [
-    "tp=2",
+    "tp=2,sequence=on",
     "pp=2,micro=2",
     "dp_shard=2",
     "dp_shard=4,zero=1",
@@ -27,7 +27,7 @@ ON_FOUR = [
     "dp_replicate=2,dp_shard=2",
     "dp_replicate=2,tp=2",
     "dp_shard=2,tp=2,recompute=full",
-    "pp=2,tp=2,micro=3",
+    "pp=2,tp=2,micro=3,sequence=on",
     "pp=2,dp_replicate=2,micro=2,recompute=selective",
     "pp=2,dp_shard=2,micro=2",
 ]

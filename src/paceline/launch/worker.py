@@ -152,6 +152,9 @@ class Worker:
         if self._stop_requested:
             session.request_stop()
         self._write("model", parameters=session.num_parameters)
+        for piece, why in session.left_whole.items():
+            text = f"{piece} is not divided by tp, as it would not compute the same on parts ({why})."
+            self._write("message", level="warning", text=text)
         outcome = TrainingLoop(session, length, target, self._writer).run()
         self._finish(session, world, outcome, plan)
 

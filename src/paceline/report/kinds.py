@@ -106,6 +106,7 @@ class ProofEvent(Event):
     parted: str = ""
     in_float64: tuple[Difference, ...] = ()
     why_not_float64: str = ""
+    left_whole: dict[str, str] = {}
     proof_s: float
 
 

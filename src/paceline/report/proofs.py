@@ -18,6 +18,7 @@ def verdict(proof: ProofEvent) -> str:
         if proof.switched_off
         else ""
     )
+    off += "".join(f" {left_whole(piece, why)}" for piece, why in proof.left_whole.items())
     if proof.drawn_at_random:
         return (
             "Not proven: the model draws random numbers that cannot be switched off, so that no two runs are "
@@ -45,6 +46,11 @@ def verdict(proof: ProofEvent) -> str:
         f"in float32 rounding grows to {_how_far(proof.worst[0])} in {_what(proof.worst[0])}, as it does between any "
         f"two orders of summation where ReLU or max-pooling decide by the last digit.{off}"
     )
+
+
+def left_whole(piece: str, why: str) -> str:
+    """One sentence about a piece that tensor parallelism does not divide."""
+    return f"{piece} is not divided, as it would not compute the same on parts ({why})."
 
 
 def print_proof(console: Console, proof: ProofEvent) -> None:

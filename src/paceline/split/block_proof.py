@@ -1,8 +1,8 @@
 """Proving tensor parallelism piece by piece, before anything is divided for good.
 
-Each piece that would be divided computes once whole and once on its parts, forward and backward, on what it is given in
+Each piece that would be divided, or be given divided tensors, computes once whole and once on its parts, forward and backward, on what it is given in
 a forward of the model on a small batch. Where the two differ, or the parts cannot be computed, the piece is left
-whole and the rest is found anew. So one block that torch's functions do not show (a native kernel of the
+whole, as it is with whole tensors, and the rest is found anew. So one block that torch's functions do not show (a native kernel of the
 user's own, say) costs the division of that block, and not the layout.
 """
 
@@ -69,19 +69,24 @@ def find_proven_split(
         if not found:
             return split, failed
         failed |= found
+        calls.undivided |= set(found)
         modules = {piece.name: piece.module for piece in calls.pieces}
         names = {id(p): name for name, p in model.named_parameters()}
         left_whole |= {names[id(p)] for name in found for p in modules[name].parameters()}
 
 
 class _Proof:
-    """One forward of the model, in which every piece is proven when it is called first."""
+    """One forward of the model, in which every piece is proven when it is called first.
+
+    And when it is called with arguments that are divided otherwise.
+    """
 
     def __init__(self, mesh: Mesh, model: nn.Module, calls: PieceCalls, split: TensorSplit) -> None:
         self._mesh, self._model, self._calls, self._split = mesh, model, calls, split
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._failed: dict[str, str] = {}
         self._counts: dict[str, int] = {}
+        self._proven: set[Any] = set()
 
     def run(self, run: Run) -> dict[str, str]:
         """The pieces that failed, and why."""
@@ -98,12 +103,15 @@ class _Proof:
         self._counts[piece.name] = number + 1
         shards = self._split.given.get((piece.name, number))
         names = [self._names[id(p)] for p in piece.module.parameters()]
-        if number == 0 and shards is not None and any(name in self._split.shards for name in names):
+        is_divided = shards is not None and (any(shards) or any(n in self._split.shards for n in names))
+        if is_divided and piece.name not in self._calls.undivided and (piece, shards) not in self._proven:
+            self._proven.add((piece, shards))
+            assert shards is not None
             why = self._why_not(piece, forward, args, kwargs, shards)
             told = self._mesh.everyone.gather_json(why, f"the proof of {piece.name}")
             why = next((text for text in told if text), "")
             if why:
-                self._failed[piece.name] = why
+                self._failed.setdefault(piece.name, why)
         with torch.no_grad():
             result = forward(*args, **kwargs)
         return map_tensors(result, _as_new)

@@ -1,8 +1,9 @@
 """Cutting a model into pipeline stages: which piece is computed where.
 
 The model's forward runs, whole, on a small batch. Each call of a piece is timed, in the order of the program, and
-the row of calls is cut where the slowest stage is fastest. A piece that is called several times may fall into several
-stages; each of them then has its parameters, as has each stage that reads a parameter between the pieces.
+the row of calls is cut such that no stage takes much more time, nor much more memory for parameters, than it must. A
+piece that is called several times may fall into several stages; each of them then has its parameters, as has each stage
+that reads a parameter between the pieces.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from paceline.errors import LayoutError
 from paceline.split.pieces import Piece
+from paceline.split.tensor_mode import run_whole
 from paceline.split.tensor_plan import undisturbed
 from paceline.split.trees import map_tensors, tensors_in
 
@@ -68,6 +71,8 @@ class PieceCalls:
         self.compute: Callable[[Piece, Callable[..., Any], Any, Any], Any] | None = None
         self.around: Callable[[Piece], contextlib.AbstractContextManager[None]] | None = None
         """What every piece is called in."""
+        self.undivided: frozenset[str] = frozenset()
+        """Names of pieces that tensor parallelism does not look into: they compute on whole tensors."""
         self.pieces = list(pieces)
         self._is_inside = False
         for piece in pieces:
@@ -78,6 +83,8 @@ class PieceCalls:
         def inside(*args: Any, **kwargs: Any) -> Any:
             self._is_inside = True
             try:
+                if piece.name in self.undivided:
+                    return run_whole(forward, args, kwargs)
                 return forward(*args, **kwargs)
             finally:
                 self._is_inside = False
@@ -178,7 +185,7 @@ def _follow(model: nn.Module, calls: PieceCalls, run: Callable[[], Any], names: 
 def plan_stages(
     model: nn.Module, calls: PieceCalls, run: Callable[[], Any], num_stages: int, *, rounds: int = 2
 ) -> Stages:
-    """Where to compute what, in `num_stages` stages of about equal time.
+    """Where to compute what, in `num_stages` stages of about equal time and size.
 
     Args:
         run: one forward of the model, from a fresh batch each time.
@@ -197,11 +204,12 @@ def plan_stages(
             cause="a stage needs at least one piece: a block of a list, or a module that the model calls",
             next_step=f"use at most pp={len(trace.seen)}" if len(trace.seen) > 1 else "use another axis",
         )
-    stage_of = cut_evenly(seconds, num_stages)
+    modules = {piece.name: piece.module for piece in calls.pieces}
+    elements = [float(sum(p.numel() for p in modules[name].parameters())) for name, _ in trace.seen]
+    stage_of = cut_in_balance(seconds, elements, num_stages)
     where = dict(zip(trace.seen, stage_of, strict=True))
     holders: dict[str, set[int]] = {}
     by_id = {id(p): name for name, p in model.named_parameters()}
-    modules = {piece.name: piece.module for piece in calls.pieces}
     for (name, _), stage in where.items():
         for parameter in modules[name].parameters():
             holders.setdefault(by_id[id(parameter)], set()).add(stage)
@@ -216,22 +224,56 @@ def plan_stages(
     return Stages(num_stages, where, {n: tuple(sorted(s)) for n, s in holders.items()}, tuple(cost_s))
 
 
-def cut_evenly(costs: Sequence[float], num_parts: int) -> list[int]:
-    """The part of each cost, in order, none empty, such that the largest sum of a part is least.
+_SIZE_TO_SPARE = 1.05
+"""A stage may be so much larger than the largest must be before it counts for more than its time."""
 
-    Dynamic programming over (first costs, parts): O(n² · parts).
+
+def cut_in_balance(seconds: Sequence[float], sizes: Sequence[float], num_parts: int) -> list[int]:
+    """The part of each call, in order, none empty.
+
+    Of what the slowest part takes beyond what it must, and of what the largest has beyond what it must, both as
+    ratios, the larger is least: where most of the weights are in one place (an embedding) the others are still cut
+    by time, and where time and size go together neither is given up for the other.
     """
-    num = len(costs)
-    sums = [0.0]
-    for cost in costs:
-        sums.append(sums[-1] + cost)
+    quickest = _largest_part(cut_evenly(seconds, num_parts), seconds) or 1.0
+    smallest = _SIZE_TO_SPARE * _largest_part(cut_evenly(sizes, num_parts), sizes) or 1.0
+    sums_s, sums = _running_sums(seconds), _running_sums(sizes)
+
+    def cost(begin: int, end: int) -> float:
+        return max((sums_s[end] - sums_s[begin]) / quickest, (sums[end] - sums[begin]) / smallest)
+
+    return _cut(len(seconds), num_parts, cost)
+
+
+def cut_evenly(costs: Sequence[float], num_parts: int) -> list[int]:
+    """The part of each cost, in order, none empty, such that the largest sum of a part is least."""
+    sums = _running_sums(costs)
+    return _cut(len(costs), num_parts, lambda begin, end: sums[end] - sums[begin])
+
+
+def _largest_part(part_of: Sequence[int], costs: Sequence[float]) -> float:
+    totals = [0.0] * (max(part_of) + 1)
+    for part, cost in zip(part_of, costs, strict=True):
+        totals[part] += cost
+    return max(totals)
+
+
+def _running_sums(costs: Sequence[float]) -> list[float]:
+    return [0.0, *itertools.accumulate(costs)]
+
+
+def _cut(num: int, num_parts: int, cost: Callable[[int, int], float]) -> list[int]:
+    """Where the largest `cost(begin, end)` of a part is least.
+
+    Dynamic programming over (first items, parts): O(num² · parts).
+    """
     best: list[list[float]] = [[float("inf")] * (num + 1) for _ in range(num_parts + 1)]
     cut_at = [[0] * (num + 1) for _ in range(num_parts + 1)]
     best[0][0] = 0.0
     for part in range(1, num_parts + 1):
         for end in range(part, num + 1):
             for begin in range(part - 1, end):
-                worst = max(best[part - 1][begin], sums[end] - sums[begin])
+                worst = max(best[part - 1][begin], cost(begin, end))
                 if worst < best[part][end]:
                     best[part][end], cut_at[part][end] = worst, begin
     result = [0] * num

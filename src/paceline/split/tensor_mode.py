@@ -14,6 +14,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import threading
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -25,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from paceline.comm.group import Group
 from paceline.split import exchange
 from paceline.split.placement import Shape, Shard, evenly, is_divisible, local_shape, whole_shape
-from paceline.split.trees import map_arguments
+from paceline.split.trees import map_arguments, map_tensors
 
 _SHARD = "_paceline_shard"
 
@@ -61,6 +62,7 @@ class SplitMode(TorchFunctionMode):
         """
         super().__init__()
         self.num_workers, self.by_position = num_workers, by_position
+        self._suspended = False
 
     def __torch_function__(
         self,
@@ -70,6 +72,8 @@ class SplitMode(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         named = dict(kwargs) if kwargs else {}
+        if self._suspended:
+            return func(*args, **named)
         rule = WEIGHTED.get(func)
         if rule is None:
             divided = any(map(_is_divided, args)) or any(map(_is_divided, named.values()))
@@ -77,6 +81,24 @@ class SplitMode(TorchFunctionMode):
                 return func(*args, **named)
             rule = RULES.get(func, on_whole_tensors)
         return rule(self, func, args, named)
+
+    def __enter__(self) -> Any:
+        _modes.active.append(self)
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        _modes.active.pop()
+
+    def run_whole(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Call a function on whole tensors, and see nothing of what it calls."""
+        with plainly():
+            args, kwargs = map_tensors((args, kwargs), self.whole)
+        self._suspended = True
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self._suspended = False
 
     # What a rule reads.
 
@@ -176,6 +198,21 @@ class SplitMode(TorchFunctionMode):
         """Run a function that is written in terms of torch's, each call of which is seen."""
         with self:
             return function(*args, **kwargs)
+
+
+class _Modes(threading.local):
+    def __init__(self) -> None:
+        self.active: list[SplitMode] = []
+
+
+_modes = _Modes()
+
+
+def run_whole(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """`SplitMode.run_whole` of the mode that is active in this thread, if one is."""
+    if not _modes.active:
+        return function(*args, **kwargs)
+    return _modes.active[-1].run_whole(function, args, kwargs)
 
 
 def _is_divided(value: Any) -> bool:

@@ -113,6 +113,7 @@ def _prove_in(
         switched_off=tuple(sorted(mode.switched_off)),
         drawn_at_random=random,
         parted=parted,
+        left_whole=ours.left_whole,
         proof_s=0.0,
     )
     told = group.gather_json({"proof": proof.to_json(), "failure": failure}, "the proof")[0]
@@ -193,6 +194,10 @@ class _LayoutSide:
             parameters=_copies(self._replica.state.parameters()),
             buffers=_copies(self._replica.state.buffers()),
         )
+
+    @property
+    def left_whole(self) -> dict[str, str]:
+        return self._replica.left_whole
 
     def how_parted(self) -> str:
         """How the workers' parameters differ; empty where they are the same."""

@@ -124,6 +124,11 @@ class Replica:
         """Of the whole model."""
         return self._num_parameters
 
+    @property
+    def left_whole(self) -> dict[str, str]:
+        """Pieces of the model that tensor parallelism does not divide, as they failed their proof, and why."""
+        return {} if self._split is None else self._split.left_whole
+
     def attach(self, mesh: Mesh) -> None:
         """Train in step with the workers of `mesh` from now on, each with the whole model; all start from rank 0's."""
         self._mesh = mesh

@@ -144,6 +144,11 @@ class Session:
         return self._replica.num_parameters
 
     @property
+    def left_whole(self) -> dict[str, str]:
+        """Pieces of the model that tensor parallelism does not divide, as they failed a proof of their own, and why."""
+        return self._replica.left_whole
+
+    @property
     def batches_per_epoch(self) -> int | None:
         """None where the data set is iterable."""
         return self._loader.batches_per_epoch
