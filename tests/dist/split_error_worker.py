@@ -62,6 +62,13 @@ def know_one_function_wrongly() -> Iterator[None]:
         tensor_mode.RULES[F.silu] = right
 
 
+def fail_every_piece() -> contextlib.AbstractContextManager[None]:
+    def wrong(whole: Any, parts: Any, shards: Any, *_: Any, **__: Any) -> str:
+        return "relative error 1.0e+00 in output 0" if shards else ""
+
+    return planted(block_proof, "_differ", wrong)
+
+
 def scale_wrongly() -> contextlib.AbstractContextManager[None]:
     right = Group.reduce_scatter_
 

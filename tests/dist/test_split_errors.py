@@ -22,7 +22,7 @@ PLANTED = [
 RIGHT = [("nothing", "transformer", layout) for layout in ("tp=2", "dp_shard=2", "dp_shard=2,zero=1", "pp=2,micro=2")]
 PIECES = [
     ("forget_a_reduction", "transformer", "tp=2"),
-    ("forget_a_reduction", "torch_encoder", "tp=2"),
+    ("fail_every_piece", "deep", "tp=2"),
     ("know_one_function_wrongly", "transformer", "tp=2"),
     ("nothing", "own_function", "tp=2"),
 ]
@@ -83,7 +83,7 @@ def test_what_is_wrong_outside_the_pieces_too_is_seen_by_the_proof_of_the_whole(
 
 
 def test_where_no_piece_passes_its_proof_the_layout_is_refused(told):
-    text = told["forget_a_reduction/torch_encoder/tp=2"]
+    text = told["fail_every_piece/deep/tp=2"]
     assert text.startswith("nothing in the model can be divided by tp=2: ")
     assert "does not compute the same on parts" in text
     assert "Next step: " in text

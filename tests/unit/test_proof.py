@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from paceline.records import Difference, Layout, Proof
-from paceline.train.comparison import Observed, compare
 from paceline.split.determinism import deterministic
+from paceline.train.comparison import Observed, compare
 
 
 def observed(**changes: object) -> Observed:

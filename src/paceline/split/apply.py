@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -107,7 +107,7 @@ class SplitModel:
         self._drop({name: p for name, p in whole.items() if mesh.pipeline.rank not in holders[name]})
         if self.tensor_split is not None:
             self._divide(mesh.tensor)
-        shards = self.tensor_split.shards if self.tensor_split is not None else {}
+        shards: Mapping[str, Shard] = self.tensor_split.shards if self.tensor_split is not None else {}
         names = {id(p): name for name, p in model.named_parameters()}
         self.names = names
         self.parameters = {

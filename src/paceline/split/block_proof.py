@@ -1,9 +1,9 @@
 """Proving tensor parallelism piece by piece, before anything is divided for good.
 
-Each piece that would be divided, or be given divided tensors, computes once whole and once on its parts, forward and backward, on what it is given in
-a forward of the model on a small batch. Where the two differ, or the parts cannot be computed, the piece is left
-whole, as it is with whole tensors, and the rest is found anew. So one block that torch's functions do not show (a native kernel of the
-user's own, say) costs the division of that block, and not the layout.
+Each piece that would be divided, or be given divided tensors, computes once whole and once on its parts, forward and
+backward, on what it is given in a forward of the model on a small batch. Where the two differ, or the parts cannot be
+computed, the piece is left whole, as it is with whole tensors, and the rest is found anew. So one block that torch's
+functions do not show (a native kernel of the user's own, say) costs the division of that block, and not the layout.
 """
 
 from __future__ import annotations
@@ -220,7 +220,11 @@ class _Side:
         with_gradient = [t for t in outputs if t.requires_grad]
         if with_gradient:
             torch.autograd.backward(with_gradient, [self._direction(t) for t in with_gradient])
-        wanted = {f"gradient of argument {n}": leaf for n, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
+        wanted = {
+            f"gradient of argument {n}": leaf
+            for n, leaf in enumerate(leaves)
+            if isinstance(leaf, torch.Tensor)
+        }
         wanted |= {f"gradient of {name.removeprefix('module.')}": p for name, p in state.items()}
         for name, tensor in wanted.items():
             if tensor.grad is not None:

@@ -21,8 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from paceline.split.pieces import Piece
-from paceline.split.recording import LEAST_BYTES, CannotRecord, Place, Recording
-from paceline.split.tensor_mode import plainly
+from paceline.split.recording import LEAST_BYTES, CannotRecordError, Place, Recording
+from paceline.split.tensor_mode import plainly, reads_no_values
 from paceline.split.trees import map_arguments
 
 
@@ -105,13 +105,14 @@ class _Lending(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         def see(tensor: torch.Tensor) -> torch.Tensor:
-            if tensor in self._deferred and getattr(func, "__name__", "") not in ("__get__", "__hash__"):
+            if tensor in self._deferred:
                 with plainly():
                     if self._deferred.fill(tensor):
                         self.lent.append(tensor)
             return tensor
 
-        map_arguments((args, kwargs or {}), see)
+        if not reads_no_values(func):
+            map_arguments((args, kwargs or {}), see)
         return func(*args, **(kwargs or {}))
 
 
@@ -123,7 +124,11 @@ def _nbytes(tensor: torch.Tensor) -> int:
 
 
 def build_deferred(
-    make: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype | None, *, least_bytes: int | None = None
+    make: Callable[[], nn.Module],
+    device: torch.device,
+    dtype: torch.dtype | None,
+    *,
+    least_bytes: int | None = None,
 ) -> tuple[nn.Module, DeferredParameters]:
     """Call `make`, and keep what is large of the model's parameters out of memory.
 
@@ -132,7 +137,7 @@ def build_deferred(
         least_bytes: smaller parameters have their values at once; None: `LEAST_BYTES`.
 
     Raises:
-        CannotRecord: it does what cannot be repeated. Other errors of its own may come of that, too.
+        CannotRecordError: it does what cannot be repeated. Other errors of its own may come of that, too.
     """
     recording = Recording(least_bytes=LEAST_BYTES if least_bytes is None else least_bytes)
     deferred = DeferredParameters()
@@ -147,7 +152,7 @@ def build_deferred(
     entries: list[tuple[nn.Module, str, nn.Parameter]] = []
     stand_ins: dict[int, nn.Parameter] = {}
     old: list[weakref.ref[torch.Tensor]] = []
-    _fill_attributes(model, recording)
+    others = _fill_attributes(model, recording)
     for module in model.modules():
         for name, parameter in module._parameters.items():
             place = None if parameter is None else recording.place(parameter)
@@ -155,14 +160,15 @@ def build_deferred(
                 continue
             if id(parameter) not in stand_ins:
                 if recording.is_arbitrary(place):
-                    raise CannotRecord("a parameter was never written to")
+                    raise CannotRecordError("a parameter was never written to")
                 new = _without_memory(parameter, device, dtype)
                 stand_ins[id(parameter)], places[new] = new, place
                 old.append(weakref.ref(parameter))
             entries.append((module, name, stand_ins[id(parameter)]))
             module._parameters[name] = None
-    if len({place.storage for place in places.values()}) < len(places):
-        raise CannotRecord("parameters share their memory")
+    storages = [place.storage for place in places.values()] + others
+    if len(set(storages)) < len(storages):
+        raise CannotRecordError("tensors of the model share their memory")
     del module, parameter
     # Everything else is moved as PyTorch does it.
     model.to(device=device, dtype=dtype)
@@ -171,7 +177,7 @@ def build_deferred(
     if any(True for _ in recording.living()) or any(handle() is not None for handle in old):
         gc.collect()
         if any(True for _ in recording.living()) or any(handle() is not None for handle in old):
-            raise CannotRecord("something beside the model holds a large tensor of it")
+            raise CannotRecordError("something beside the model holds a large tensor of it")
     if places:
         deferred.add(recording, places)
     return model, deferred
@@ -193,17 +199,23 @@ def _fake_attributes() -> set[str]:
     return set(vars(nn.Parameter(fake)))
 
 
-def _fill_attributes(model: nn.Module, recording: Recording) -> None:
-    """Give buffers, and tensors that are attributes of modules, their values: they are not divided."""
-    known: dict[tuple[int, Place], torch.Tensor] = {}
+def _fill_attributes(model: nn.Module, recording: Recording) -> list[int]:
+    """Give buffers, and tensors that are attributes of modules, their values: they are not divided.
+
+    Returns:
+        The storages that they were recorded in.
+    """
+    known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    storages: list[int] = []
 
     def value(tensor: torch.Tensor) -> torch.Tensor:
         place = recording.place(tensor)
         if place is None:
             return tensor
-        if (id(tensor), place) not in known:
-            known[id(tensor), place] = recording.values(place)
-        return known[id(tensor), place]
+        if id(tensor) not in known:
+            known[id(tensor)] = tensor, recording.values(place)
+            storages.append(place.storage)
+        return known[id(tensor)][1]
 
     for module in model.modules():
         for name, buffer in module._buffers.items():
@@ -215,3 +227,4 @@ def _fill_attributes(model: nn.Module, recording: Recording) -> None:
                 map_arguments(held, found.append)
                 if any(not isinstance(t, nn.Parameter) and recording.place(t) is not None for t in found):
                     vars(module)[name] = map_arguments(held, value)
+    return storages

@@ -45,7 +45,7 @@ def gather(tensor: torch.Tensor, shard: Shard, group: Group) -> torch.Tensor:
 
 
 def share_whole(tensor: torch.Tensor, shard: Shard, group: Group) -> torch.Tensor:
-    """A divided tensor made whole, to be read by a divided computation: gradients are added up, each worker its piece."""
+    """A divided tensor made whole, for a divided computation: gradients are added up, each worker gets its piece."""
     return _ShareWhole.apply(tensor, shard, group)  # type: ignore[no-any-return]
 
 

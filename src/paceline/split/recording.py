@@ -27,13 +27,14 @@ LEAST_BYTES = 4096
 CACHE_BYTES = 64 << 20
 
 _FILLS = frozenset({
-    "uniform_", "normal_", "bernoulli_", "random_", "exponential_", "geometric_", "cauchy_", "log_normal_", "fill_", "zero_",
+    "uniform_", "normal_", "bernoulli_", "random_", "exponential_", "geometric_", "cauchy_", "log_normal_",
+    "fill_", "zero_",
 })  # fmt: skip
 """They write every element and read none."""
 _CHANGES_MEMORY = frozenset({"set_", "resize_", "resize_as_", "set_data"})
 
 
-class CannotRecord(Exception):
+class CannotRecordError(Exception):
     """The program does something with a large tensor that cannot be repeated later."""
 
 
@@ -49,11 +50,11 @@ class Place:
 
     @classmethod
     def of(cls, tensor: torch.Tensor, storage: int) -> Place:
-        return cls(storage, tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+        return cls(storage, tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
 
     def within(self, storage: torch.UntypedStorage) -> torch.Tensor:
         empty = torch.empty(0, dtype=self.dtype)
-        return empty.set_(storage, self.offset, self.size, self.stride)  # type: ignore[call-overload,no-any-return]
+        return empty.set_(storage, self.offset, self.size, self.stride)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Recording(TorchDispatchMode):
             return None
         number = self._numbers.get(tensor.untyped_storage()._cdata)
         if number is None:
-            raise CannotRecord("a large tensor was given other memory")
+            raise CannotRecordError("a large tensor was given other memory")
         return Place.of(tensor, number)
 
     def living(self) -> Iterator[torch.Tensor]:
@@ -111,19 +112,21 @@ class Recording(TorchDispatchMode):
         """After the program: forget the values.
 
         Raises:
-            CannotRecord: a large tensor that was read has changed since.
+            CannotRecordError: a large tensor that was read has changed since.
         """
         self._cache.clear()
         if any(tensor._version != version for tensor, version in self._lent):
-            raise CannotRecord("a tensor changed after it was copied from")
+            raise CannotRecordError("a tensor changed after it was copied from")
 
     def is_arbitrary(self, place: Place) -> bool:
         """Whether nothing was ever written there: it has what memory happens to have."""
         first, *others = self._history[place.storage]
-        return not others and self._calls[first].func._schema.name.startswith(("aten::empty", "aten::new_empty"))
+        return not others and self._calls[first].func._schema.name.startswith(
+            ("aten::empty", "aten::new_empty")
+        )
 
     def digest(self) -> str:
-        """The same on all workers that ran the same program with the same random numbers, on the same kind of processor."""
+        """The same on workers that ran the same program with the same random numbers, on the same kind of processor."""
         text = hashlib.sha256()
         for call in self._calls:
             text.update(f"{call.func} {_constants(call.args)} {_constants(call.kwargs)}".encode())
@@ -146,7 +149,7 @@ class Recording(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         if "device" in kwargs and kwargs["device"] is not None:
             if kwargs["device"].type not in ("cpu", "meta"):
-                raise CannotRecord(f"it builds on {kwargs['device']}")
+                raise CannotRecordError(f"it builds on {kwargs['device']}")
             kwargs["device"] = torch.device("cpu")
         given: list[torch.Tensor] = []
         map_arguments((args, kwargs), given.append)
@@ -155,7 +158,7 @@ class Recording(TorchDispatchMode):
             return func(*args, **kwargs)
         name = func._schema.name.partition("::")[2]
         if places and name in _CHANGES_MEMORY:
-            raise CannotRecord(f"it calls {name} on a large tensor")
+            raise CannotRecordError(f"it calls {name} on a large tensor")
         written = _written(func, args, kwargs)
         fills = name in _FILLS and len(given) == 1 and self._covers(places[id(given[0])])
         used = {p.storage for p in places.values()}

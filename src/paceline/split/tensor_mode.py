@@ -287,10 +287,32 @@ _METADATA = {
 
 def _reads_only(func: Callable[..., Any]) -> bool:
     """Whether it asks for a property that a piece shares with the whole."""
-    name = getattr(func, "__name__", "")
+    return _name_of(func) in _METADATA
+
+
+def reads_no_values(func: Callable[..., Any]) -> bool:
+    """Whether it asks for a property of a tensor, such as its shape."""
+    return _name_of(func) in _METADATA or _name_of(func) in _SHAPES
+
+
+def _name_of(func: Callable[..., Any]) -> str:
+    name: str = getattr(func, "__name__", "")
     if name == "__get__":
         name = getattr(getattr(func, "__self__", None), "__name__", "")
-    return name in _METADATA
+    return name
+
+
+_SHAPES = {
+    "shape",
+    "size",
+    "numel",
+    "nelement",
+    "__len__",
+    "stride",
+    "storage_offset",
+    "untyped_storage",
+    "nbytes",
+}
 
 
 @functools.cache
@@ -366,7 +388,7 @@ class TensorParallel(SplitMode):
         return self._once(tensor, lambda: exchange.share_whole(tensor, shard, self.group))
 
     def _once(self, tensor: torch.Tensor, function: Callable[[], torch.Tensor]) -> torch.Tensor:
-        # Queries, keys and values read the same input: it is gathered, and its gradients added up, once for all of them.
+        # Queries, keys and values read the same input: what is exchanged for it is exchanged once.
         for known, version, shared in self._shared:
             if known is tensor and version == tensor._version:
                 return shared

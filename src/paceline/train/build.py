@@ -87,7 +87,10 @@ def _stand_in(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def _reads_values(state: dict[str, Any]) -> bool:
-    return any(isinstance(v, torch.Tensor) and v.is_floating_point() and bool(v.isnan().any()) for v in state.values())
+    return any(
+        isinstance(v, torch.Tensor) and v.is_floating_point() and bool(v.isnan().any())
+        for v in state.values()
+    )
 
 
 def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:

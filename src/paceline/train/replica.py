@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
 
 from paceline.comm.group import Group
 from paceline.comm.mesh import Mesh, data_mesh
@@ -187,7 +186,9 @@ class Replica:
             piece.module for piece in split.steady if any(id(p) in here for p in piece.module.parameters())
         ]
         apart = [split.parameters[name].parameter for name in split.read_between if name in split.parameters]
-        self._sharded = ShardedParameters(self.model, blocks, apart, mesh.shard, mesh.data, self._deferred, keep=keep)
+        self._sharded = ShardedParameters(
+            self.model, blocks, apart, mesh.shard, mesh.data, self._deferred, keep=keep
+        )
         swap_parameters(self.optimizer, self._sharded.replaced)
         self._sharded.replaced = {}
 
