@@ -31,8 +31,6 @@ from paceline.split.tensor_plan import undisturbed
 from paceline.split.trees import flatten, map_tensors
 
 _SEED = 20_000
-_TOLERANCES = {torch.float64: PROOF_TOLERANCE, torch.float32: 1e-3}
-"""In float32 ReLU and max-pooling may decide by the last digit: only for pieces that cannot do with float64."""
 _FLOOR = 1e-2
 """A gradient that is small beside the piece's largest is held against this share of that."""
 
@@ -108,8 +106,6 @@ class _Proof:
             self._proven.add((piece, shards))
             assert shards is not None
             why = self._why_not(piece, forward, args, kwargs, shards)
-            told = self._mesh.everyone.gather_json(why, f"the proof of {piece.name}")
-            why = next((text for text in told if text), "")
             if why:
                 self._failed.setdefault(piece.name, why)
         with torch.no_grad():
@@ -124,34 +120,39 @@ class _Proof:
         kwargs: Any,
         shards: tuple[Shard | None, ...],
     ) -> str:
-        """Why the piece may not be divided; empty where it may."""
-        for dtype, tolerance in _TOLERANCES.items():
+        """Why the piece may not be divided; empty where it may. The same on all workers.
+
+        In float32; and where that shows a difference, in float64, as for the whole layout.
+        """
+        why = ""
+        for dtype in (torch.float32, torch.float64):
             side = _Side(self._mesh, piece, forward, args, kwargs, dtype, self._names)
             try:
                 whole = side.compute_whole(_SEED)
-                if _differ(whole, side.compute_whole(_SEED + 1), {}):
-                    return ""  # it draws random numbers that cannot be switched off
-            except CollectiveError:
-                raise
             except Exception:
-                continue  # not in this precision; or not at all, which is not for tensor parallelism to mend
-            try:
-                parts = side.compute_parts(
-                    _SEED, shards, self._split.shards, by_position=self._split.by_position
-                )
-            except CollectiveError:
-                raise
-            except Exception as error:
-                return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            return _differ(
-                whole,
-                parts,
-                side.shards_of_results,
-                self._mesh.tensor.rank,
-                self._mesh.tensor.size,
-                tolerance=tolerance,
+                # Not in this precision; or not at all, which is not for tensor parallelism to mend.
+                return why
+            why = self._why_parts_differ(side, whole, shards)
+            told = self._mesh.everyone.gather_json(why, f"the proof of {piece.name}")
+            why = next((text for text in told if text), "")
+            if not why or _differ(whole, side.compute_whole(_SEED + 1), {}):
+                # Or it draws random numbers that cannot be switched off.
+                return ""
+        return why
+
+    def _why_parts_differ(
+        self, side: _Side, whole: Mapping[str, torch.Tensor], shards: tuple[Shard | None, ...]
+    ) -> str:
+        try:
+            parts = side.compute_parts(
+                _SEED, shards, self._split.shards, by_position=self._split.by_position
             )
-        return ""
+        except CollectiveError:
+            raise
+        except Exception as error:
+            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        group = self._mesh.tensor
+        return _differ(whole, parts, side.shards_of_results, group.rank, group.size)
 
 
 class _Side:
@@ -259,8 +260,6 @@ def _differ(
     shards: Mapping[str, Shard | None],
     rank: int = 0,
     size: int = 1,
-    *,
-    tolerance: float = PROOF_TOLERANCE,
 ) -> str:
     """What differs, and by how much; empty where nothing does."""
     norms = {name: float(torch.linalg.vector_norm(t.double())) for name, t in whole.items()}
@@ -275,7 +274,7 @@ def _differ(
             return f"the shape of {name} is {tuple(found.shape)}, not {tuple(wanted.shape)}"
         distance = float(torch.linalg.vector_norm(found.double() - wanted.double()))
         scale = max(norms[name], _FLOOR * largest if name.startswith("gradient") else 0.0, 1e-30)
-        if not distance <= tolerance * scale:
+        if not distance <= PROOF_TOLERANCE * scale:
             return f"relative error {distance / scale:.1e} in {name}"
     return ""
 

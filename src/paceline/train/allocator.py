@@ -13,6 +13,12 @@ _NEVER_TRIM_BYTES = (1 << 31) - 1
 _SETTINGS_OF_THE_USER = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD")
 
 
+def give_back_freed_memory() -> None:
+    """Have glibc's malloc return to the system what is free now: after much was needed once."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def keep_freed_memory() -> bool:
     """Have glibc's malloc keep what is freed; whether it was told so.
 

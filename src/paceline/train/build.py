@@ -13,6 +13,7 @@ from paceline.errors import JobError
 from paceline.job import Job
 from paceline.split.deferred import DeferredParameters, build_deferred
 from paceline.split.swap import swap_parameters
+from paceline.train.allocator import give_back_freed_memory
 from paceline.train.seeds import derive, seed_everything
 
 
@@ -36,6 +37,7 @@ def build_model(
             deferred = DeferredParameters()
         else:
             _require_module(model)
+            give_back_freed_memory()
             return model, deferred
     seed_everything(derive(seed, "model"))
     model = job.model()

@@ -287,11 +287,11 @@ class _PlainSide:
             if isinstance(loss, tuple):
                 part_sum, weight = loss
                 part_sum.backward()
-                total += float(part_sum)
+                total += float(part_sum.detach())
                 weights += float(weight)
             else:
                 (loss * part.share.samples).backward()
-                total += float(loss) * part.share.samples
+                total += float(loss.detach()) * part.share.samples
                 weights += part.share.samples
         for parameter in self._trained:
             if parameter.grad is not None:

@@ -20,6 +20,7 @@ from paceline.split.apply import LocalParameter, SplitModel
 from paceline.split.batchnorm import BatchShare, share_batch_norms
 from paceline.split.sharding import ShardedParameters
 from paceline.split.swap import swap_parameters
+from paceline.train.allocator import give_back_freed_memory
 from paceline.train.build import build_model, build_optimizer, everyone_fills_alike
 from paceline.train.calling import caller, require_scalar, sum_and_weight
 from paceline.train.data import FEW_TOGETHER, GlobalBatch, Part, evaluation_parts
@@ -130,11 +131,14 @@ class Replica:
 
     def attach(self, mesh: Mesh) -> None:
         """Train in step with the workers of `mesh` from now on, each with the whole model; all start from rank 0's."""
+        self._join(mesh)
+        self._reduction = self._reduction_of(mesh)
+
+    def _join(self, mesh: Mesh) -> None:
         self._mesh = mesh
         self.optimizer.zero_grad(set_to_none=True)
         if mesh.everyone.size > 1:
             broadcast(self.model, mesh.everyone, but=self._deferred)
-        self._reduction = self._reduction_of(mesh)
 
     def split(self, mesh: Mesh, samples: list[Any]) -> None:
         """Take this worker's part of the model, as `mesh.layout` says; once, before the first step.
@@ -147,7 +151,7 @@ class Replica:
         """
         if not everyone_fills_alike(self._deferred, mesh.everyone):
             self._deferred.settle(self.model.parameters())
-        self.attach(mesh)
+        self._join(mesh)
         layout = mesh.layout
 
         def run(batch: Any) -> None:
@@ -178,6 +182,7 @@ class Replica:
         if layout.pp > 1:
             self._pipeline = Pipeline(split, layout, self.device, self._call, self._forward_context)
         self._reduction = self._reduction_of(mesh)
+        give_back_freed_memory()
 
     def _shard_parameters(self, split: SplitModel, mesh: Mesh) -> None:
         keep = {1: "always", 2: "within_step", 3: "nothing"}[mesh.layout.zero_stage]
