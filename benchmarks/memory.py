@@ -38,7 +38,7 @@ LAYOUTS = (
     "pp=2,micro=4", "pp=4,micro=8", "dp_shard=2,tp=2", "dp_shard=4,recompute=full",
 )  # fmt: skip
 LIMITED = ("dp_replicate=1", "dp_shard=4", "pp=4,micro=4", "tp=4")
-LIMIT_BYTES = 1100 << 20
+LIMIT_BYTES = 1000 << 20
 MIB = 1 << 20
 
 
