@@ -34,8 +34,8 @@ from paceline.records import Layout
 ROOT = Path(__file__).parents[1]
 JOB = ROOT / "benchmarks" / "memory_job.py"
 LAYOUTS = (
-    "dp_replicate=1", "recompute=full", "dp_shard=2", "dp_shard=4", "dp_shard=4,zero=1", "tp=2", "tp=4", "tp=4,sequence=on",
-    "pp=2,micro=4", "pp=4,micro=8", "dp_shard=2,tp=2", "dp_shard=4,recompute=full",
+    "dp_replicate=1", "recompute=full", "dp_shard=2", "dp_shard=4", "dp_shard=4,zero=1", "tp=2", "tp=4",
+    "tp=4,sequence=on", "pp=2,micro=4", "pp=4,micro=8", "dp_shard=2,tp=2", "dp_shard=4,recompute=full",
 )  # fmt: skip
 LIMITED = ("dp_replicate=1", "dp_shard=4", "pp=4,micro=4", "tp=4")
 LIMIT_BYTES = 1000 << 20

@@ -63,7 +63,7 @@ def start_apart() -> None:
     """Rank 1 does not get rank 0's parameters, and begins with others."""
     if not hasattr(replica, "broadcast"):
         raise RuntimeError("the error cannot be planted: replica.broadcast is gone")
-    replica.broadcast = lambda model, group: [p.data.mul_(1 + group.rank) for p in model.parameters()]
+    replica.broadcast = lambda model, group, **_: [p.data.mul_(1 + group.rank) for p in model.parameters()]
 
 
 def round_roughly() -> None:

@@ -30,11 +30,12 @@ from paceline.measure.machine import describe_host, device_kind, peak_memory_byt
 from paceline.plan.candidates import candidates
 from paceline.plan.choose import choose, without_workers
 from paceline.records import Cluster, Host, Layout, Plan, Proof, describe
+from paceline.split.finding import Found
 from paceline.train.allocator import keep_freed_memory
 from paceline.train.data import num_batches, num_samples
 from paceline.train.loop import Outcome, TrainingLoop, save, showcase
 from paceline.train.precision import choose_precision
-from paceline.train.proof import prove, require
+from paceline.train.proof import prove_and_find, require
 from paceline.train.room import PROOF_BYTES, why_no_room
 from paceline.train.session import Datasets, Session
 from paceline.train.target import Length, Target, plan_length
@@ -87,12 +88,12 @@ class Worker:
         if mesh is not None:
             self._prove(loaded.job, world, mesh, Datasets(loaded.job, self._spec.seed))
 
-    def _prove(self, job: Job, world: World, mesh: Mesh, datasets: Datasets) -> Proof:
+    def _prove(self, job: Job, world: World, mesh: Mesh, datasets: Datasets) -> tuple[Proof, Found | None]:
         layout = mesh.layout
         take_cores(world.local_rank, min(world.local_size, layout.workers), layout.threads)
-        proof = prove(job, mesh, datasets, seed=self._spec.seed, device=world.device)
+        proof, found = prove_and_find(job, mesh, datasets, seed=self._spec.seed, device=world.device)
         self._write("proof", status=proof.status, **proof.to_json())
-        return proof
+        return proof, found
 
     def _train(self, loaded: LoadedJob, world: World) -> None:
         spec, job = self._spec, loaded.job
@@ -130,8 +131,9 @@ class Worker:
         )
         plan = self._plan(loaded, world, everyone, cluster, datasets, precision)
         mesh = self._take(plan, world)
+        found: Found | None = None
         if mesh is not None and mesh.everyone.size > 1 and spec.verify and self._has_room(job, mesh, world):
-            proof = self._prove(job, world, mesh, datasets)
+            proof, found = self._prove(job, world, mesh, datasets)
             if proof.status == "different" and plan.chosen_by == "trial":
                 plan = without_workers(plan, f"{plan.label} would train something else: {proof.what_differs}")
                 mesh = self._take(plan, world)
@@ -148,6 +150,7 @@ class Worker:
             world=world,
             mesh=mesh,
             datasets=datasets,
+            found=found,
         )
         if self._stop_requested:
             session.request_stop()

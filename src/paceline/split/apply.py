@@ -31,11 +31,11 @@ from paceline.split import rules as rules  # fills the tables of tensor parallel
 from paceline.split.block_proof import find_proven_split
 from paceline.split.deferred import DeferredParameters
 from paceline.split.exchange import gather_whole
-from paceline.split.finding import TensorSplit, find_stages, find_steady
+from paceline.split.finding import Found, TensorSplit, find_stages, find_steady
 from paceline.split.pieces import Piece, find_pieces
 from paceline.split.placement import Shard, take
 from paceline.split.recompute import recomputed
-from paceline.split.stages import PieceCalls, Stages
+from paceline.split.stages import PieceCalls
 from paceline.split.tensor_mode import TensorParallel
 from paceline.split.tensor_plan import divide_parameters
 
@@ -69,11 +69,13 @@ class SplitModel:
         deferred: DeferredParameters,
         *,
         growth: float,
+        found: Found | None = None,
     ) -> None:
         """Split `model`, in place. A collective call of all workers of `mesh`.
 
         Args:
             runs: forwards of the model and the loss, each on another small batch.
+            found: where to split it, if that is known from an earlier model of the same job in the same layout.
             growth: how many times larger than a run's batch a worker's micro-batch is.
             deferred: the parameters that have no values yet. Of those that stay whole here it still has them.
             schedule: of the pipeline; None where there is none.
@@ -90,24 +92,21 @@ class SplitModel:
         shapes = {name: tuple(p.shape) for name, p in whole.items()}
         num_stages = 1 if schedule is None else schedule.num_stages
         self.calls = PieceCalls(model, find_pieces(model, 2 * num_stages))
-        self.steady: list[Piece] = []
-        """Pieces that all workers call alike, whatever their samples."""
-        self.read_between: set[str] = set()
-        """Parameters that are read between the pieces."""
-        self.stages: Stages | None = None
         self.tensor: TensorParallel | None = None
-        self.tensor_split: TensorSplit | None = None
-        self.left_whole: dict[str, str] = {}
-        """Pieces that could have been divided and were not, and why."""
-        with deferred.lending() as self.calls.around:
-            self._find_out(runs, num_stages, growth)
-        self.calls.around = None
+        if found is None:
+            with deferred.lending() as self.calls.around:
+                found = self._find_out(runs, num_stages, growth)
+            self.calls.around = None
+        self.found = found
+        self.calls.undivided = frozenset(found.left_whole)
+        self.steady = [piece for piece in self.calls.pieces if piece.name in found.steady]
+        self.stages = found.stages
         worker_of = schedule.worker_of if schedule is not None else _first
         holders = self._holders(whole, worker_of)
         self._drop({name: p for name, p in whole.items() if mesh.pipeline.rank not in holders[name]})
-        if self.tensor_split is not None:
-            self._divide(mesh.tensor)
-        shards: Mapping[str, Shard] = self.tensor_split.shards if self.tensor_split is not None else {}
+        if found.tensor is not None:
+            self._divide(mesh.tensor, found.tensor)
+        shards: Mapping[str, Shard] = found.tensor.shards if found.tensor is not None else {}
         names = {id(p): name for name, p in model.named_parameters()}
         self.names = names
         self.parameters = {
@@ -201,18 +200,20 @@ class SplitModel:
                     group.receive_(tensor, holder, f"{what} {name}")
             yield name, tensor
 
-    def _find_out(self, runs: Sequence[Callable[[], Any]], num_stages: int, growth: float) -> None:
+    def _find_out(self, runs: Sequence[Callable[[], Any]], num_stages: int, growth: float) -> Found:
         """Where this model can be split, from forwards of the whole of it."""
         group, layout = self.mesh.everyone, self.layout
+        found = Found()
         if layout.dp_shard > 1:
-            steady, self.read_between = find_steady(group, self.model, self.calls, runs)
-            self.steady = [piece for piece in self.calls.pieces if piece.name in steady]
+            steady, read_between = find_steady(group, self.model, self.calls, runs)
+            found = dataclasses.replace(found, steady=steady, read_between=read_between)
         if layout.tp > 1:
-            self.tensor_split, self.left_whole = find_proven_split(
-                self.mesh, self.model, self.calls, runs[0], layout, growth
-            )
+            split, failed = find_proven_split(self.mesh, self.model, self.calls, runs[0], layout, growth)
+            found = dataclasses.replace(found, tensor=split, left_whole=failed)
         if layout.pp > 1:
-            self.stages = find_stages(group, self.model, self.calls, runs[0], num_stages)
+            stages = find_stages(group, self.model, self.calls, runs[0], num_stages)
+            found = dataclasses.replace(found, stages=stages)
+        return found
 
     def _holders(
         self, whole: dict[str, nn.Parameter], worker_of: Callable[[int], int]
@@ -243,15 +244,14 @@ class SplitModel:
                     module._parameters[key] = absent[held]
         self.replaced.update(dict.fromkeys(parameters.values()))
 
-    def _divide(self, group: Group) -> None:
-        assert self.tensor_split is not None
-        self.tensor = TensorParallel(group, by_position=self.tensor_split.by_position)
+    def _divide(self, group: Group, split: TensorSplit) -> None:
+        self.tensor = TensorParallel(group, by_position=split.by_position)
         divided = divide_parameters(
-            self.model, self.tensor_split.shards, group.rank, group.size, lambda p: self._deferred.filled([p])
+            self.model, split.shards, group.rank, group.size, lambda p: self._deferred.filled([p])
         )
         by_new = {id(new): name for name, new in self.model.named_parameters()}
         for old, new in divided.items():
-            shard = self.tensor_split.shards[by_new[id(new)]]
+            shard = split.shards[by_new[id(new)]]
             if not new.is_meta:
                 self.replaced[old] = new, _cutter(shard, group)
 

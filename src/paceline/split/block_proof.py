@@ -144,9 +144,7 @@ class _Proof:
         self, side: _Side, whole: Mapping[str, torch.Tensor], shards: tuple[Shard | None, ...]
     ) -> str:
         try:
-            parts = side.compute_parts(
-                _SEED, shards, self._split.shards, by_position=self._split.by_position
-            )
+            parts = side.compute_parts(_SEED, shards, self._split.shards, by_position=self._split.by_position)
         except CollectiveError:
             raise
         except Exception as error:

@@ -33,6 +33,20 @@ class TensorSplit:
     """Whether what is between the divided layers is divided along positions."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """Where a model is split: what one worker found out, and all keep to. Proof and training share it."""
+
+    steady: frozenset[str] = frozenset()
+    """Names of the pieces that all workers call alike, whatever their samples."""
+    read_between: frozenset[str] = frozenset()
+    """Names of the parameters that are read between the pieces."""
+    tensor: TensorSplit | None = None
+    left_whole: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Pieces that could have been divided and were not, and why."""
+    stages: Stages | None = None
+
+
 def agree(group: Group, what: str, function: Callable[[], Any]) -> Any:
     """What rank 0 finds out, in JSON, on every worker; and what goes wrong there does so everywhere.
 
@@ -65,7 +79,7 @@ def agree(group: Group, what: str, function: Callable[[], Any]) -> Any:
 
 def find_steady(
     group: Group, model: nn.Module, calls: PieceCalls, runs: Sequence[Run]
-) -> tuple[set[str], set[str]]:
+) -> tuple[frozenset[str], frozenset[str]]:
     """Names of the pieces that all `runs` call alike, and of the parameters that are read between pieces."""
 
     def find() -> list[list[str]]:
@@ -73,7 +87,7 @@ def find_steady(
         return [[piece.name for piece in pieces], sorted(read_between)]
 
     steady, read_between = agree(group, "pieces of the model", find)
-    return set(steady), set(read_between)
+    return frozenset(steady), frozenset(read_between)
 
 
 def find_stages(group: Group, model: nn.Module, calls: PieceCalls, run: Run, num_stages: int) -> Stages:

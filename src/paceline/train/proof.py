@@ -22,6 +22,7 @@ from paceline.errors import ProofError, WorkerError
 from paceline.job import Job
 from paceline.records import Difference, Proof
 from paceline.split.determinism import deterministic
+from paceline.split.finding import Found
 from paceline.train.calling import caller
 from paceline.train.comparison import Observed, Tensors, badness, compare, worst_of_each_kind
 from paceline.train.data import GlobalBatch, ShareLoader, few_samples, is_iterable, map_tensors
@@ -34,6 +35,13 @@ STEPS = 2
 
 
 def prove(job: Job, mesh: Mesh, datasets: Datasets, *, seed: int, device: torch.device) -> Proof:
+    """`prove_and_find`, without what was found."""
+    return prove_and_find(job, mesh, datasets, seed=seed, device=device)[0]
+
+
+def prove_and_find(
+    job: Job, mesh: Mesh, datasets: Datasets, *, seed: int, device: torch.device
+) -> tuple[Proof, Found | None]:
     """Compare `STEPS` steps in `layout` with those of one process. A collective call.
 
     In float32; and where that shows a difference, once more in float64. ReLU and max-pooling turn a change in the
@@ -46,24 +54,24 @@ def prove(job: Job, mesh: Mesh, datasets: Datasets, *, seed: int, device: torch.
     Cost: on rank 0 the memory of two more models, and their time for `STEPS` steps; on the others of one.
 
     Returns:
-        The same proof on every worker.
+        The same proof on every worker; and where the model was split, so that the training splits it there too.
 
     Raises:
         CollectiveError, JobError, …: what a step raises.
     """
     begin_s = time.perf_counter()
     arguments = (job, mesh, datasets, seed, device)
-    proof = _prove_in(torch.float32, *arguments)
+    proof, found = _prove_in(torch.float32, *arguments, None)
     if proof.status == "different" and not proof.parted:
         try:
-            wide = _prove_in(torch.float64, *arguments)
+            wide, _ = _prove_in(torch.float64, *arguments, found)
         except RuntimeError as error:
             # Some job insists on float32: then that has the last word.
             proof = proof.model_copy(update={"why_not_float64": str(error).splitlines()[0]})
         else:
             proof = proof.model_copy(update={"in_float64": wide.worst, "parted": wide.parted})
     gc.collect()  # models and their hooks refer to each other
-    return proof.model_copy(update={"proof_s": time.perf_counter() - begin_s})
+    return proof.model_copy(update={"proof_s": time.perf_counter() - begin_s}), found
 
 
 def _prove_in(
@@ -73,10 +81,11 @@ def _prove_in(
     datasets: Datasets,
     seed: int,
     device: torch.device,
-) -> Proof:
+    found: Found | None,
+) -> tuple[Proof, Found | None]:
     layout, group = mesh.layout, mesh.everyone
     with _default(dtype):
-        ours = _LayoutSide(job, mesh, datasets, dtype, seed=seed, device=device)
+        ours = _LayoutSide(job, mesh, datasets, dtype, found, seed=seed, device=device)
         plain = None
         if group.rank == 0:
             plain = _PlainSide(job, layout.micro, datasets, dtype, seed=seed, device=device)
@@ -119,7 +128,7 @@ def _prove_in(
     told = group.gather_json({"proof": proof.to_json(), "failure": failure}, "the proof")[0]
     if told["failure"]:
         raise RuntimeError(f"a step in one process failed: {told['failure']}")
-    return Proof.from_json(told["proof"])
+    return Proof.from_json(told["proof"]), ours.found
 
 
 @contextlib.contextmanager
@@ -155,6 +164,7 @@ class _LayoutSide:
         mesh: Mesh,
         datasets: Datasets,
         dtype: torch.dtype,
+        found: Found | None,
         *,
         seed: int,
         device: torch.device,
@@ -171,8 +181,7 @@ class _LayoutSide:
         layout = mesh.layout
         self.model = self._replica.model
         if layout.splits_model:
-            # The layout is found again, in the precision of the proof, on the same samples as in training.
-            self._replica.split(mesh, _to_type(few_samples(job, datasets["train"], device), dtype))
+            self._replica.split(mesh, _to_type(few_samples(job, datasets["train"], device), dtype), found)
         else:
             self._replica.attach(mesh)
         data = mesh.data
@@ -194,6 +203,10 @@ class _LayoutSide:
             parameters=_copies(self._replica.state.parameters()),
             buffers=_copies(self._replica.state.buffers()),
         )
+
+    @property
+    def found(self) -> Found | None:
+        return self._replica.found
 
     @property
     def left_whole(self) -> dict[str, str]:

@@ -18,6 +18,7 @@ from paceline.errors import JobError, LossError, WorkerError
 from paceline.job import Job
 from paceline.split.apply import LocalParameter, SplitModel
 from paceline.split.batchnorm import BatchShare, share_batch_norms
+from paceline.split.finding import Found
 from paceline.split.sharding import ShardedParameters
 from paceline.split.swap import swap_parameters
 from paceline.train.allocator import give_back_freed_memory
@@ -127,7 +128,12 @@ class Replica:
     @property
     def left_whole(self) -> dict[str, str]:
         """Pieces of the model that tensor parallelism does not divide, as they failed their proof, and why."""
-        return {} if self._split is None else self._split.left_whole
+        return {} if self.found is None else dict(self.found.left_whole)
+
+    @property
+    def found(self) -> Found | None:
+        """Where the model was split."""
+        return None if self._split is None else self._split.found
 
     def attach(self, mesh: Mesh) -> None:
         """Train in step with the workers of `mesh` from now on, each with the whole model; all start from rank 0's."""
@@ -140,11 +146,12 @@ class Replica:
         if mesh.everyone.size > 1:
             broadcast(self.model, mesh.everyone, but=self._deferred)
 
-    def split(self, mesh: Mesh, samples: list[Any]) -> None:
+    def split(self, mesh: Mesh, samples: list[Any], found: Found | None = None) -> None:
         """Take this worker's part of the model, as `mesh.layout` says; once, before the first step.
 
         Args:
             samples: small batches, on which the model is followed to find out where it can be split.
+            found: what was found out earlier, for the same job and layout.
 
         Raises:
             LayoutError: the model cannot be split so.
@@ -167,6 +174,7 @@ class Replica:
             schedule_of(layout),
             self._deferred,
             growth=micro_batch / FEW_TOGETHER,
+            found=found,
         )
         swap_parameters(self.optimizer, split.replaced)
         # Nothing keeps the whole parameters any more.
@@ -190,7 +198,9 @@ class Replica:
         blocks = [
             piece.module for piece in split.steady if any(id(p) in here for p in piece.module.parameters())
         ]
-        apart = [split.parameters[name].parameter for name in split.read_between if name in split.parameters]
+        apart = [
+            split.parameters[name].parameter for name in split.found.read_between if name in split.parameters
+        ]
         self._sharded = ShardedParameters(
             self.model, blocks, apart, mesh.shard, mesh.data, self._deferred, keep=keep
         )

@@ -15,6 +15,7 @@ from paceline.errors import LayoutError, RunError
 from paceline.job import Job
 from paceline.measure.machine import device_kind
 from paceline.records import Layout
+from paceline.split.finding import Found
 from paceline.train.allocator import keep_freed_memory
 from paceline.train.data import GlobalBatch, ShareLoader, few_samples
 from paceline.train.replica import Replica, StepResult
@@ -66,6 +67,7 @@ class Session:
         world: World | None = None,
         mesh: Mesh | None = None,
         datasets: Datasets | None = None,
+        found: Found | None = None,
     ) -> None:
         """
         Args:
@@ -77,6 +79,7 @@ class Session:
             transport: what carries tensors between workers on CPUs: `gloo`, or `auto` for shared memory
                 within a host; `session.group.transport` says which it is.
             world, mesh, datasets: where the caller has joined and built them already.
+            found: where the model is split, as the layout was proven.
 
         Raises:
             LayoutError: the layout does not fit the batch or the workers.
@@ -114,7 +117,7 @@ class Session:
             in_parts=self.layout.splits_model,
         )
         if self.layout.splits_model:
-            self._replica.split(mesh, few_samples(job, self.datasets["train"], self.world.device))
+            self._replica.split(mesh, few_samples(job, self.datasets["train"], self.world.device), found)
         else:
             self._replica.attach(mesh)
 
