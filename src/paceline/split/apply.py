@@ -36,7 +36,7 @@ from paceline.split.pieces import Piece, find_pieces
 from paceline.split.placement import Shard, take
 from paceline.split.recompute import recomputed
 from paceline.split.stages import PieceCalls
-from paceline.split.tensor_mode import TensorParallel
+from paceline.split.tensor_parallel import TensorParallel
 from paceline.split.tensor_plan import divide_parameters
 
 Cut = Callable[[torch.Tensor], torch.Tensor]

@@ -26,7 +26,8 @@ from paceline.split.finding import TensorSplit, find_tensor_split
 from paceline.split.pieces import Piece
 from paceline.split.placement import Shard, take
 from paceline.split.stages import PieceCalls
-from paceline.split.tensor_mode import TensorParallel, mark, shard_of
+from paceline.split.tensor_mode import mark, shard_of
+from paceline.split.tensor_parallel import TensorParallel
 from paceline.split.tensor_plan import undisturbed
 from paceline.split.trees import flatten, map_tensors
 

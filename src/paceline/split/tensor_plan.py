@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from paceline.split.placement import Shard, is_divisible, take
-from paceline.split.tensor_mode import Thought, mark, shard_of
+from paceline.split.placement import Shape, Shard, is_divisible, take
+from paceline.split.tensor_mode import SplitMode, mark, shard_of
 from paceline.split.trees import map_arguments
 
 _ORIGINS = "_paceline_origins"
@@ -39,6 +40,44 @@ LEAST_BY_POSITION = 1 << 17
 """Mean elements of a sum that is divided along positions: with fewer, the messages take longer than what is saved."""
 _MOST_BY_POSITION = 1.05
 """Division along positions may cost so much more exchange, for the memory and the work that it saves."""
+
+
+class Thought(SplitMode):
+    """Tensors are whole, and only said to be divided: nothing is exchanged."""
+
+    def shape(self, tensor: torch.Tensor) -> Shape:
+        return tuple(tensor.shape)
+
+    def local(self, shape: Sequence[int], shard: Shard | None) -> Shape:
+        return tuple(shape)
+
+    def divide(self, number: int) -> int:
+        return number
+
+    def share(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def add_up(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def share_whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.whole(tensor)
+
+    def add_up_pieces(self, tensor: torch.Tensor, shard: Shard) -> torch.Tensor:
+        return tensor
+
+    def put(self, tensor: torch.Tensor, source: torch.Tensor) -> None:
+        tensor.copy_(source)
+
+    def own_range(self, shard: Shard) -> tuple[int, int]:
+        return 0, shard.size
+
+    def cross_entropy_of_rows(self, scores: torch.Tensor, target: torch.Tensor, shard: Shard) -> torch.Tensor:
+        by_class = scores.movedim(-1, 1) if scores.dim() > 1 else scores
+        return F.cross_entropy(by_class, target, reduction="none")
+
+    def random(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
 
 class Planning(Thought):
