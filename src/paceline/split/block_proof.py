@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from paceline.comm.mesh import Mesh
 from paceline.errors import CollectiveError, SplitError
 from paceline.records import PROOF_TOLERANCE, Layout
 from paceline.split.absent import Calling
-from paceline.split.determinism import NoDropout
+from paceline.split.determinism import NoDropout, default_type
 from paceline.split.finding import TensorSplit, find_tensor_split
 from paceline.split.pieces import Piece
 from paceline.split.placement import Shard, take
@@ -210,7 +210,7 @@ class _Side:
             state[name] = self._part(buffer, None, False)
         args, kwargs = self._restore([_not_a_leaf(leaf) for leaf in leaves])
         torch.manual_seed(seed)
-        with _default(self._dtype), mode, NoDropout(), torch.enable_grad():
+        with default_type(self._dtype), mode, NoDropout(), torch.enable_grad():
             outputs = flatten(functional_call(self._module, state, args, kwargs))[0]
         outputs = [t for t in outputs if isinstance(t, torch.Tensor)]
         results: dict[str, torch.Tensor] = {}
@@ -290,13 +290,3 @@ def _as_new(tensor: torch.Tensor) -> torch.Tensor:
     if not tensor.is_floating_point():
         return tensor
     return tensor.detach().requires_grad_().clone()
-
-
-@contextlib.contextmanager
-def _default(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

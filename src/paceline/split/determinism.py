@@ -95,3 +95,14 @@ def deterministic(*models: nn.Module) -> Iterator[NoDropout]:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = allowed
         for module, probability in zip(recurrent, probabilities, strict=True):
             module.dropout = probability
+
+
+@contextlib.contextmanager
+def default_type(dtype: torch.dtype) -> Iterator[None]:
+    """Within it, numbers without a type of their own are of `dtype`."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

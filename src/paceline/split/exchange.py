@@ -154,26 +154,10 @@ class _Gather(torch.autograd.Function):
         return take(gradient, ctx.shard, ctx.group.rank, ctx.group.size).contiguous(), None, None
 
 
-class _ShareWhole(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, shard: Shard, group: Group) -> torch.Tensor:
-        ctx.shard, ctx.group = shard, group
-        return gather_whole(tensor, shard, group, "activations of tensor parallelism")
-
+class _ShareWhole(_Gather):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return sum_pieces(gradient, ctx.shard, ctx.group, "gradients of tensor parallelism"), None, None
-
-
-class _AddUpPieces(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, shard: Shard, group: Group) -> torch.Tensor:
-        ctx.shard, ctx.group = shard, group
-        return sum_pieces(tensor, shard, group, "activations of tensor parallelism")
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return gather_whole(gradient, ctx.shard, ctx.group, "gradients of tensor parallelism"), None, None
 
 
 class _Cut(torch.autograd.Function):
@@ -185,6 +169,13 @@ class _Cut(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return gather_whole(gradient, ctx.shard, ctx.group, "gradients of tensor parallelism"), None, None
+
+
+class _AddUpPieces(_Cut):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, shard: Shard, group: Group) -> torch.Tensor:
+        ctx.shard, ctx.group = shard, group
+        return sum_pieces(tensor, shard, group, "activations of tensor parallelism")
 
 
 class RowsCrossEntropy(torch.autograd.Function):

@@ -6,7 +6,6 @@ knows nothing of layouts. Loss, every gradient, every parameter after its update
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gc
 import math
@@ -21,7 +20,7 @@ from paceline.comm.mesh import Mesh
 from paceline.errors import ProofError, WorkerError
 from paceline.job import Job
 from paceline.records import Difference, Proof
-from paceline.split.determinism import deterministic
+from paceline.split.determinism import default_type, deterministic
 from paceline.split.finding import Found
 from paceline.train.calling import caller
 from paceline.train.comparison import Observed, Tensors, badness, compare, worst_of_each_kind
@@ -84,7 +83,7 @@ def _prove_in(
     found: Found | None,
 ) -> tuple[Proof, Found | None]:
     layout, group = mesh.layout, mesh.everyone
-    with _default(dtype):
+    with default_type(dtype):
         ours = _LayoutSide(job, mesh, datasets, dtype, found, seed=seed, device=device)
         plain = None
         if group.rank == 0:
@@ -129,17 +128,6 @@ def _prove_in(
     if told["failure"]:
         raise RuntimeError(f"a step in one process failed: {told['failure']}")
     return Proof.from_json(told["proof"]), ours.found
-
-
-@contextlib.contextmanager
-def _default(dtype: torch.dtype) -> Iterator[None]:
-    """Numbers without a type of their own are of `dtype`."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def require(proof: Proof) -> None:
