@@ -39,6 +39,18 @@ class Points(Dataset):
         return self.x[index], self.y[index]
 
 
+class Unseen(nn.Module):
+    """It scales features by a function that torch does not show, as a compiled kernel would."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(options.width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch._C.DisableTorchFunction():
+            return x * self.scale
+
+
 class Model(nn.Module):
     """Two layers; on rank `rank`, its forward pass number `at_forward` does what `mode` says."""
 
@@ -46,6 +58,7 @@ class Model(nn.Module):
         super().__init__()
         self.inner = nn.Linear(8, options.width)
         self.norm = nn.BatchNorm1d(options.width, track_running_stats=bool(options.statistics))
+        self.unseen = Unseen() if options.mode == "unseen" else nn.Identity()
         self.outer = nn.Linear(options.width, 2)
         self.num_forwards = 0
 
@@ -59,7 +72,7 @@ class Model(nn.Module):
             x = x @ torch.eye(8, dtype=torch.float32)
         if options.mode == "random" and self.training:  # noise of its own, which no switch turns off
             x = x + torch.rand_like(x)
-        return self.outer(torch.tanh(self.norm(self.inner(x))))
+        return self.outer(torch.tanh(self.unseen(self.norm(self.inner(x)))))
 
 
 def misbehave() -> None:

@@ -118,6 +118,18 @@ def torchrun(*arguments: str, environment: dict[str, str] | None = None) -> subp
     )
 
 
+def test_a_block_that_cannot_be_divided_is_named_and_the_rest_trains(tmp_path):
+    out = tmp_path / "run"
+    process = paceline("train", str(TOY), "--layout=tp=2", "--set=mode=unseen", "--steps=2", f"--out={out}")
+    assert process.returncode == 0, process.stderr
+    events = read_events(out)
+    assert [list(proof["left_whole"]) for proof in of_kind(events, "proof")] == [["unseen"]]
+    (message,) = [m["text"] for m in of_kind(events, "message") if "divided" in m["text"]]
+    assert message.startswith("unseen is not divided by tp, as it would not compute the same on parts (")
+    assert message in process.stdout.replace("\n", " ")
+    assert len(of_kind(events, "step")) == 2
+
+
 def test_the_same_command_under_torchrun_trains_the_same(automatic, tmp_path):
     process = torchrun(
         "-m", "paceline", "train", str(TOY), "--layout=dp_replicate=2", "--seed=3", "--precision=fp32",

@@ -16,14 +16,16 @@ from torch.nn import functional as F
 
 from paceline.errors import JobError
 from paceline.split import deferred as deferred_module
+from paceline.split import rules  # noqa: F401 - fills the tables
 from paceline.split.deferred import DeferredParameters, build_deferred
 from paceline.split.pieces import find_pieces
 from paceline.split.recording import CannotRecordError, Recording
 from paceline.split.stages import PieceCalls
+from paceline.split.tensor_plan import plan_tensor_split
 from paceline.train.build import build_model, build_optimizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "dist"))
-from split_jobs import SPLIT_JOBS
+from split_jobs import SPLIT_JOBS, Transformer
 
 CPU = torch.device("cpu")
 
@@ -175,6 +177,24 @@ def test_pieces_are_lent_their_values_one_at_a_time():
     assert torch.equal(found, plain(tokens))
     assert max(held) == 1
     assert not any(p.untyped_storage().nbytes() for p in model.parameters() if p in deferred)
+
+
+def test_what_is_divided_is_the_same_as_in_a_plain_model():
+    """Lending is no reading: a small weight that seems to be gathered would be left whole."""
+
+    def make() -> nn.Module:
+        return Transformer(blocks=12, width=32)
+
+    def planned(model: nn.Module) -> Any:
+        tokens = torch.randint(1, 16, (2, 8), generator=torch.Generator().manual_seed(0))
+        return plan_tensor_split(model, lambda: model(tokens).logsumexp(-1).sum(), 2)
+
+    model, deferred = built(make)
+    calls = PieceCalls(model, find_pieces(model))
+    with deferred.lending() as calls.around:
+        found = planned(model)
+    assert found == planned(make())
+    assert "blocks.11.attention.out.weight" in found[0]
 
 
 class KeepsAView(nn.Module):

@@ -19,7 +19,7 @@ from paceline.split.finding import _nearest_tp
 from paceline.split.pieces import find_pieces
 from paceline.split.placement import Shard
 from paceline.split.recompute import recomputed
-from paceline.split.stages import PieceCalls, cut_evenly, plan_stages, steady_pieces
+from paceline.split.stages import PieceCalls, cut_evenly, cut_in_balance, plan_stages, steady_pieces
 from paceline.split.tensor_mode import shard_of
 from paceline.split.tensor_plan import plan_tensor_split
 
@@ -44,6 +44,36 @@ def test_a_piece_that_outweighs_the_rest_is_opened():
         {"small": nn.Linear(2, 2), "large": nn.ModuleDict({"a": nn.Linear(9, 9), "b": nn.Linear(9, 9)})}
     )
     assert names(model, at_least=3) == ["small", "large.a", "large.b"]
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=1, max_size=7), st.integers(1, 4))
+def test_no_stage_is_further_from_the_least_time_and_size_than_it_must_be(calls, num_parts):
+    if num_parts > len(calls):
+        return
+    seconds, sizes = [float(t) for t, _ in calls], [float(n) for _, n in calls]
+
+    def largest(parts: list[int], costs: list[float]) -> float:
+        return max(
+            sum(c for c, p in zip(costs, parts, strict=True) if p == part) for part in range(num_parts)
+        )
+
+    cuts = [
+        [sum(begin >= cut for cut in where) for begin in range(len(calls))]
+        for where in itertools.combinations(range(1, len(calls)), num_parts - 1)
+    ]
+    quickest = min(largest(cut, seconds) for cut in cuts)
+    smallest = min(largest(cut, sizes) for cut in cuts)
+
+    def regret(parts: list[int]) -> float:
+        return max(largest(parts, seconds) / quickest, largest(parts, sizes) / smallest / 1.05)
+
+    assert regret(cut_in_balance(seconds, sizes, num_parts)) == pytest.approx(min(map(regret, cuts)))
+
+
+def test_where_one_piece_has_most_of_the_weights_the_rest_is_cut_by_time():
+    sizes = [1000.0, *[1.0] * 12]
+    assert cut_in_balance([0.0, *[1.0] * 12], sizes, 3) == [0] * 5 + [1] * 4 + [2] * 4
 
 
 @settings(deadline=None)

@@ -46,20 +46,21 @@ class DeferredParameters:
 
     def fill(self, parameter: torch.Tensor) -> bool:
         """Give it its memory and values, if it has none; whether it had none."""
-        place = self._places.get(parameter)  # type: ignore[call-overload]
-        storage = parameter.untyped_storage()
-        if place is None or storage.nbytes():
-            return False
-        assert self._recording is not None
         with plainly(), torch.no_grad():
+            place = self._places.get(parameter)  # type: ignore[call-overload]
+            storage = parameter.untyped_storage()
+            if place is None or storage.nbytes():
+                return False
+            assert self._recording is not None
             storage.resize_(_nbytes(parameter))
             parameter.copy_(self._recording.values(place))
         return True
 
     def release(self, parameter: torch.Tensor) -> None:
         """Take its memory back."""
-        if parameter in self._places:
-            parameter.untyped_storage().resize_(0)
+        with plainly():
+            if parameter in self._places:
+                parameter.untyped_storage().resize_(0)
 
     @contextlib.contextmanager
     def filled(self, parameters: Iterable[torch.Tensor]) -> Iterator[None]:

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -205,6 +206,7 @@ def plan_stages(
             next_step=f"use at most pp={len(trace.seen)}" if len(trace.seen) > 1 else "use another axis",
         )
     modules = {piece.name: piece.module for piece in calls.pieces}
+    seconds = _alike(seconds, [_kind(modules[name]) for name, _ in trace.seen])
     elements = [float(sum(p.numel() for p in modules[name].parameters())) for name, _ in trace.seen]
     stage_of = cut_in_balance(seconds, elements, num_stages)
     where = dict(zip(trace.seen, stage_of, strict=True))
@@ -222,6 +224,19 @@ def plan_stages(
     for stage, cost in zip(stage_of, seconds, strict=True):
         cost_s[stage] += cost
     return Stages(num_stages, where, {n: tuple(sorted(s)) for n, s in holders.items()}, tuple(cost_s))
+
+
+def _kind(module: nn.Module) -> Any:
+    """Equal for repeated blocks."""
+    return type(module), tuple((name, p.shape) for name, p in module.named_parameters())
+
+
+def _alike(seconds: Sequence[float], kinds: Sequence[Any]) -> list[float]:
+    """For each call the median of those of its kind: a block that was held up is no slower than its like."""
+    by_kind: dict[Any, list[float]] = {}
+    for cost, kind in zip(seconds, kinds, strict=True):
+        by_kind.setdefault(kind, []).append(cost)
+    return [statistics.median(by_kind[kind]) for kind in kinds]
 
 
 _SIZE_TO_SPARE = 1.05
