@@ -1,7 +1,7 @@
 """Cutting a model into pipeline stages: which piece is computed where.
 
 The model's forward runs, whole, on a small batch. Each call of a piece is timed, in the order of the program, and
-the row of calls is cut such that no stage takes much more time, nor much more memory for parameters, than it must. A
+the row of calls is cut where the slowest stage is fastest, if none has over a tenth more parameters than it must. A
 piece that is called several times may fall into several stages; each of them then has its parameters, as has each stage
 that reads a parameter between the pieces.
 """
@@ -239,23 +239,20 @@ def _alike(seconds: Sequence[float], kinds: Sequence[Any]) -> list[float]:
     return [statistics.median(by_kind[kind]) for kind in kinds]
 
 
-_SIZE_TO_SPARE = 1.05
-"""A stage may be so much larger than the largest must be before it counts for more than its time."""
+_SIZE_TO_SPARE = 1.1
+"""A stage may be so many times larger than the largest must be, if that saves time."""
 
 
 def cut_in_balance(seconds: Sequence[float], sizes: Sequence[float], num_parts: int) -> list[int]:
-    """The part of each call, in order, none empty.
+    """The part of each call, in order, none empty: the quickest of those that are hardly larger than they must be.
 
-    Of what the slowest part takes beyond what it must, and of what the largest has beyond what it must, both as
-    ratios, the larger is least: where most of the weights are in one place (an embedding) the others are still cut
-    by time, and where time and size go together neither is given up for the other.
+    Where most of the weights are in one place (an embedding) the others are still cut by time alone.
     """
-    quickest = _largest_part(cut_evenly(seconds, num_parts), seconds) or 1.0
-    smallest = _SIZE_TO_SPARE * _largest_part(cut_evenly(sizes, num_parts), sizes) or 1.0
+    largest = _SIZE_TO_SPARE * _largest_part(cut_evenly(sizes, num_parts), sizes)
     sums_s, sums = _running_sums(seconds), _running_sums(sizes)
 
     def cost(begin: int, end: int) -> float:
-        return max((sums_s[end] - sums_s[begin]) / quickest, (sums[end] - sums[begin]) / smallest)
+        return sums_s[end] - sums_s[begin] if sums[end] - sums[begin] <= largest else float("inf")
 
     return _cut(len(seconds), num_parts, cost)
 
