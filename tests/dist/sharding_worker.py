@@ -24,6 +24,7 @@ from paceline.comm.group import Group
 from paceline.comm.mesh import make_mesh
 from paceline.comm.world import World, join
 from paceline.records import Layout
+from paceline.split.deferred import DeferredParameters
 from paceline.split.sharding import KEEPS, ShardedParameters
 from paceline.split.swap import swap_parameters
 
@@ -47,7 +48,13 @@ def train(name: str, keep: str, kind: str, groups: Groups, dtype: torch.dtype = 
     model = build(name, dtype)
     optimizer = make_optimizer(kind, [p for p in model.parameters() if p.requires_grad])
     sharded = ShardedParameters(
-        model, list(model.blocks), model.apart(), groups.shard, groups.data, keep=keep
+        model,
+        list(model.blocks),
+        model.apart(),
+        groups.shard,
+        groups.data,
+        DeferredParameters(),
+        keep=keep,
     )
     swap_parameters(optimizer, sharded.replaced)
     result: Result = {}
@@ -110,7 +117,9 @@ def persistent_bytes(name: str, keep: str, group: Group) -> int:
     """Memory of all tensors that sharding leaves between backward pass and update: shards and their gradients."""
     gc.freeze()  # What is there already is not looked at.
     model = build(name)
-    sharded = ShardedParameters(model, list(model.blocks), (), group, group, keep=keep)
+    sharded = ShardedParameters(
+        model, list(model.blocks), (), group, group, DeferredParameters(), keep=keep
+    )
     sharded.begin_step()
     loss_of(model, 0, group.rank).backward()
     sharded.finish()

@@ -27,6 +27,7 @@ from torch import nn
 
 from paceline.comm.group import Group
 from paceline.errors import SplitError
+from paceline.split.deferred import DeferredParameters
 from paceline.split.sharding import KEEPS, ShardedParameters
 
 ON_FOUR = ("chain", "tied", "experts", "constant_expert", "frozen", "twice", "checkpoint", "structured")
@@ -164,7 +165,7 @@ def test_each_worker_keeps_its_part(name, size, results_on):
 
 def shard_alone(model: Chain, keep: str = "nothing") -> ShardedParameters:
     group = Group.alone(torch.device("cpu"))
-    return ShardedParameters(model, list(model.blocks), (), group, group, keep=keep)
+    return ShardedParameters(model, list(model.blocks), (), group, group, DeferredParameters(), keep=keep)
 
 
 @pytest.mark.parametrize("keep", KEEPS)
