@@ -101,6 +101,12 @@ def distances(curves: dict[str, Curve], layout: str) -> list[float]:
     return [abs(a - b) / b for a, b in zip(curves[layout].losses, curves[ONE].losses, strict=True)]
 
 
+def _first_beyond(curves: dict[str, Curve], limit: float) -> int:
+    """The last step before any curve is further than `limit` from that of one process."""
+    far = [max(together) for together in zip(*(distances(curves, c) for c in curves if c != ONE), strict=True)]
+    return next((step for step, distance in enumerate(far) if distance > limit), len(far))
+
+
 def draw(curves: dict[str, Curve], path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     widths = [7, 5.5, 4.2, 3, 2, 1]
@@ -166,6 +172,12 @@ def to_markdown(curves: dict[str, Curve], step_s: dict[str, list[float]]) -> str
     for way, found in step_s.items():
         ratios = [ours / theirs for ours, theirs in zip(found, step_s[FSDP2], strict=True)]
         lines.append(f"| {way} | {spread([s * 1e3 for s in found], 1)} | {spread(ratios, 2)} |")
+    lines += [
+        "",
+        f"Up to step {_first_beyond(curves, 1e-5)} no distance is above 1e-5; from there they grow as rounding does: "
+        "gradients agree to 1e-6, and",
+        "each update carries that on.",
+    ]
     return "\n".join(lines) + "\n"
 
 
