@@ -103,7 +103,9 @@ def distances(curves: dict[str, Curve], layout: str) -> list[float]:
 
 def _first_beyond(curves: dict[str, Curve], limit: float) -> int:
     """The last step before any curve is further than `limit` from that of one process."""
-    far = [max(together) for together in zip(*(distances(curves, c) for c in curves if c != ONE), strict=True)]
+    far = [
+        max(together) for together in zip(*(distances(curves, c) for c in curves if c != ONE), strict=True)
+    ]
     return next((step for step, distance in enumerate(far) if distance > limit), len(far))
 
 
