@@ -336,6 +336,12 @@ class Proof(Record):
         return "equal" if agreed and is_rounding else "different"
 
 
+def describe_layout(layout: Layout, threads: int, device: str = "cpu") -> str:
+    """`2 workers × 1 thread (tp=2)`; only the numbers where the batch alone is split."""
+    text = describe(layout.workers, threads, device)
+    return f"{text} ({layout.model_copy(update={'threads': None})})" if layout.splits_model else text
+
+
 def describe(workers: int, threads: int, device: str = "cpu") -> str:
     """`2 workers × 1 thread`: a layout in words."""
     noun = "worker" if workers == 1 else "workers"

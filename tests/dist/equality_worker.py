@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
-from jobs import JOBS, Recorder
+from jobs import JOBS
 
 from paceline.comm.mesh import make_mesh
 from paceline.comm.world import World, join
@@ -25,15 +25,20 @@ def train(name: str, size: int, world: World) -> dict[str, torch.Tensor] | None:
     if mesh is None:
         return None
     session = Session(job, layout, seed=7, world=world, mesh=mesh)
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def keep_gradients(*_: object) -> None:
+        if len(seen) < 2:
+            whole = session._replica.state.gradients()
+            seen.append({name: g.clone() for name, g in whole if g is not None})
+
+    session.optimizer.register_step_pre_hook(keep_gradients)
     losses = [session.step(batch).loss for batch in session.batches()]
     metrics = session.evaluate()
-    optimizer = session.optimizer
-    assert isinstance(optimizer, Recorder)
     result = {"losses": torch.tensor(losses), "metrics": torch.tensor(list(metrics.values()))}
-    for step, gradients in enumerate(optimizer.seen):
-        for number, gradient in enumerate(gradients):
-            if gradient is not None:
-                result[f"gradient.{step}.{number}"] = gradient
+    trained = [name for name, parameter in session.model.named_parameters() if parameter.requires_grad]
+    for step, gradients in enumerate(seen):
+        result |= {f"gradient.{step}.{trained.index(name)}": gradient for name, gradient in gradients.items()}
     result |= {f"state.{key}": value.clone() for key, value in session.model.state_dict().items()}
     return result
 

@@ -25,11 +25,13 @@ def run_group(
     transport: str = AUTO,
     timeout_s: float = TIMEOUT_S,
     lost: int | None = None,
+    per_host: int | None = None,
 ) -> dict[int, Any]:
     """`function(world, *arguments)` in `size` processes.
 
     Args:
         lost: a rank that does not come back, and is not waited for.
+        per_host: how many workers the launcher says are on each host; None: all.
 
     Returns:
         What each rank returned; of a `CollectiveError` its operation, whether it timed out, and its cause.
@@ -42,7 +44,8 @@ def run_group(
     for rank in range(size):
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(
-            target=_work, args=(function, rank, size, port, transport, timeout_s, theirs, arguments)
+            target=_work,
+            args=(function, rank, size, per_host or size, port, transport, timeout_s, theirs, arguments),
         )
         process.start()
         theirs.close()
@@ -65,9 +68,10 @@ def run_group(
             process.join()
 
 
-def _work(function, rank, size, port, transport, timeout_s, end, arguments) -> None:
+def _work(function, rank, size, per_host, port, transport, timeout_s, end, arguments) -> None:
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
+    os.environ.update(LOCAL_RANK=str(rank % per_host), LOCAL_WORLD_SIZE=str(per_host))
     world: World = join("cpu", timeout_s, port, transport)
     try:
         end.send(function(world, *arguments))

@@ -104,7 +104,11 @@ def convolutional() -> nn.Module:
 def without_statistics() -> nn.Module:
     """Held-out batches are normalised by their own statistics."""
     return nn.Sequential(
-        nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8, track_running_stats=False), nn.ReLU(), nn.Flatten(), nn.Linear(32, 4)
+        nn.Conv2d(3, 8, 1),
+        nn.BatchNorm2d(8, track_running_stats=False),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32, 4),
     )
 
 

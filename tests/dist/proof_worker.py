@@ -13,11 +13,13 @@ from paceline.comm.mesh import make_mesh
 from paceline.comm.world import join
 from paceline.records import Layout
 from paceline.split import batchnorm
+from paceline.split.shared_parameters import SharedParameters
 from paceline.train import replica
 from paceline.train.proof import prove
 from paceline.train.session import Datasets
 
 finish = GradientSync.finish
+shared_finish = SharedParameters.finish
 
 
 def forget_the_reduction() -> None:
@@ -79,14 +81,36 @@ def round_roughly() -> None:
     GradientSync.finish = wrong
 
 
+def skip_the_sum() -> None:
+    """Each worker updates its share with its own gradients."""
+    SharedParameters._add_up = lambda self, flat: None
+
+
+def keep_a_share_back() -> None:
+    """Rank 1 does not update its share."""
+
+    def wrong(self, sums, scale_by_sum):
+        result = shared_finish(self, sums, scale_by_sum)
+        for piece in self.pieces.values() if self._group.rank == 1 else ():
+            piece.grad = None
+        return result
+
+    SharedParameters.finish = wrong
+
+
+def update_too_early() -> None:
+    """Nobody waits for the others' gradients: the first worker reads what is not there yet."""
+    SharedParameters._take = lambda self, member, parameter: None
+
+
 def nothing() -> None:
     return
 
 
 def main() -> None:
-    error, name, out = sys.argv[1:4]
+    error, name, transport, out = sys.argv[1:5]
     globals()[error]()
-    world = join("cpu", timeout_s=60)
+    world = join("cpu", timeout_s=60, transport=transport)
     job, micro = JOBS[name]
     layout = Layout(dp_replicate=2, micro=micro)
     mesh = make_mesh(world, layout)

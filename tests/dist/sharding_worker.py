@@ -117,9 +117,7 @@ def persistent_bytes(name: str, keep: str, group: Group) -> int:
     """Memory of all tensors that sharding leaves between backward pass and update: shards and their gradients."""
     gc.freeze()  # What is there already is not looked at.
     model = build(name)
-    sharded = ShardedParameters(
-        model, list(model.blocks), (), group, group, DeferredParameters(), keep=keep
-    )
+    sharded = ShardedParameters(model, list(model.blocks), (), group, group, DeferredParameters(), keep=keep)
     sharded.begin_step()
     loss_of(model, 0, group.rank).backward()
     sharded.finish()

@@ -19,7 +19,10 @@ PLANTED = [
     ("keep_a_stale_tied_weight", "transformer", "pp=2,micro=2", "gradient", "embedding.weight"),
     ("mix_up_micro_batches", "transformer", "pp=2,micro=2", "loss", None),
 ]
-RIGHT = [("nothing", "transformer", layout) for layout in ("tp=2", "dp_shard=2", "dp_shard=2,zero=1", "pp=2,micro=2")]
+RIGHT = [
+    ("nothing", "transformer", layout)
+    for layout in ("tp=2", "dp_shard=2", "dp_shard=2,zero=1", "pp=2,micro=2")
+]
 PIECES = [
     ("forget_a_reduction", "transformer", "tp=2"),
     ("fail_every_piece", "deep", "tp=2"),

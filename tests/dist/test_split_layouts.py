@@ -33,8 +33,16 @@ ON_FOUR = [
 ]
 OWN = ("transformer", "unet", "shared", "torch_encoder", "deep")
 """Jobs in all layouts; the others, which are about the batch, in some."""
-PROVEN = [(name, layout) for name in SPLIT_JOBS for layout in (ON_FOUR if name in OWN else ON_FOUR[:3] + ON_FOUR[7:])]
-ON_EIGHT = ["pp=2,dp_shard=2,tp=2,micro=2", "pp=2,dp_replicate=2,tp=2,micro=2", "dp_replicate=2,dp_shard=2,tp=2"]
+PROVEN = [
+    (name, layout)
+    for name in SPLIT_JOBS
+    for layout in (ON_FOUR if name in OWN else ON_FOUR[:3] + ON_FOUR[7:])
+]
+ON_EIGHT = [
+    "pp=2,dp_shard=2,tp=2,micro=2",
+    "pp=2,dp_replicate=2,tp=2,micro=2",
+    "dp_replicate=2,dp_shard=2,tp=2",
+]
 SCHEDULED = [
     "pp=2,micro=4,schedule=gpipe",
     "pp=2,micro=3,schedule=interleaved",
@@ -122,7 +130,11 @@ def plain() -> dict[str, dict[str, torch.Tensor]]:
     found = {}
     for name, layout in TRAINED:
         micro = 2 if "micro=2" in layout else 1
-        found[f"{name}/{layout}"] = train_plainly(SPLIT_JOBS[name][0], micro, seed=7,)
+        found[f"{name}/{layout}"] = train_plainly(
+            SPLIT_JOBS[name][0],
+            micro,
+            seed=7,
+        )
     return found
 
 
@@ -133,7 +145,9 @@ def test_whole_runs_stay_together(name, layout, trained, plain):
     torch.testing.assert_close(found["losses"], wanted["losses"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found["metrics"], wanted["metrics"].to(found["metrics"]), rtol=1e-3, atol=1e-4)
     for key in (key for key in wanted if key.startswith("state.") and key in found):
-        torch.testing.assert_close(found[key], wanted[key], rtol=1e-3, atol=1e-3, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(
+            found[key], wanted[key], rtol=1e-3, atol=1e-3, msg=lambda m, k=key: f"{k}: {m}"
+        )
 
 
 @pytest.mark.parametrize(("name", "layout"), TRAINED)

@@ -132,8 +132,14 @@ def test_a_block_that_cannot_be_divided_is_named_and_the_rest_trains(tmp_path):
 
 def test_the_same_command_under_torchrun_trains_the_same(automatic, tmp_path):
     process = torchrun(
-        "-m", "paceline", "train", str(TOY), "--layout=dp_replicate=2", "--seed=3", "--precision=fp32",
-        f"--out={tmp_path / 'run'}"
+        "-m",
+        "paceline",
+        "train",
+        str(TOY),
+        "--layout=dp_replicate=2",
+        "--seed=3",
+        "--precision=fp32",
+        f"--out={tmp_path / 'run'}",
     )
     assert process.returncode == 0, process.stdout + process.stderr
     assert "finished" in process.stdout

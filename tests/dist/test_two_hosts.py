@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -14,6 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 from command import ENVIRONMENT, TOY, of_kind, paceline, read_events
+from hierarchy_worker import LAYOUTS, TRAINED
+from jobs import JOBS
+from reference import train_plainly
 
 _ADDRESSES = ("10.77.3.1", "10.77.3.2")
 
@@ -36,7 +40,20 @@ def hosts() -> Iterator[tuple[str, str]]:
                 made.append(name)
         except subprocess.CalledProcessError as error:
             pytest.skip(f"NO NETWORK NAMESPACES HERE: {error.stderr}")
-        _ip("link", "add", "eth0", "netns", names[0], "type", "veth", "peer", "name", "eth0", "netns", names[1])
+        _ip(
+            "link",
+            "add",
+            "eth0",
+            "netns",
+            names[0],
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "eth0",
+            "netns",
+            names[1],
+        )
         for name, address in zip(names, _ADDRESSES, strict=True):
             _ip("-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
             _ip("-n", name, "link", "set", "eth0", "up")
@@ -47,10 +64,10 @@ def hosts() -> Iterator[tuple[str, str]]:
             subprocess.run(["ip", "netns", "delete", name], check=False, timeout=20)
 
 
-def start(host: str, node: int, out: Path, *more: str) -> subprocess.Popen[str]:
+def start(host: str, node: int, per_host: int, *command: str) -> subprocess.Popen[str]:
+    """What `torchrun … COMMAND` starts on one of two hosts."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={node}"]
-    rendezvous = ["--nproc-per-node=1", f"--master-addr={_ADDRESSES[0]}", "--master-port=29533"]
-    command = ["-m", "paceline", "train", str(TOY), "--seed=3", "--timeout=60", f"--out={out}", *more]
+    rendezvous = [f"--nproc-per-node={per_host}", f"--master-addr={_ADDRESSES[0]}", "--master-port=29533"]
     return subprocess.Popen(
         ["ip", "netns", "exec", host, *torchrun, *rendezvous, *command],
         stdout=subprocess.PIPE,
@@ -60,9 +77,12 @@ def start(host: str, node: int, out: Path, *more: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.netns
-def test_two_hosts_train_what_one_process_trains(hosts, tmp_path):
-    processes = [start(host, node, tmp_path / f"host{node}") for node, host in enumerate(hosts)]
+def start_training(host: str, node: int, per_host: int, out: Path, *more: str) -> subprocess.Popen[str]:
+    command = ["-m", "paceline", "train", str(TOY), "--seed=3", "--timeout=60", f"--out={out}", *more]
+    return start(host, node, per_host, *command)
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> None:
     try:
         for process in processes:
             output, error = process.communicate(timeout=150)
@@ -70,24 +90,76 @@ def test_two_hosts_train_what_one_process_trains(hosts, tmp_path):
     finally:
         for process in processes:
             process.kill()
+
+
+def losses(run: Path) -> torch.Tensor:
+    return torch.tensor([step["loss"] for step in of_kind(read_events(run), "step")])
+
+
+@pytest.fixture(scope="module")
+def losses_alone(tmp_path_factory) -> torch.Tensor:
+    """Those of one process."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    process = paceline("train", str(TOY), "--seed=3", "--layout=dp_replicate=1", f"--out={out}")
+    assert process.returncode == 0, process.stderr
+    return losses(out)
+
+
+@pytest.mark.netns
+def test_two_hosts_train_what_one_process_trains(hosts, tmp_path, losses_alone):
+    finish([start_training(host, node, 1, tmp_path / f"host{node}") for node, host in enumerate(hosts)])
     events = read_events(tmp_path / "host0")
     assert len(of_kind(events, "run")[0]["cluster"]["hosts"]) == 2
     assert {trial["workers"] for trial in of_kind(events, "trial")} == {1, 2}
     (plan,) = of_kind(events, "plan")
     if plan["layout"]["dp_replicate"] == 2:
         assert plan["transport"] == "gloo"
-    alone = paceline("train", str(TOY), "--seed=3", "--layout=dp_replicate=1", f"--out={tmp_path / 'alone'}")
-    assert alone.returncode == 0, alone.stderr
-    found = torch.tensor([s["loss"] for s in of_kind(events, "step")])
-    wanted = torch.tensor([s["loss"] for s in of_kind(read_events(tmp_path / "alone"), "step")])
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(losses(tmp_path / "host0"), losses_alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.netns
+def test_two_workers_on_each_of_two_hosts_train_what_one_process_trains(hosts, tmp_path, losses_alone):
+    more = ("--layout=dp_replicate=4", "--precision=fp32")
+    finish(
+        [start_training(host, node, 2, tmp_path / f"host{node}", *more) for node, host in enumerate(hosts)]
+    )
+    events = read_events(tmp_path / "host0")
+    assert of_kind(events, "plan")[0]["transport"] == "shared memory + gloo"
+    assert not [m for m in of_kind(events, "message") if "gloo" in m["text"]]
+    torch.testing.assert_close(losses(tmp_path / "host0"), losses_alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.netns
+def test_hosts_of_two_send_the_bytes_that_are_said_and_train_in_every_layout(hosts, tmp_path):
+    """The bytes, by their network interfaces: those of the docstring of `Hierarchy`, of both workers together."""
+    num_bytes = 16 << 20
+    command = (str(Path(__file__).parent / "hierarchy_worker.py"), str(num_bytes), str(tmp_path))
+    finish([start(host, node, 2, *command) for node, host in enumerate(hosts)])
+    for node in range(2):
+        measured = json.loads((tmp_path / f"sent{node}.json").read_text())
+        sent = {name: sent_bytes for name, (sent_bytes, _) in measured["shared memory + gloo"].items()}
+        said = {"all-reduce": 1.0, "all-gather": 0.5, "reduce-scatter": 0.5, "broadcast": 1.0 - node}
+        for name, share in said.items():
+            # TCP's headers and answers, and two barriers.
+            assert share * num_bytes <= sent[name] <= share * num_bytes * 1.03 + 200_000, name
+        by_gloo = {name: sent_bytes for name, (sent_bytes, _) in measured["gloo"].items()}
+        assert sent["all-reduce"] < 0.75 * by_gloo["all-reduce"]
+        assert sent["reduce-scatter"] < 0.6 * by_gloo["reduce-scatter"]
+    trained = torch.load(tmp_path / "losses.pt", weights_only=True)
+    assert len(trained) == len(TRAINED) * len(LAYOUTS)
+    for name in TRAINED:
+        wanted = train_plainly(*JOBS[name], seed=7)["losses"]
+        for layout in LAYOUTS:
+            torch.testing.assert_close(trained[f"{name}/{layout}"], wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.netns
 def test_a_cable_that_is_cut_ends_the_run_with_a_word(hosts, tmp_path):
     """Nothing answers any more, and nothing says so: only the time-out can notice."""
     more = ("--layout=dp_replicate=2", "--steps=100000", "--set=step_s=0.02", "--timeout=8")
-    processes = [start(host, node, tmp_path / f"host{node}", *more) for node, host in enumerate(hosts)]
+    processes = [
+        start_training(host, node, 1, tmp_path / f"host{node}", *more) for node, host in enumerate(hosts)
+    ]
     try:
         events = tmp_path / "host0" / "events.jsonl"
         deadline_s = time.monotonic() + 120

@@ -12,22 +12,23 @@ from command import ENVIRONMENT, TOY, of_kind, paceline, read_events
 from paceline.records import Proof
 
 
-def proof_of(error: str, job: str, directory: Path) -> str:
+def proof_of(error: str, job: str, directory: Path, transport: str = "auto") -> str:
     """What `proof_worker.py` says, on two real processes."""
     out = directory / "proof.json"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     worker = str(Path(__file__).parent / "proof_worker.py")
     process = subprocess.run(
-        [*torchrun, worker, error, job, str(out)],
+        [*torchrun, worker, error, job, transport, str(out)],
         capture_output=True, text=True, timeout=120, env=ENVIRONMENT, check=False,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr[-4000:]
     return out.read_text()
 
 
+@pytest.mark.parametrize("transport", ["auto", "gloo"])
 @pytest.mark.parametrize("job", ["batch_norm", "weighted_micro", "dropout"])
-def test_right_layouts_are_proven(job, tmp_path):
-    proof = Proof.model_validate_json(proof_of("nothing", job, tmp_path))
+def test_right_layouts_are_proven(job, transport, tmp_path):
+    proof = Proof.model_validate_json(proof_of("nothing", job, tmp_path, transport))
     assert proof.status == "equal", proof.worst[0].describe()
     assert proof.compared > 10
     assert proof.samples == 48
@@ -35,17 +36,20 @@ def test_right_layouts_are_proven(job, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("error", "job", "kind", "name"),
+    ("error", "job", "transport", "kind", "name"),
     [
-        ("forget_the_reduction", "plain", "gradient", None),
-        ("scale_wrongly", "plain", "gradient", None),
-        ("forget_one_parameter", "plain", "gradient", "0.bias"),
-        ("normalise_locally", "batch_norm", "buffer", None),
-        ("clip_before_the_sum", "clipped", "gradient", None),
+        ("forget_the_reduction", "plain", "gloo", "gradient", None),
+        ("scale_wrongly", "plain", "gloo", "gradient", None),
+        ("forget_one_parameter", "plain", "gloo", "gradient", "0.bias"),
+        ("normalise_locally", "batch_norm", "auto", "buffer", None),
+        ("clip_before_the_sum", "clipped", "gloo", "gradient", None),
+        ("skip_the_sum", "plain", "auto", "gradient", None),
+        ("keep_a_share_back", "plain", "auto", "parameter", None),
+        ("update_too_early", "plain", "auto", "gradient", None),
     ],
 )
-def test_a_planted_error_is_caught_and_named(error, job, kind, name, tmp_path):
-    text = proof_of(error, job, tmp_path)
+def test_a_planted_error_is_caught_and_named(error, job, transport, kind, name, tmp_path):
+    text = proof_of(error, job, tmp_path, transport)
     proof = Proof.model_validate_json(text)
     assert proof.status == "different"
     assert proof.in_float64 or proof.parted, "float64 was asked, or the workers had parted anyway"
@@ -57,7 +61,7 @@ def test_a_planted_error_is_caught_and_named(error, job, kind, name, tmp_path):
 
 
 def test_what_is_gone_in_float64_was_rounding(tmp_path):
-    proof = Proof.model_validate_json(proof_of("round_roughly", "batch_norm", tmp_path))
+    proof = Proof.model_validate_json(proof_of("round_roughly", "batch_norm", tmp_path, "gloo"))
     assert proof.worst[0].relative_error == pytest.approx(1e-3, rel=0.1)
     assert proof.in_float64
     assert proof.in_float64[0].relative_error < 1e-10
@@ -65,7 +69,7 @@ def test_what_is_gone_in_float64_was_rounding(tmp_path):
 
 
 def test_workers_that_start_apart_are_caught(tmp_path):
-    proof = Proof.model_validate_json(proof_of("start_apart", "plain", tmp_path))
+    proof = Proof.model_validate_json(proof_of("start_apart", "plain", tmp_path, "gloo"))
     assert proof.status == "different"
     assert any(d.kind == "gradient" and not d.within_tolerance for d in proof.worst)
 
@@ -106,9 +110,7 @@ def test_a_model_with_noise_of_its_own_is_not_comparable_and_trains_all_the_same
     process = paceline("verify", str(TOY), "--layout=dp_replicate=2", "--set=mode=random")
     assert process.returncode == 1
     assert "Not proven: the model draws random numbers that cannot be switched off" in process.stdout
-    process = paceline(
-        "train", str(TOY), "--layout=dp_replicate=2", "--set=mode=random", f"--out={tmp_path}"
-    )
+    process = paceline("train", str(TOY), "--layout=dp_replicate=2", "--set=mode=random", f"--out={tmp_path}")
     assert process.returncode == 0, process.stderr
     assert of_kind(read_events(tmp_path), "proof")[0]["status"] == "not comparable"
 

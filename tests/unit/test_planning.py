@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paceline.errors import LayoutError
-from paceline.plan.candidates import candidates
+from paceline.plan.candidates import candidates, further_candidates
 from paceline.plan.choose import LEAST_GAIN, choose, without_workers
 from paceline.records import Cluster, Host, Layout, Trial
 
@@ -134,3 +134,20 @@ def test_a_plan_whose_layout_trains_something_else_falls_back_to_the_fastest_sin
     assert instead.reason == "1×2, as 2×1 would train something else."
     assert instead.forecast_step_s == 2.1
     assert instead.trials == plan.trials
+
+
+def timed(layout: Layout, step_s: float, for_weights_s: float) -> Trial:
+    return Trial(
+        layout=layout, label=str(layout), workers=layout.workers, threads=1, step_s=(step_s,) * 3,
+        compute_s=step_s - for_weights_s, communication_s=for_weights_s / 2, optimizer_s=for_weights_s / 2,
+    )  # fmt: skip
+
+
+def test_tensor_parallelism_is_timed_where_the_weights_take_long():
+    one, two = Layout(threads=2), Layout(dp_replicate=2, threads=1)
+    heavy = [timed(one, 1.0, 0.3), timed(two, 0.9, 0.3)]
+    assert further_candidates(cluster(2), heavy) == [Layout(tp=2, threads=1)]
+    light = [timed(one, 1.0, 0.3), timed(two, 0.9, 0.1)]
+    assert further_candidates(cluster(2), light) == []
+    assert further_candidates(cluster(2, 1, hosts=2), heavy) == []
+    assert further_candidates(cluster(2, 2, "cuda"), heavy) == []

@@ -142,19 +142,24 @@ class GradientSync:
         for parameter, view in zip(bucket.parameters, bucket.slices, strict=True):
             if parameter.grad is None:
                 view.zero_()
-            elif parameter.grad.is_sparse:
-                raise JobError(
-                    f"a parameter of shape {tuple(parameter.shape)} has a sparse gradient",
-                    cause="an embedding with sparse=True: sparse gradients cannot be summed over workers",
-                    next_step="use sparse=False, or --layout dp_replicate=1",
-                )
             else:
+                require_dense(parameter, parameter.grad)
                 view.copy_(parameter.grad)
         if not self._tail_rides_along:
             self._start(bucket)
 
     def _start(self, bucket: _Bucket) -> None:
         bucket.pending = self._group.start_sum(bucket.flat, "gradients")
+
+
+def require_dense(parameter: torch.Tensor, gradient: torch.Tensor) -> None:
+    """Raise `JobError` where the gradient is sparse."""
+    if gradient.is_sparse:
+        raise JobError(
+            f"a parameter of shape {tuple(parameter.shape)} has a sparse gradient",
+            cause="an embedding with sparse=True: sparse gradients cannot be summed over workers",
+            next_step="use sparse=False, or --layout dp_replicate=1",
+        )
 
 
 def _make_bucket(members: list[nn.Parameter], num_tail: int) -> _Bucket:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from paceline.comm import mailbox
+from paceline.comm.hierarchy import Hierarchy, arrange, join_host_memory
 from paceline.comm.mailbox import Mailbox
-from paceline.comm.memory_map import join_memory
+from paceline.comm.memory_map import MemoryMap, join_memory
 from paceline.comm.pending import Done, Patience, Pending, Work
 from paceline.comm.shared_memory import SharedMemory, memory_bytes
-from paceline.comm.wire import NcclWire, Wire
+from paceline.comm.wire import NcclWire, Wire, as_bytes
 
-__all__ = ["Group", "Pending"]
+__all__ = ["SHARED_MEMORY", "Group", "Pending"]
+
+SHARED_MEMORY = "shared memory"
+"""The `transport` of a group whose workers all map the same memory."""
 
 # torch 2.13 renamed them.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -30,9 +34,10 @@ class Group:
     for that message. `waited_s` adds up the seconds that this worker spent in them. A group of one does nothing.
 
     Workers of one host that compute on its CPU talk through shared memory where `share_memory` (and `open_mailbox`,
-    for messages) could set it up, and through gloo otherwise. With gloo, two workers swap their tensors and add,
-    instead of the ring all-reduce: the bytes on the wire are the same, in one message instead of two; both compute
-    `a + b` of the same two numbers, so the results are equal bit for bit.
+    for messages) could set it up; equally many on several hosts through shared memory within each host and gloo
+    between hosts (`Hierarchy`); others through gloo. With gloo, two workers swap their tensors and add, instead of the
+    ring all-reduce: the bytes on the wire are the same, in one message instead of two; both compute `a + b` of the
+    same two numbers, so the results are equal bit for bit.
     """
 
     def __init__(
@@ -56,7 +61,7 @@ class Group:
         self._patience = Patience(ranks[rank], timeout_s)
         self._swaps = self.size == 2 and device.type == "cpu"
         self._scratch: dict[tuple[int, torch.dtype], list[torch.Tensor]] = {}
-        self._memory: SharedMemory | None = None
+        self._memory: SharedMemory | Hierarchy | None = None
         self._mailbox: Mailbox | None = None
         self._wire: Wire | None = None
         self.why_no_memory = ""
@@ -64,11 +69,13 @@ class Group:
 
     @property
     def transport(self) -> str:
-        """What carries this group's tensors: `none`, `shared memory`, `gloo` or `nccl`."""
+        """What carries this group's tensors: `none`, `shared memory`, `shared memory + gloo`, `gloo` or `nccl`."""
         if self.size == 1:
             return "none"
+        if isinstance(self._memory, Hierarchy):
+            return "shared memory + gloo"
         if self._memory is not None:
-            return "shared memory"
+            return SHARED_MEMORY
         return "nccl" if self.device.type == "cuda" else "gloo"
 
     @property
@@ -81,21 +88,32 @@ class Group:
         """Whether messages travel through shared memory."""
         return self._mailbox is not None
 
-    def share_memory(self, local_size: int, *, spins: bool) -> None:
-        """Talk through shared memory from now on, if all can. A collective call.
+    def share_memory(self, hosts: Sequence[int], local_size: int, *, spins: bool) -> None:
+        """Talk through shared memory from now on, within each host, if all can. A collective call.
 
         Args:
+            hosts: each member's host, as a number; ascending.
             local_size: how many workers are on this host, in the group or not.
             spins: whether every worker that computes has a core of its own: a wait then looks before it sleeps.
         """
-        memory, self.why_no_memory = join_memory(
-            self.rank, self.size, local_size, (0,), memory_bytes(self.size), self.gather_json
-        )
+        timeout_s = self._patience.timeout_s
+        if len(set(hosts)) == 1:
+            memory, self.why_no_memory = join_memory(
+                self.rank, self.size, local_size, (0,), memory_bytes(self.size), self.gather_json
+            )
+            if memory is not None:
+                self._memory = SharedMemory(memory, self.ranks, timeout_s, spins=spins)
+            return
+        grid, self.why_no_memory = arrange(self.ranks, self.rank, hosts)
+        if grid is None:
+            return
+        memory, self.why_no_memory = join_host_memory(grid, local_size, self.gather_json)
         if memory is not None:
-            self._memory = SharedMemory(memory, self.ranks, self._patience.timeout_s, spins=spins)
+            within = SharedMemory(memory, self.ranks[grid.row], timeout_s, spins=spins)
+            self._memory = Hierarchy(within, grid, self._process_group, timeout_s)
 
     def open_mailbox(self, local_size: int, *, spins: bool) -> None:
-        """Send and receive through shared memory from now on, if all can. A collective call, as `share_memory`."""
+        """Send and receive through shared memory from now on, if all can: workers of one host. As `share_memory`."""
         memory, self.why_no_memory = join_memory(
             self.rank,
             self.size,
@@ -107,6 +125,19 @@ class Group:
         )
         if memory is not None:
             self._mailbox = Mailbox(memory, self.ranks, self._patience.timeout_s, spins=spins)
+
+    def map_memory(self, makers: Sequence[int], data_bytes: int) -> MemoryMap:
+        """Map a stretch of memory from each of the ranks `makers` into all workers. A collective call.
+
+        Only where the workers talk through shared memory.
+
+        Raises:
+            OSError: there is not enough memory, on some worker.
+        """
+        memory, reason = join_memory(self.rank, self.size, self.size, makers, data_bytes, self.gather_json)
+        if memory is None:
+            raise OSError(0, reason)
+        return memory
 
     def close(self) -> None:
         """Give back what `share_memory` and `open_mailbox` took. The group goes on without."""
@@ -164,7 +195,7 @@ class Group:
                 self._memory.all_gather_(full, what)
             return Done()
         name = f"all-gather of {what}"
-        rows = _as_bytes(full).view(self.size, -1)
+        rows = as_bytes(full).view(self.size, -1)
         if self._swaps:
             return self._swap(name, rows[self.rank], rows[1 - self.rank])
         return self._start(
@@ -207,7 +238,7 @@ class Group:
             name,
             full,
             lambda: dist.all_to_all_single(
-                _as_bytes(received), _as_bytes(full), group=self._process_group, async_op=True
+                as_bytes(received), as_bytes(full), group=self._process_group, async_op=True
             ),
             lambda: self._give_back(_add_up(received.view(self.size, -1), own), received),
         )
@@ -314,8 +345,8 @@ class Group:
         other = 1 - self.rank
         with self._patience.translated(name):
             works = [
-                dist.isend(_as_bytes(outgoing), group=self._process_group, group_dst=other),
-                dist.irecv(_as_bytes(incoming), group=self._process_group, group_src=other),
+                dist.isend(as_bytes(outgoing), group=self._process_group, group_dst=other),
+                dist.irecv(as_bytes(incoming), group=self._process_group, group_src=other),
             ]
         return Work(self._patience, name, works, finish, f"rank {self.ranks[other]}")
 
@@ -329,11 +360,6 @@ class _Posted:
     def wait(self) -> None:
         with self._patience.counted():
             self._mailbox.flush(self._what)
-
-
-def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The contiguous `tensor`, 1-D: gloo does not know all types."""
-    return tensor.detach().view(-1).view(torch.uint8)
 
 
 def _add_up(rows: torch.Tensor, into: torch.Tensor) -> torch.Tensor:

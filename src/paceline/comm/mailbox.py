@@ -8,6 +8,7 @@ import time
 
 import torch
 
+from paceline.comm.flight_recorder import FlightRecorder
 from paceline.comm.memory_map import (
     DATA_BEGIN,
     DTYPES,
@@ -29,7 +30,8 @@ _CHUNK_BYTES = 1 << 20
 """An outbox grows by at least so much."""
 _MARK_BYTES = 64
 """Before each message: a cache line whose first word says whether it is still needed."""
-_PUSH_S = 0.001
+_PUSH_S, _LOOK_S = 0.001, 0.0001
+"""Sleeps between attempts to announce what a full ring had no room for, and between looks into all rings."""
 _TAKEN = 8
 """A pair's words: how many messages were announced, and a cache line further how many were seen."""
 _PAIR_BYTES = ROW_BYTES + _LETTERS * _LETTER_BYTES
@@ -70,14 +72,24 @@ class Mailbox:
     After an operation has failed all later ones fail: the workers no longer agree on what comes next.
     """
 
-    def __init__(self, memory: MemoryMap, ranks: tuple[int, ...], timeout_s: float, *, spins: bool) -> None:
+    def __init__(
+        self,
+        memory: MemoryMap,
+        ranks: tuple[int, ...],
+        timeout_s: float,
+        *,
+        spins: bool,
+        recorder: FlightRecorder | None = None,
+    ) -> None:
         """
         Args:
             memory: what every worker of the group made, with data of `head_bytes(size)`, to grow up to `OUTBOX_BYTES`.
             ranks: the members' ranks in the world, for messages.
             spins: whether every worker has a core of its own, so that looking is better than sleeping.
+            recorder: what errors are to tell of the workers' last operations.
         """
-        self._memory, self._rank, self._ranks, self._timeout_s = memory, memory.rank, ranks, timeout_s
+        self._recorder = recorder
+        self._memory, self._rank, self._ranks, self.timeout_s = memory, memory.rank, ranks, timeout_s
         self._spin_s = SPIN_S if spins else 0.0
         self._counters = {rank: Counters(memory.memories[rank]) for rank in range(memory.size)}
         self._bytes = {
@@ -119,14 +131,22 @@ class Mailbox:
         Raises:
             CollectiveError: that worker has ended or did not send in time, or sent something else.
         """
-        name = f"receiving {what} from rank {self._ranks[source]}"
+        deadline_s = time.perf_counter() + self.timeout_s
+        while not self.try_receive_(tensor, source, what, channel):
+            self.wait_for_news(source, what, deadline_s)
+
+    def try_receive_(self, tensor: torch.Tensor, source: int, what: str, channel: int) -> bool:
+        """`receive_` if the message has come already: whether it has.
+
+        Raises:
+            CollectiveError: it is of another type or number of elements.
+        """
+        name = self._receiving(what, source)
         self._begin(name, tensor)
-        letters = self._arrived[source, channel]
-        deadline_s = time.perf_counter() + self._timeout_s
         self._see_all()
-        while not letters:
-            self._wait_for_letter(source, name, deadline_s)
-            self._see_all()
+        letters = self._arrived[source, channel]
+        if not letters:
+            return False
         letter = letters.popleft()
         if (letter.numel, letter.dtype) != (tensor.numel(), tensor.dtype):
             raise self._fail(
@@ -139,26 +159,18 @@ class Mailbox:
         num_bytes = tensor.numel() * tensor.element_size()
         _as_bytes(tensor).copy_(self._bytes[source][letter.position : letter.position + num_bytes])
         self._counters[source].words[(letter.position - _MARK_BYTES) // WORD_BYTES] = 0
+        return True
 
-    def flush(self, what: str) -> None:
-        """Return when everything sent is announced: at once, but for more than 1024 unseen messages of a pair."""
-        name = f"sending {what}"
-        deadline_s = time.perf_counter() + self._timeout_s
-        self._announce_all()
-        while any(self._unannounced.values()):
-            self._see_all()
-            self._announce_all()
-            for to, letters in self._unannounced.items():
-                if letters:
-                    self._check(to, name, deadline_s)
-            time.sleep(_PUSH_S)
+    def wait_for_news(self, source: int, what: str, deadline_s: float) -> None:
+        """Return when `source` has announced something new, or after a while.
 
-    def close(self) -> None:
-        """Give back what was taken."""
-        self._memory.close()
+        Args:
+            deadline_s: by `time.perf_counter`.
 
-    def _wait_for_letter(self, source: int, name: str, deadline_s: float) -> None:
-        """Return when `source` has announced something, or after a while where others wait for our announcements."""
+        Raises:
+            CollectiveError: that worker has ended, or the time is up.
+        """
+        name = self._receiving(what, source)
         counters, word = self._counters[source], _ring(self._rank)
         if not any(self._unannounced.values()):
             least = self._num_seen[source] + 1
@@ -168,6 +180,46 @@ class Mailbox:
         time.sleep(_PUSH_S)
         if counters.words[word] == self._num_seen[source]:
             self._check_sender(source, name, deadline_s)
+
+    def wait_for_anyone(self, what: str, deadline_s: float) -> None:
+        """Return after a tenth of a millisecond, in which messages may have come from any worker.
+
+        Raises:
+            CollectiveError: all other workers have ended, or the time is up.
+        """
+        dead = self._memory.ended()
+        self._see_all()
+        self._announce_all()
+        name = f"receiving {what} from any rank"
+        if dead and len(dead) == len(self._num_seen) and not any(self._arrived.values()):
+            raise self._fail(name, "all other ranks have ended", timed_out=False)
+        if time.perf_counter() > deadline_s:
+            raise self._fail(name, f"no rank sent it within {self.timeout_s:g} s", timed_out=True)
+        time.sleep(_LOOK_S)
+
+    def flush(self, what: str) -> None:
+        """Return when everything sent is announced: at once, but for more than 1024 unseen messages of a pair."""
+        name = f"sending {what}"
+        deadline_s = time.perf_counter() + self.timeout_s
+        self._announce_all()
+        while any(self._unannounced.values()):
+            self._see_all()
+            self._announce_all()
+            for to, letters in self._unannounced.items():
+                if letters:
+                    self._check(to, name, deadline_s)
+            time.sleep(_PUSH_S)
+
+    def give_up(self, why: str) -> None:
+        """Let all later operations fail."""
+        self._failure = self._failure or why
+
+    def close(self) -> None:
+        """Give back what was taken."""
+        self._memory.close()
+
+    def _receiving(self, what: str, source: int) -> str:
+        return f"receiving {what} from rank {self._ranks[source]}"
 
     def _check_sender(self, source: int, name: str, deadline_s: float) -> None:
         # One that has sent and then ended is no reason to fail: look for death first, then for a letter.
@@ -179,7 +231,8 @@ class Mailbox:
         if rank in self._memory.ended() if is_dead is None else is_dead:
             raise self._fail(name, f"rank {self._ranks[rank]} has ended", timed_out=False)
         if time.perf_counter() > deadline_s:
-            cause = f"rank {self._ranks[rank]} did not answer within {self._timeout_s:.0f} s"
+            silent = self._memory.why_silent(rank)
+            cause = f"rank {self._ranks[rank]} did not answer within {self.timeout_s:g} s{silent}"
             raise self._fail(name, cause, timed_out=True)
 
     def _see_all(self) -> None:
@@ -261,6 +314,8 @@ class Mailbox:
         self, name: str, cause: str, *, timed_out: bool, next_step: str = LOOK_FOR_THE_FIRST
     ) -> CollectiveError:
         self._failure = self._failure or cause
+        if self._recorder is not None:
+            next_step = f"{next_step}\n{self._recorder.report()}"
         return CollectiveError(
             self._ranks[self._rank], name, timed_out=timed_out, cause=cause, next_step=next_step
         )

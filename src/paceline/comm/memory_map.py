@@ -26,7 +26,8 @@ ROW_BYTES = 128
 DATA_BEGIN = 4096
 """Bytes before the data: the memory's secret, and room up to a whole page."""
 SPIN_S = 200e-6
-"""How long a wait looks before it sleeps, where every worker has a core of its own."""
+"""How long a wait looks before it sleeps, where every worker has a core of its own. Between two looks it lets
+others run: two workers may be on one core all the same, and one that only looked would keep the other from coming."""
 SLICE_S = 0.05
 """How often a sleeping worker looks whether the others still live."""
 
@@ -43,8 +44,15 @@ DTYPES = (
     torch.bool,
     torch.complex64,
     torch.complex128,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2fnuz,
 )
-"""The types that travel through memory, by number."""
+"""The types that travel through memory, by number. There are at most 32 (`flight_recorder`)."""
 
 _TOKEN_BYTES = 16
 _SYS_FUTEX, _FUTEX_WAIT, _FUTEX_WAKE = 202, 0, 1
@@ -65,12 +73,28 @@ class Counters:
     def __init__(self, memory: mmap.mmap) -> None:
         self.words = memoryview(memory).cast("q")
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        self._libc = ctypes.CDLL(None)
+        self._syscall = ctypes.CDLL(None).syscall
+        # Said once, instead of at every call: conversions take longer than the call itself.
+        self._syscall.argtypes = _FUTEX_ARGUMENTS
+        self._slice = ctypes.byref(_Timespec(int(SLICE_S), int(SLICE_S % 1 * 1e9)))
+
+    def wake(self, word: int) -> None:
+        """Wake everyone who sleeps on a count."""
+        self._syscall(_SYS_FUTEX, self._base + word * WORD_BYTES, _FUTEX_WAKE, 0x7FFFFFFF, None, None, 0)
+
+    def sleep(self, word: int, count: int) -> None:
+        """Sleep until `wake`, for `SLICE_S` at most, unless the count is no longer `count`.
+
+        An interruption just returns. The kernel looks at the count after a full memory barrier, so that what
+        this worker wrote before can be seen by whoever changes the count afterwards.
+        """
+        address = self._base + word * WORD_BYTES
+        self._syscall(_SYS_FUTEX, address, _FUTEX_WAIT, count & 0xFFFFFFFF, self._slice, None, 0)
 
     def publish(self, word: int, value: int) -> None:
         """Set a count, and wake who waits for it."""
         self.words[word] = value
-        self._futex(word, _FUTEX_WAKE, 0x7FFFFFFF, None)
+        self.wake(word)
 
     def wait(self, word: int, least: int, spin_s: float, check: Callable[[], None]) -> None:
         """Return when the count is at least `least`; call `check` about every `SLICE_S`, which may raise."""
@@ -79,23 +103,26 @@ class Counters:
             return
         begin_s = time.perf_counter()
         while words[word] < least and time.perf_counter() - begin_s < spin_s:
-            pass
+            os.sched_yield()
         while (count := words[word]) < least:
-            self._futex(word, _FUTEX_WAIT, count & 0xFFFFFFFF, SLICE_S)
+            self.sleep(word, count)
             if words[word] < least:
                 check()
-
-    def _futex(self, word: int, operation: int, value: int, wait_s: float | None) -> None:
-        """futex(2) on the low half of a count. Interruptions and changed values just return."""
-        wait = None if wait_s is None else ctypes.byref(_Timespec(int(wait_s), int(wait_s % 1 * 1e9)))
-        address = ctypes.c_void_p(self._base + word * WORD_BYTES)
-        self._libc.syscall(
-            ctypes.c_long(_SYS_FUTEX), address, operation, ctypes.c_uint32(value), wait, None, 0
-        )
 
 
 class _Timespec(ctypes.Structure):
     _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+
+
+_FUTEX_ARGUMENTS = (
+    ctypes.c_long,
+    ctypes.c_void_p,
+    ctypes.c_int,
+    ctypes.c_uint32,
+    ctypes.c_void_p,
+    ctypes.c_void_p,
+    ctypes.c_int,
+)
 
 
 class MemoryMap:
@@ -107,10 +134,13 @@ class MemoryMap:
         size: int,
         memories: dict[int, mmap.mmap],
         peers: dict[int, int],
+        pids: list[int],
         descriptor: int,
         reserved_bytes: int,
     ) -> None:
         self.rank, self.size = rank, size
+        self.pids = pids
+        """Of each rank."""
         self.memories = memories
         """Of each rank that made one: data from `DATA_BEGIN` on."""
         self._peers = peers
@@ -125,6 +155,25 @@ class MemoryMap:
         """The ranks whose processes have ended."""
         dead = {descriptor for descriptor, _ in self._deaths.poll(0)}
         return {rank for rank, descriptor in self._peers.items() if descriptor in dead}
+
+    def tensor(self, rank: int, offset_bytes: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """A 1-D tensor in the data of the memory that `rank` made. It keeps the memory mapped."""
+        if numel == 0:
+            return torch.empty(0, dtype=dtype)
+        begin = DATA_BEGIN + offset_bytes
+        return torch.frombuffer(self.memories[rank], dtype=dtype, count=numel, offset=begin)
+
+    def why_silent(self, rank: int) -> str:
+        """What the system knows about a worker that does not answer: `: …`, or nothing."""
+        try:
+            stat = Path(f"/proc/{self.pids[rank]}/stat").read_text()
+        except OSError:
+            return ""
+        # The name before the state is in parentheses, and may contain anything.
+        state = stat.rpartition(")")[2].split()[0]
+        if state in "Tt":
+            return f": its process (PID {self.pids[rank]}) is stopped (state {state}); `kill -CONT` would continue it"
+        return ""
 
     def reserve(self, end_bytes: int, at_least_bytes: int) -> None:
         """See that the own memory has pages up to `end_bytes`; take `at_least_bytes` more if it has not.
@@ -190,7 +239,8 @@ def join_memory(
     if descriptor >= 0 and mapped_bytes == reserved_bytes:
         os.close(descriptor)
         descriptor = -1
-    memory = MemoryMap(rank, size, memories, peers, descriptor, reserved_bytes)
+    pids = [o["pid"] for o in offers]
+    memory = MemoryMap(rank, size, memories, peers, pids, descriptor, reserved_bytes)
     reason = next((p for p in problems if p), "")
     if not reason:
         return memory, ""

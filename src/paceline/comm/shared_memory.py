@@ -6,49 +6,36 @@ kernel; memory costs what memory costs.
 
 from __future__ import annotations
 
-import functools
-import time
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from paceline.comm.memory_map import (
-    DATA_BEGIN,
-    DTYPES,
-    ROW_BYTES,
-    SPIN_S,
-    WORD_BYTES,
-    Counters,
-    MemoryMap,
-    describe,
-)
-from paceline.errors import LOOK_FOR_THE_FIRST, CollectiveError
+from paceline.comm import flight_recorder as calls
+from paceline.comm.flight_recorder import Record, pack_call
+from paceline.comm.memory_map import DTYPES, MemoryMap, describe
+from paceline.comm.phases import SLOT_BYTES, Phases, memory_bytes
+from paceline.comm.reductions import SUM, Reduction, reduce_into
 
-SLOT_BYTES = 1 << 20
-"""Larger tensors travel in pieces of this size, so that a piece is still in the cache when it is read."""
+__all__ = ["SLOT_BYTES", "SharedMemory", "memory_bytes"]
+
 _ONE_PHASE_BYTES = 32 << 10
 """Up to this size every one of more than two workers adds up everything: half the waits, more reading."""
-_PAGE_BYTES = 4096
-_SIGNATURES = 1
-"""A row's words: the count of phases, and the signatures of two phases."""
-_KINDS = ("all-reduce", "all-gather", "broadcast", "reduce-scatter")
-
-
-def memory_bytes(size: int) -> int:
-    """What a group of `size` workers needs: one header, and two slots of 1 MiB for each worker."""
-    return _header_bytes(size) + 2 * size * SLOT_BYTES
+_AT_ONCE_BYTES = 64 << 10
+"""Up to this size it takes less time to copy the own part to and fro than to leave it out."""
+_BLOCK_NUMEL = 64
+"""Shards and pieces begin at multiples of it: no two workers write into one cache line, and torch's vectors fall on the
+same elements as in the whole tensor, which changes the last bit of complex products."""
 
 
 class SharedMemory:
     """Collectives on CPU tensors among workers `0 … size-1` of one host, through memory of `memory_bytes(size)`.
 
-    Every operation is a row of phases. In a phase a worker writes its slot, publishes the phase's number,
-    waits until all have published it, and reads the others' slots. Each worker has two slots, used in
-    turn: who has published phase k+1 has read what it wanted of phase k, so that in phase k+2 the slot of
-    phase k may be written again. One wait per phase, and no lock.
+    Tensors are contiguous, of a type in `DTYPES`, and `what` is for messages. Reductions are taken in the order of
+    rank (`Reduction`): identical bits on each worker and in each run.
 
     Cost per worker, in memory traffic, of summing b bytes: two workers read 3b and write 2b; n of them read
-    about (n+1)b up to 32 KiB and 5b above, and write 2b and 4b. Of reduce-scatter of b bytes: two workers read
-    1.5b and write b, n of them read 2b and write (1 + 1/n)b. Of an all-gather that gives b bytes: b read, b written.
+    about (n+1)b up to 32 KiB and 4b above, and write 2b and 3b. Of reduce-scatter of b bytes: b read and written,
+    and 2b/n read for each other. Of an all-gather that gives b bytes: b read, b written.
     A phase takes about 10 µs where the others are already there, and 30 to 100 µs with the wait for
     them (docs/log.md).
 
@@ -62,14 +49,8 @@ class SharedMemory:
             ranks: the members' ranks in the world, for messages.
             spins: whether every worker has a core of its own, so that looking is better than sleeping.
         """
-        self._memory, self._rank, self._size = memory, memory.rank, memory.size
-        self._ranks, self._timeout_s = ranks, timeout_s
-        self._counters = Counters(memory.memories[0])
-        self._words = self._counters.words
-        self._spin_s = SPIN_S if spins else 0.0
-        self._phase = 0
-        self._slots: dict[torch.dtype, list[list[torch.Tensor]]] = {}
-        self._failure = ""
+        self.phases = Phases(memory, ranks, timeout_s, spins=spins)
+        self._rank, self._size = memory.rank, memory.size
 
     def sum_(self, tensor: torch.Tensor, what: str) -> None:
         """Replace the contiguous `tensor` by the sum over all workers, added in the order of rank.
@@ -77,187 +58,279 @@ class SharedMemory:
         Raises:
             CollectiveError: a worker died, did not come in time, or called something else.
         """
-        flat = tensor.view(-1)
-        slot_numel = SLOT_BYTES // tensor.element_size()
-        for begin in range(0, flat.numel(), slot_numel):
-            piece = flat[begin : begin + slot_numel]
-            if self._size == 2:
-                slots = self._exchange(piece, "all-reduce", what)
-                piece.add_(slots[1 - self._rank])
-            elif piece.numel() * piece.element_size() <= _ONE_PHASE_BYTES:
-                _add_up(self._exchange(piece, "all-reduce", what), piece)
-            else:
-                self._sum_in_shards(piece, what)
+        self.all_reduce_(tensor, what, SUM)
 
-    def _sum_in_shards(self, piece: torch.Tensor, what: str) -> None:
-        """Each worker adds up one shard; then all collect the shards."""
-        bounds = [rank * piece.numel() // self._size for rank in range(self._size + 1)]
-        begin, end = bounds[self._rank], bounds[self._rank + 1]
-        own = piece[begin:end]
-        slots = self._exchange(piece, "all-reduce", what)
-        _add_up([slot[begin:end] for slot in slots], own)
-        lengths = [bounds[rank + 1] - bounds[rank] for rank in range(self._size)]
-        shards = self._exchange(own, "all-reduce", what, lengths)
-        for rank, shard in enumerate(shards):
-            if rank != self._rank:
-                piece[bounds[rank] : bounds[rank + 1]].copy_(shard)
+    def all_reduce_(self, tensor: torch.Tensor, what: str, reduction: Reduction) -> None:
+        """Replace `tensor` by the reduction over all workers. Raises as `sum_`."""
+        flat = _flat(tensor)
+        call = self._call(calls.ALL_REDUCE, flat, what, reduction=reduction)
+        self.phases.run(call, what, self._all_reduce, flat, reduction)
 
     def reduce_scatter_(self, full: torch.Tensor, what: str) -> None:
         """Replace the own one of `size` equal ranges of `full` (1-D) by its sum over all workers, in the order of rank.
 
         The other ranges stay as they are.
         """
-        rows = full.view(self._size, -1)
-        own = rows[self._rank]
-        # Of two workers each needs half of the other's only; then the order of addition makes no difference.
-        rows_sent = 1 if self._size == 2 else self._size
-        width = SLOT_BYTES // full.element_size() // rows_sent
-        for begin in range(0, own.numel(), width):
-            piece = own[begin : begin + width]
-            if self._size == 2:
-                outgoing = rows[1 - self._rank, begin : begin + width]
-                piece.add_(self._exchange(outgoing, "reduce-scatter", what)[1 - self._rank])
-            else:
-                slots = self._exchange(rows[:, begin : begin + width], "reduce-scatter", what)
-                _add_up([slot.view(self._size, -1)[self._rank] for slot in slots], piece)
+        flat = _flat(full)
+        width = flat.numel() // self._size
+        self.reduce_scatter_single(flat[self._rank * width : (self._rank + 1) * width], flat, what, SUM)
+
+    def reduce_scatter_single(
+        self, out: torch.Tensor, full: torch.Tensor, what: str, reduction: Reduction
+    ) -> None:
+        """`reduce_scatter` of equal ranges of `full`, in the order of rank."""
+        flat = _flat(out)
+        call = self._call(calls.REDUCE_SCATTER, flat, what, reduction=reduction)
+        if full.numel() * full.element_size() <= _AT_ONCE_BYTES:
+            self.phases.run(call, what, self._reduce_scatter_at_once, flat, _flat(full), reduction)
+        else:
+            parts = list(full.detach().view(self._size, -1).unbind(0))
+            self.phases.run(call, what, self._reduce_scatter, flat, parts, reduction)
+
+    def reduce_scatter(
+        self, out: torch.Tensor, parts: Sequence[torch.Tensor], what: str, reduction: Reduction
+    ) -> None:
+        """Let `out` be the reduction of all workers' `parts[rank]`: as many parts as workers, all like `out`.
+
+        `out` may be the own part. Raises as `sum_`.
+        """
+        flat = _flat(out)
+        call = self._call(calls.REDUCE_SCATTER, flat, what, reduction=reduction)
+        self.phases.run(call, what, self._reduce_scatter, flat, [_flat(p) for p in parts], reduction)
 
     def all_gather_(self, full: torch.Tensor, what: str) -> None:
         """Fill `full` (1-D), of which each worker has filled its own one of `size` equal ranges."""
-        rows = full.view(self._size, -1)
-        slot_numel = SLOT_BYTES // full.element_size()
-        for begin in range(0, rows.shape[1], slot_numel):
-            slots = self._exchange(rows[self._rank, begin : begin + slot_numel], "all-gather", what)
-            for rank, slot in enumerate(slots):
-                if rank != self._rank:
-                    rows[rank, begin : begin + slot_numel].copy_(slot)
+        flat = _flat(full)
+        width = flat.numel() // self._size
+        self.all_gather_single(flat, flat[self._rank * width : (self._rank + 1) * width], what)
+
+    def all_gather_single(self, full: torch.Tensor, own: torch.Tensor, what: str) -> None:
+        """Fill equal ranges of `full`, in the order of rank, with the workers' `own`."""
+        flat = _flat(own)
+        call = self._call(calls.ALL_GATHER, flat, what)
+        if full.numel() * full.element_size() <= _AT_ONCE_BYTES:
+            self.phases.run(call, what, self._all_gather_at_once, full.detach().view(self._size, -1), flat)
+        else:
+            rows = list(full.detach().view(self._size, -1).unbind(0))
+            self.phases.run(call, what, self._all_gather, rows, flat)
+
+    def all_gather(self, outs: Sequence[torch.Tensor], own: torch.Tensor, what: str) -> None:
+        """Let `outs[rank]` be that worker's `own`: as many as workers, all of one size. Raises as `sum_`."""
+        flat = _flat(own)
+        call = self._call(calls.ALL_GATHER, flat, what)
+        self.phases.run(call, what, self._all_gather, [_flat(o) for o in outs], flat)
 
     def broadcast_(self, tensor: torch.Tensor, what: str, source: int) -> None:
         """Replace the contiguous `tensor` by that of rank `source` of the group."""
-        flat = tensor.view(-1)
-        slot_numel = SLOT_BYTES // tensor.element_size()
-        for begin in range(0, flat.numel(), slot_numel):
-            piece = flat[begin : begin + slot_numel]
-            slots = self._exchange(piece, "broadcast", what, source=source)
-            if self._rank != source:
-                piece.copy_(slots[source])
+        flat = _flat(tensor)
+        call = self._call(calls.BROADCAST, flat, what, root=source)
+        self.phases.run(call, what, self._broadcast, flat, source)
+
+    def reduce_(self, tensor: torch.Tensor, what: str, reduction: Reduction, root: int) -> None:
+        """Replace `tensor` by the reduction over all workers, on rank `root` of the group only."""
+        flat = _flat(tensor)
+        call = self._call(calls.REDUCE, flat, what, root=root, reduction=reduction)
+        self.phases.run(call, what, self._reduce, flat, reduction, root)
+
+    def gather(self, outs: Sequence[torch.Tensor], own: torch.Tensor, what: str, root: int) -> None:
+        """Let `outs[rank]` be that worker's `own`, on rank `root`; on the others `outs` is empty."""
+        flat = _flat(own)
+        call = self._call(calls.GATHER, flat, what, root=root)
+        self.phases.run(call, what, self._gather, [_flat(o) for o in outs], flat)
+
+    def scatter(self, out: torch.Tensor, parts: Sequence[torch.Tensor], what: str, root: int) -> None:
+        """Let `out` be rank `root`'s `parts[rank]`; on the others `parts` is empty."""
+        flat = _flat(out)
+        call = self._call(calls.SCATTER, flat, what, root=root)
+        self.phases.run(call, what, self._scatter, flat, [_flat(p) for p in parts])
+
+    def all_to_all(self, outs: Sequence[torch.Tensor], parts: Sequence[torch.Tensor], what: str) -> None:
+        """Let `outs[rank]` be that worker's part for this one: `parts[rank]` goes to it. Sizes may differ.
+
+        Raises:
+            CollectiveError: as `sum_`, and where a part and what is to take it differ in size.
+        """
+        call = self._call(calls.ALL_TO_ALL, _flat(parts[0])[:0], what)
+        self.phases.run(call, what, self._all_to_all, [_flat(o) for o in outs], [_flat(p) for p in parts])
+
+    def barrier(self, what: str) -> None:
+        """Return when all workers have come here."""
+        self.phases.run(pack_call(calls.BARRIER, torch.uint8, 0), what, self.phases.meet)
+
+    def records(self) -> dict[int, list[Record]]:
+        """The last 16 operations of each worker, oldest first, by its rank in the world."""
+        recorder = self.phases.recorder
+        return {name: recorder.records(rank) for rank, name in enumerate(self.phases.ranks)}
 
     def close(self) -> None:
         """Give back what was taken."""
-        self._memory.close()
+        self.phases.close()
 
-    def _exchange(
-        self,
-        piece: torch.Tensor,
-        kind: str,
-        what: str,
-        lengths: list[int] | None = None,
-        *,
-        source: int | None = None,
-    ) -> list[torch.Tensor]:
-        """One phase: everyone's slot (1-D), to be read before the next.
+    def _call(
+        self, kind: int, flat: torch.Tensor, what: str, *, root: int = 0, reduction: Reduction = SUM
+    ) -> int:
+        if flat.dtype not in DTYPES:
+            name = f"{calls.KINDS[kind]} of {what}"
+            raise self.phases.error(f"{flat.dtype} has no place in shared memory", name=name)
+        return pack_call(kind, flat.dtype, flat.numel(), root=root, reduction=reduction)
 
-        Args:
-            piece: what goes into the own slot; of any shape, and need not be contiguous.
-            lengths: elements in each slot; None: as many as in `piece`.
-            source: the only one that writes; None: all do.
-        """
-        name = f"{kind} of {what}"
-        if self._failure:
-            raise self._error(name, f"an earlier operation failed: {self._failure}", timed_out=False)
-        if piece.dtype not in DTYPES:
-            raise self._error(name, f"{piece.dtype} has no place in shared memory", timed_out=False)
-        try:
-            self._phase_of(piece, kind, name, lengths, source)
-        except BaseException as error:
-            self._failure = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise
-        slots = self._typed_slots(piece.dtype)[self._phase % 2]
-        lengths = lengths or [piece.numel()] * self._size
-        return [slot[:length] for slot, length in zip(slots, lengths, strict=True)]
+    def _all_reduce(self, flat: torch.Tensor, reduction: Reduction) -> None:
+        phases, rank, size = self.phases, self._rank, self._size
+        one_phase = SLOT_BYTES if size <= 2 else _ONE_PHASE_BYTES
+        for (piece,) in _pieces([flat]):
+            numel = piece.numel()
+            slots = phases.turn(piece.dtype, numel)
+            slots[rank].copy_(piece)
+            phases.meet()
+            if numel * piece.element_size() <= one_phase:
+                # With two workers the own tensor need not be read back from memory; rank order all the same.
+                parts = slots if size > 2 else [*slots[:rank], piece, *slots[rank + 1 :]]
+                reduce_into(piece, parts, reduction)
+                continue
+            # Each reduces one shard, in rank 0's slot; then all copy the whole from there.
+            begin, end = _bound(numel, rank, size), _bound(numel, rank + 1, size)
+            shards = [slot[begin:end] for slot in slots]
+            reduce_into(shards[0], shards, reduction)
+            phases.meet()
+            piece.copy_(slots[0])
 
-    def _phase_of(
-        self, piece: torch.Tensor, kind: str, name: str, lengths: list[int] | None, source: int | None
-    ) -> None:
-        """Write, publish, wait, and see that all called the same."""
-        self._phase += 1
-        parity = self._phase % 2
-        if source is None or source == self._rank:
-            self._typed_slots(piece.dtype)[parity][self._rank][: piece.numel()].view(piece.shape).copy_(piece)
-        # What all must agree on: in a phase of shards, whose lengths differ, that of rank 0.
-        numel = piece.numel() if lengths is None else lengths[0]
-        signature = _signature(kind, piece.dtype, source or 0, numel)
-        self._words[_row(self._rank) + _SIGNATURES + parity] = signature
-        self._counters.publish(_row(self._rank), self._phase)
-        self._wait(name)
-        for rank in range(self._size):
-            theirs = self._words[_row(rank) + _SIGNATURES + parity]
-            if theirs != signature:
-                self._fail_mismatch(rank, name, signature, theirs)
+    def _reduce_scatter(self, out: torch.Tensor, parts: list[torch.Tensor], reduction: Reduction) -> None:
+        """The slots of a turn as rows: each worker writes what the others need of it, one part after the other."""
+        phases, rank, size = self.phases, self._rank, self._size
+        for piece, *rows in _pieces([out, *parts], size):
+            width = piece.numel()
+            slots = phases.turn(piece.dtype, width * size)
+            for other, row in enumerate(rows):
+                if other != rank:
+                    slots[rank][other * width : (other + 1) * width].copy_(row)
+            phases.meet()
+            received = [slot[rank * width : (rank + 1) * width] for slot in slots]
+            received[rank] = rows[rank]
+            # `piece` may be the own row: in any place but the first two that would be read after it was written.
+            if rank > 1 and piece.data_ptr() == rows[rank].data_ptr():
+                received[rank] = slots[rank][rank * width : (rank + 1) * width]
+                received[rank].copy_(rows[rank])
+            reduce_into(piece, received, reduction)
 
-    def _typed_slots(self, dtype: torch.dtype) -> list[list[torch.Tensor]]:
-        """`[parity][rank]`: the slots as 1-D tensors of `dtype`."""
-        if dtype not in self._slots:
-            offset = DATA_BEGIN + _header_bytes(self._size)
-            flat = torch.frombuffer(self._memory.memories[0], dtype=dtype, offset=offset)
-            table = flat.view(2, self._size, -1)
-            self._slots[dtype] = [list(row.unbind(0)) for row in table.unbind(0)]
-        return self._slots[dtype]
+    def _reduce_scatter_at_once(self, out: torch.Tensor, full: torch.Tensor, reduction: Reduction) -> None:
+        phases, width = self.phases, out.numel()
+        slots = phases.turn(full.dtype, full.numel())
+        slots[self._rank].copy_(full)
+        phases.meet()
+        begin = self._rank * width
+        reduce_into(out, [slot[begin : begin + width] for slot in slots], reduction)
 
-    def _wait(self, name: str) -> None:
-        """Return when all workers have published the present phase."""
-        begin_s = time.perf_counter()
-        for rank in range(self._size):
-            if rank != self._rank:
-                check = functools.partial(self._check, rank, name, begin_s)
-                self._counters.wait(_row(rank), self._phase, self._spin_s, check)
+    def _all_gather_at_once(self, table: torch.Tensor, own: torch.Tensor) -> None:
+        slots, received = self.phases.turn_of_rows(own.dtype, own.numel())
+        slots[self._rank].copy_(own)
+        self.phases.meet()
+        table.copy_(received)
 
-    def _check(self, missing: int, name: str, begin_s: float) -> None:
-        for rank in sorted(self._memory.ended()):
-            # One that has published this phase and then ended is no reason to fail.
-            if self._words[_row(rank)] < self._phase:
-                raise self._error(name, f"rank {self._ranks[rank]} has ended", timed_out=False)
-        if time.perf_counter() > begin_s + self._timeout_s:
-            cause = f"rank {self._ranks[missing]} did not answer within {self._timeout_s:.0f} s"
-            raise self._error(name, cause, timed_out=True)
+    def _all_gather(self, outs: list[torch.Tensor], own: torch.Tensor) -> None:
+        phases, rank = self.phases, self._rank
+        for piece, *rows in _pieces([own, *outs]):
+            slots = phases.turn(piece.dtype, piece.numel())
+            slots[rank].copy_(piece)
+            phases.meet()
+            for other, row in enumerate(rows):
+                # What is here already need not be copied onto itself.
+                if other != rank:
+                    row.copy_(slots[other])
+                elif row.data_ptr() != piece.data_ptr():
+                    row.copy_(piece)
 
-    def _fail_mismatch(self, rank: int, name: str, own: int, theirs: int) -> None:
-        raise self._error(
-            name,
-            f"rank {self._ranks[self._rank]} called {self._read_signature(own)}, "
-            f"rank {self._ranks[rank]} {self._read_signature(theirs)}",
-            timed_out=False,
-            next_step="make all workers call the same operations in the same order: does the model or the loss "
-            "branch on the rank, or on its share of the data?",
-        )
+    def _broadcast(self, flat: torch.Tensor, source: int) -> None:
+        phases = self.phases
+        for (piece,) in _pieces([flat]):
+            slot = phases.turn(piece.dtype, piece.numel())[source]
+            if self._rank == source:
+                slot.copy_(piece)
+            phases.meet()
+            if self._rank != source:
+                piece.copy_(slot)
 
-    def _read_signature(self, signature: int) -> str:
-        kind, dtype = _KINDS[signature >> 56], DTYPES[signature >> 48 & 0xFF]
-        source = f" from rank {self._ranks[signature >> 32 & 0xFFFF]}" if kind == "broadcast" else ""
-        return f"{kind} of {describe(dtype, signature & 0xFFFFFFFF)}{source}"
+    def _reduce(self, flat: torch.Tensor, reduction: Reduction, root: int) -> None:
+        phases = self.phases
+        for (piece,) in _pieces([flat]):
+            slots = phases.turn(piece.dtype, piece.numel())
+            slots[self._rank].copy_(piece)
+            phases.meet()
+            if self._rank == root:
+                reduce_into(piece, slots, reduction)
 
-    def _error(
-        self, name: str, cause: str, *, timed_out: bool, next_step: str = LOOK_FOR_THE_FIRST
-    ) -> CollectiveError:
-        operation = f"{name} (phase {self._phase})"
-        return CollectiveError(
-            self._ranks[self._rank], operation, timed_out=timed_out, cause=cause, next_step=next_step
-        )
+    def _gather(self, outs: list[torch.Tensor], own: torch.Tensor) -> None:
+        phases = self.phases
+        for piece, *rows in _pieces([own, *outs]):
+            slots = phases.turn(piece.dtype, piece.numel())
+            slots[self._rank].copy_(piece)
+            phases.meet()
+            for row, slot in zip(rows, slots if rows else (), strict=True):
+                row.copy_(slot)
+
+    def _scatter(self, out: torch.Tensor, parts: list[torch.Tensor]) -> None:
+        """The root writes into each worker's slot what that one is to have."""
+        phases = self.phases
+        for piece, *rows in _pieces([out, *parts]):
+            slots = phases.turn(piece.dtype, piece.numel())
+            for slot, row in zip(slots if rows else (), rows, strict=True):
+                slot.copy_(row)
+            phases.meet()
+            piece.copy_(slots[self._rank])
+
+    def _all_to_all(self, outs: list[torch.Tensor], parts: list[torch.Tensor]) -> None:
+        phases, rank, size = self.phases, self._rank, self._size
+        most = self._agree_on_sizes(outs, parts)
+        width = SLOT_BYTES // parts[0].element_size() // size
+        for begin in range(0, most, width):
+            slots = phases.turn(parts[0].dtype, width * size)
+            for other, part in enumerate(parts):
+                row = part[begin : begin + width]
+                slots[rank][other * width : other * width + row.numel()].copy_(row)
+            phases.meet()
+            for slot, out in zip(slots, outs, strict=True):
+                row = out[begin : begin + width]
+                row.copy_(slot[rank * width : rank * width + row.numel()])
+
+    def _agree_on_sizes(self, outs: list[torch.Tensor], parts: list[torch.Tensor]) -> int:
+        """The size of the largest part; an error on all workers if any part does not fit."""
+        phases, size = self.phases, self._size
+        slots = phases.turn(torch.int64, 2 * size)
+        slots[self._rank].copy_(torch.tensor([t.numel() for t in (*parts, *outs)]))
+        phases.meet()
+        table: list[list[int]] = [slot.tolist() for slot in slots]
+        for sender in range(size):
+            for receiver in range(size):
+                sent, taken = table[sender][receiver], table[receiver][size + sender]
+                if sent != taken:
+                    dtype = parts[0].dtype
+                    raise phases.error(
+                        f"rank {phases.ranks[sender]} sends {describe(dtype, sent)} to rank "
+                        f"{phases.ranks[receiver]}, which receives {describe(dtype, taken)}",
+                        next_step="make the split sizes of both sides agree",
+                    )
+        return max(max(row[:size]) for row in table)
 
 
-def _row(rank: int) -> int:
-    """The first of a worker's words."""
-    return (DATA_BEGIN + rank * ROW_BYTES) // WORD_BYTES
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    flat = tensor if tensor.dim() == 1 else tensor.view(-1)
+    return flat.detach() if flat.requires_grad else flat
 
 
-def _header_bytes(size: int) -> int:
-    return -(-size * ROW_BYTES // _PAGE_BYTES) * _PAGE_BYTES
+def _bound(numel: int, rank: int, size: int) -> int:
+    """Where the shard of `rank` begins."""
+    return min(numel, -(-numel // (size * _BLOCK_NUMEL)) * _BLOCK_NUMEL * rank)
 
 
-def _add_up(slots: list[torch.Tensor], into: torch.Tensor) -> None:
-    torch.add(slots[0], slots[1], out=into)
-    for slot in slots[2:]:
-        into.add_(slot)
+def _pieces(tensors: list[torch.Tensor], num_rows: int = 1) -> Iterator[list[torch.Tensor]]:
+    """The same ranges of 1-D tensors of one size, one piece after the other; a single empty piece of empty ones.
 
-
-def _signature(kind: str, dtype: torch.dtype, source: int, numel: int) -> int:
-    return _KINDS.index(kind) << 56 | DTYPES.index(dtype) << 48 | source << 32 | numel
+    Args:
+        num_rows: how many pieces have to fit into one slot.
+    """
+    numel = tensors[0].numel()
+    width = SLOT_BYTES // tensors[0].element_size() // num_rows // _BLOCK_NUMEL * _BLOCK_NUMEL
+    if numel <= width:
+        yield tensors
+        return
+    for begin in range(0, numel, width):
+        yield [tensor[begin : begin + width] for tensor in tensors]

@@ -60,10 +60,10 @@ class Wire:
             work.wait()
 
     def _send(self, tensor: torch.Tensor, to: int, tag: int) -> Any:
-        return dist.isend(_plain(tensor), group=self._process_group, group_dst=to, tag=tag)
+        return dist.isend(as_bytes(tensor), group=self._process_group, group_dst=to, tag=tag)
 
     def _receive(self, tensor: torch.Tensor, source: int, tag: int) -> Any:
-        return dist.irecv(_plain(tensor), group=self._process_group, group_src=source, tag=tag)
+        return dist.irecv(as_bytes(tensor), group=self._process_group, group_src=source, tag=tag)
 
     def _check(self, head: torch.Tensor, tensor: torch.Tensor, source: int, name: str) -> None:
         _, dtype, numel = head.tolist()
@@ -157,6 +157,6 @@ def _tag(channel: int, tensor: torch.Tensor | None = None) -> int:
     return _OWN_BIT | channel << 13 | kind & 0x1FFF
 
 
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    """As bytes: gloo does not know all types."""
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The contiguous `tensor`, 1-D: gloo does not know all types."""
     return tensor.detach().view(-1).view(torch.uint8)

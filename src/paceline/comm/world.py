@@ -19,6 +19,7 @@ from paceline.measure.machine import usable_cores
 AUTO = "auto"
 TRANSPORTS = (AUTO, "gloo")
 """What may carry tensors between workers on CPUs; `auto`: shared memory within a host, gloo between hosts."""
+_HOSTS_UNKNOWN = "LOCAL_RANK and LOCAL_WORLD_SIZE of all workers do not tell who shares a host"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,8 @@ class World:
     """Which of them the mesh that was made last has; `release_groups` leaves them."""
     cores: int = dataclasses.field(default_factory=lambda: len(usable_cores()))
     """Of this host, before a worker was bound to its share."""
+    hosts: tuple[int, ...] = ()
+    """Of each rank, the first rank on its host. Empty where the launcher did not tell, and with NCCL."""
 
     def group(self, size: int) -> Group | None:
         """The group of the first `size` ranks; None on a rank outside it.
@@ -56,6 +59,8 @@ class World:
         if ranks not in self.groups:
             self.groups[ranks] = self._make_group(ranks, busy)
         group = self.groups[ranks]
+        # In a group on several hosts messages go through gloo, also those of two workers that share one.
+        mailbox = mailbox and self._are_on_one_host(ranks)
         if group is not None and mailbox and self._shares_memory(group) and not group.has_mailbox:
             group.open_mailbox(self.local_size, spins=self._has_cores_for(busy))
         return group
@@ -71,12 +76,20 @@ class World:
             return None
         group = Group(process_group, ranks, ranks.index(self.rank), self.device, self.timeout_s)
         if self._shares_memory(group):
-            group.share_memory(self.local_size, spins=self._has_cores_for(busy))
+            if self.hosts:
+                hosts = [self.hosts[r] for r in ranks]
+                group.share_memory(hosts, self.local_size, spins=self._has_cores_for(busy))
+            else:
+                group.why_no_memory = _HOSTS_UNKNOWN
         return group
 
     def _shares_memory(self, group: Group) -> bool:
         asked_for = self.device.type == "cpu" and self.transport == AUTO
         return asked_for and group.size > 1 and not group.why_no_memory
+
+    def _are_on_one_host(self, ranks: tuple[int, ...]) -> bool:
+        """Of ascending ranks; hosts are numbered by rank."""
+        return bool(self.hosts) and self.hosts[ranks[0]] == self.hosts[ranks[-1]]
 
     def _has_cores_for(self, busy: int) -> bool:
         return min(busy, self.local_size) <= self.cores
@@ -151,6 +164,8 @@ def join(
             _keep_gloo_on_loopback()
             store = _loopback_store(rank, size, loopback_port, timeout)
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        if device_kind == "cpu":
+            world = dataclasses.replace(world, hosts=find_hosts(_gather_places(local_rank, local_size, size)))
     except (RuntimeError, ValueError) as error:
         raise LaunchError(
             f"rank {rank}: joining the other {size - 1} workers failed within {timeout_s:.0f} s",
@@ -159,6 +174,35 @@ def join(
             "and whether the hosts can reach each other",
         ) from error
     return world
+
+
+def _gather_places(local_rank: int, local_size: int, size: int) -> list[tuple[int, int]]:
+    """`(local rank, local size)` of every rank."""
+    own = torch.tensor([local_rank, local_size])
+    places = [torch.zeros_like(own) for _ in range(size)]
+    dist.all_gather(places, own)
+    return [(int(place[0]), int(place[1])) for place in places]
+
+
+def find_hosts(places: Sequence[tuple[int, int]]) -> tuple[int, ...]:
+    """Of each rank, the first rank on its host. Torchrun numbers the workers host after host.
+
+    Args:
+        places: `(local rank, local size)` of every rank.
+
+    Returns:
+        Nothing where these numbers cannot be such a numbering.
+    """
+    hosts: list[int] = []
+    while len(hosts) < len(places):
+        first = len(hosts)
+        _, local_size = places[first]
+        if local_size < 1 or list(places[first : first + local_size]) != [
+            (place, local_size) for place in range(local_size)
+        ]:
+            return ()
+        hosts += [first] * local_size
+    return tuple(hosts)
 
 
 def _loopback_store(rank: int, size: int, port: int, timeout: datetime.timedelta) -> TCPStore:

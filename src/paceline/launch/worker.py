@@ -7,6 +7,7 @@ The launcher starts it as `python -m paceline.launch.worker RUN.json`; under tor
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import os
 import signal
@@ -27,9 +28,9 @@ from paceline.launch.failure import record
 from paceline.launch.spec import AUTO, RunSpec
 from paceline.load import LoadedJob, load_job_file
 from paceline.measure.machine import describe_host, device_kind, peak_memory_bytes, versions
-from paceline.plan.candidates import candidates
+from paceline.plan.candidates import candidates, further_candidates
 from paceline.plan.choose import choose, without_workers
-from paceline.records import Cluster, Host, Layout, Plan, Proof, describe
+from paceline.records import Cluster, Host, Layout, Plan, Proof, describe_layout
 from paceline.split.finding import Found
 from paceline.train.allocator import keep_freed_memory
 from paceline.train.data import num_batches, num_samples
@@ -158,6 +159,9 @@ class Worker:
         for piece, why in session.left_whole.items():
             text = f"{piece} is not divided by tp, as it would not compute the same on parts ({why})."
             self._write("message", level="warning", text=text)
+        if session.why_not_shared:
+            text = f"Every worker keeps all parameters and updates them all: {session.why_not_shared}."
+            self._write("message", level="info", text=text)
         outcome = TrainingLoop(session, length, target, self._writer).run()
         self._finish(session, world, outcome, plan)
 
@@ -218,20 +222,18 @@ class Worker:
             layout.check_batch(job.batch_size)
             self._check_enough(layout, world)
             local = min(world.local_size, layout.workers)
-            label = describe(layout.workers, threads_for(local, layout.threads), cluster.device)
-            if layout.splits_model:
-                label = f"{label} ({layout})"
+            label = describe_layout(layout, threads_for(local, layout.threads), cluster.device)
             return Plan(layout=layout, label=label, reason="as asked for", chosen_by="user")
         layouts = candidates(cluster, job.batch_size, threads=user_threads())
         if len(layouts) == 1:
             return Plan(
                 layout=layouts[0],
-                label=describe(1, threads_for(1, layouts[0].threads), cluster.device),
+                label=describe_layout(layouts[0], threads_for(1, layouts[0].threads), cluster.device),
                 reason="it is the only layout that this machine and batch size allow",
                 chosen_by="trial",
             )
         timer = LayoutTimer(job, layouts, world, datasets, seed=spec.seed, precision=precision)
-        trials = timer.run()
+        trials = timer.run(functools.partial(further_candidates, cluster))
         for trial in trials:
             self._write("trial", **trial.to_json())
         # Every worker has the same trials; rank 0 decides for all.

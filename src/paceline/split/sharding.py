@@ -210,7 +210,7 @@ class ShardedParameters:
             for block, unit in zip(blocks, self._units, strict=True):
                 if unit.flats:
                     self._watch(block, unit)
-        self.named_shards: dict[str, nn.Parameter] = {
+        self.pieces: dict[str, nn.Parameter] = {
             m.name: m.piece for flat in self._flats for m in flat.members if m.piece is not None
         }
         """What of each trained parameter lies here: 1-D, missing where nothing does."""

@@ -13,6 +13,7 @@ from paceline.comm.links import StageLinks
 from paceline.comm.mesh import Mesh
 from paceline.split.apply import LocalParameter
 from paceline.split.sharding import ShardedParameters
+from paceline.split.shared_parameters import SharedParameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,19 +38,21 @@ class Reduction:
         parameters: Sequence[LocalParameter],
         sums: Sums,
         sharded: ShardedParameters | None,
+        shared: SharedParameters | None,
         links: StageLinks | None,
         first_stage_of: dict[int, int],
     ) -> None:
         """
         Args:
             parameters: what is trained here, in the model's order.
+            sharded, shared: how they are kept, if not whole by every worker.
             first_stage_of: a stage of each of the pipeline's workers, by which they are reached.
         """
         self._mesh, self._parameters, self._sharded, self._links = mesh, list(parameters), sharded, links
         self._first_stage_of = first_stage_of
-        self._sums = sums
-        self._sync: GradientSync | None = None
-        if sharded is None and mesh.data.size > 1:
+        self._sums, self._shared = sums, shared
+        self._sync: GradientSync | SharedParameters | None = shared
+        if shared is None and sharded is None and mesh.data.size > 1:
             self._sync = GradientSync([p.parameter for p in parameters], mesh.data, sums.num)
         self._tied = [p for p in parameters if len(p.holders) > 1]
 
@@ -85,8 +88,8 @@ class Reduction:
         sums = mesh.everyone.sum_(sums, "the step's sums").to("cpu")
         weight = float(sums[self._sums.weight])
         if sums[self._sums.weighted] > 0 and weight:
-            if self._sharded is not None:
-                self._sharded.scale_(1.0 / weight)
+            if self._keeper is not None:
+                self._keeper.scale_(1.0 / weight)
             else:
                 gradients = [p.parameter.grad for p in self._parameters if p.parameter.grad is not None]
                 torch._foreach_mul_(gradients, 1.0 / weight)
@@ -95,34 +98,36 @@ class Reduction:
     def clip_(self, largest: float) -> float:
         """Scale the gradients to a global norm of at most `largest`, as torch's clip_grad_norm_; the norm before."""
         mesh = self._mesh
-        if mesh.everyone is mesh.data and self._sharded is None:
+        if mesh.everyone is mesh.data and self._keeper is None:
             return float(nn.utils.clip_grad_norm_([p.parameter for p in self._parameters], largest))
+        found = [(local, self._gradient(local)) for local in self._parameters]
+        gradients = [gradient for _, gradient in found if gradient is not None]
+        counted = [gradient for local, gradient in found if gradient is not None and self._counts(local)]
         own = torch.zeros(1, dtype=torch.float64, device=mesh.everyone.device)
-        gradients: list[torch.Tensor] = []
-        for local in self._parameters:
-            gradient = self._gradient(local)
-            if gradient is None:
-                continue
-            gradients.append(gradient)
-            if self._counts(local):
-                own += torch.linalg.vector_norm(gradient).double() ** 2
+        if counted:
+            own += torch.stack(torch._foreach_norm(counted)).double().square().sum()
         norm = float(mesh.everyone.sum_(own, "the gradients' norm").sqrt())
         factor = largest / (norm + 1e-6)
-        if factor < 1.0:
+        if factor < 1.0 and gradients:
             torch._foreach_mul_(gradients, factor)
         return norm
 
+    @property
+    def _keeper(self) -> ShardedParameters | SharedParameters | None:
+        """Who has the gradients, if the parameters have not."""
+        return self._sharded if self._shared is None else self._shared
+
     def _gradient(self, local: LocalParameter) -> torch.Tensor | None:
-        if self._sharded is None:
+        if self._keeper is None:
             return local.parameter.grad
-        piece = self._sharded.named_shards.get(local.name)
+        piece = self._keeper.pieces.get(local.name)
         return None if piece is None else piece.grad
 
     def _counts(self, local: LocalParameter) -> bool:
         """Whether this worker's share of the parameter's gradient is its to count."""
         mesh = self._mesh
         return (
-            mesh.replicate.rank == 0
+            (self._shared is not None or mesh.replicate.rank == 0)
             and (local.shard is not None or mesh.tensor.rank == 0)
             and (self._sharded is not None or mesh.shard.rank == 0)
             and local.holders[0] == mesh.pipeline.rank

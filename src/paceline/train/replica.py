@@ -7,19 +7,22 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
-from paceline.comm.group import Group
+from paceline.comm.group import SHARED_MEMORY, Group
 from paceline.comm.mesh import Mesh, data_mesh
 from paceline.errors import JobError, LossError, WorkerError
 from paceline.job import Job
 from paceline.split.apply import LocalParameter, SplitModel
 from paceline.split.batchnorm import BatchShare, share_batch_norms
 from paceline.split.finding import Found
+from paceline.split.granularity import NUMBERS, TENSORS, granularity
 from paceline.split.sharding import ShardedParameters
+from paceline.split.shared_parameters import SharedParameters
 from paceline.split.swap import swap_parameters
 from paceline.train.allocator import give_back_freed_memory
 from paceline.train.build import build_model, build_optimizer, everyone_fills_alike
@@ -114,6 +117,9 @@ class Replica:
         ]
         self._split: SplitModel | None = None
         self._sharded: ShardedParameters | None = None
+        self._shared: SharedParameters | None = None
+        self.why_not_shared = ""
+        """Why each worker keeps all parameters for itself, where that is not what was to be expected."""
         self._pipeline: Pipeline | None = None
         self.state = WholeState(self.model, self._local)
         self._num_parameters = sum(p.numel() for p in self.model.parameters())
@@ -136,15 +142,46 @@ class Replica:
         return None if self._split is None else self._split.found
 
     def attach(self, mesh: Mesh) -> None:
-        """Train in step with the workers of `mesh` from now on, each with the whole model; all start from rank 0's."""
-        self._join(mesh)
+        """Train in step with the workers of `mesh`, each with the whole model; all start from rank 0's.
+
+        Once; or several times, with workers that have no memory in common.
+        """
+        kind = self._kind_of_sharing(mesh)
+        named = dict(self.model.named_parameters())
+        # Shared parameters are rank 0's by themselves.
+        self._join(mesh, but=set(named.values()) if kind else self._deferred)
+        if kind:
+            self._share_parameters(named, mesh, kind)
+            self.state = WholeState(self.model, self._local, shared=self._shared)
         self._reduction = self._reduction_of(mesh)
 
-    def _join(self, mesh: Mesh) -> None:
+    def _join(self, mesh: Mesh, but: Container[torch.Tensor]) -> None:
         self._mesh = mesh
         self.optimizer.zero_grad(set_to_none=True)
         if mesh.everyone.size > 1:
+            broadcast(self.model, mesh.everyone, but=but)
+
+    def _kind_of_sharing(self, mesh: Mesh) -> str:
+        """How the update can be shared out among workers with memory in common; empty: it cannot, or they have none."""
+        if mesh.data.transport != SHARED_MEMORY or mesh.layout.dp_shard > 1:
+            return ""
+        kinds = set(mesh.data.gather_json(granularity(self.optimizer), "what the optimizer updates"))
+        if not kinds <= {NUMBERS, TENSORS}:
+            self.why_not_shared = "the optimizer looks at all parameters together, or could not be tried out"
+            return ""
+        return TENSORS if TENSORS in kinds else NUMBERS
+
+    def _share_parameters(self, named: dict[str, nn.Parameter], mesh: Mesh, kind: str) -> None:
+        late = {local.parameter for local in self._local if len(local.holders) > 1}
+        try:
+            shared = SharedParameters(named, mesh.data, self._deferred, SUMS.num, kind=kind, late=late)
+        except OSError as error:
+            self.why_not_shared = str(error.strerror)
             broadcast(self.model, mesh.everyone, but=self._deferred)
+            return
+        self._shared = shared
+        swap_parameters(self.optimizer, shared.replaced)
+        shared.replaced = {}
 
     def split(self, mesh: Mesh, samples: list[Any], found: Found | None = None) -> None:
         """Take this worker's part of the model, as `mesh.layout` says; once, before the first step.
@@ -158,7 +195,7 @@ class Replica:
         """
         if not everyone_fills_alike(self._deferred, mesh.everyone):
             self._deferred.settle(self.model.parameters())
-        self._join(mesh)
+        self._join(mesh, but=self._deferred)
         layout = mesh.layout
 
         def run(batch: Any) -> None:
@@ -183,10 +220,13 @@ class Replica:
         self._local = [local for local in split.parameters.values() if split.requires_grad[local.name]]
         if layout.dp_shard > 1:
             self._shard_parameters(split, mesh)
-        # Sharded parameters have got their values.
-        self._deferred.settle([] if self._sharded else [p.parameter for p in split.parameters.values()])
+        elif kind := self._kind_of_sharing(mesh):
+            self._share_parameters({n: p.parameter for n, p in split.parameters.items()}, mesh, kind)
+        # Those that are kept together have got their values.
+        have_values = self._sharded is not None or self._shared is not None
+        self._deferred.settle([] if have_values else [p.parameter for p in split.parameters.values()])
         self._trained = [local.parameter for local in self._local]
-        self.state = WholeState(self.model, self._local, split, self._sharded)
+        self.state = WholeState(self.model, self._local, split, self._sharded, self._shared)
         if layout.pp > 1:
             self._pipeline = Pipeline(split, layout, self.device, self._call, self._forward_context)
         self._reduction = self._reduction_of(mesh)
@@ -211,7 +251,9 @@ class Replica:
         if mesh.everyone not in self._reductions:
             links = self._pipeline.links if self._pipeline is not None else None
             stages = self._pipeline.first_stage_of if self._pipeline is not None else {}
-            self._reductions[mesh.everyone] = Reduction(mesh, self._local, SUMS, self._sharded, links, stages)
+            self._reductions[mesh.everyone] = Reduction(
+                mesh, self._local, SUMS, self._sharded, self._shared, links, stages
+            )
         return self._reductions[mesh.everyone]
 
     def step(self, batch: GlobalBatch) -> StepResult:
@@ -242,6 +284,8 @@ class Replica:
         self.optimizer.zero_grad(set_to_none=True)
         if self._sharded is not None:
             self._sharded.publish()
+        if self._shared is not None:
+            self._shared.publish()
         self._num_steps += 1
         end_s = time.perf_counter()
         return StepResult(
@@ -310,7 +354,8 @@ class Replica:
 
     def check_in_step(self) -> None:
         """Raise `WorkerError` unless workers that should hold the same parameters do, bit for bit in their sums."""
-        self._check_group(self._mesh.replicate, self._local)
+        if self._shared is None:
+            self._check_group(self._mesh.replicate, self._local)
         self._check_group(self._mesh.tensor, [p for p in self._local if p.shard is None])
 
     def _check_group(self, group: Group, parameters: list[LocalParameter]) -> None:
@@ -335,7 +380,7 @@ class Replica:
         """What this worker has of a parameter and trains: all of it, or its shard."""
         if self._sharded is None:
             return local.parameter.detach()
-        piece = self._sharded.named_shards.get(local.name)
+        piece = self._sharded.pieces.get(local.name)
         return torch.zeros(1, device=self.device) if piece is None else piece.detach()
 
     def _accumulate(self, batch: GlobalBatch) -> tuple[torch.Tensor, bool]:

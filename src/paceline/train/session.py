@@ -152,6 +152,11 @@ class Session:
         return self._replica.left_whole
 
     @property
+    def why_not_shared(self) -> str:
+        """Why workers of one host have each a copy of the parameters, where they could have one; else empty."""
+        return self._replica.why_not_shared
+
+    @property
     def batches_per_epoch(self) -> int | None:
         """None where the data set is iterable."""
         return self._loader.batches_per_epoch

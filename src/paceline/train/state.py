@@ -10,6 +10,7 @@ from torch import nn
 from paceline.comm.group import Group
 from paceline.split.apply import LocalParameter, SplitModel
 from paceline.split.sharding import ShardedParameters
+from paceline.split.shared_parameters import SharedParameters
 
 _BROADCAST_NUMEL = 1 << 22
 """Elements of parameters that are sent in one message, if more than one parameter is."""
@@ -27,12 +28,15 @@ class WholeState:
         local: Sequence[LocalParameter],
         split: SplitModel | None = None,
         sharded: ShardedParameters | None = None,
+        shared: SharedParameters | None = None,
     ) -> None:
         """
         Args:
             local: what is trained on this worker.
+            sharded, shared: how that is kept, if not whole by every worker.
         """
         self._model, self._local, self._split, self._sharded = model, local, split, sharded
+        self._shared = shared
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The model's parameters."""
@@ -48,14 +52,16 @@ class WholeState:
 
     def gradients(self) -> Iterator[tuple[str, torch.Tensor | None]]:
         """The gradients of what is trained, as the optimizer is about to get them; otherwise as `parameters`."""
-        if self._split is None:
-            yield from ((p.name, None if p.parameter.grad is None else p.parameter.grad) for p in self._local)
-            return
         local: Iterator[tuple[str, torch.Tensor | None]]
         if self._sharded is not None:
-            local = iter(self._sharded.whole_gradients())
+            local = self._sharded.whole_gradients()
+        elif self._shared is not None:
+            local = self._shared.whole_gradients()
         else:
             local = ((p.name, p.parameter.grad) for p in self._local)
+        if self._split is None:
+            yield from local
+            return
         for name, gradient in self._split.collect(local, "gradients"):
             if self._split.requires_grad[name]:
                 yield name, gradient

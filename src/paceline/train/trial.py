@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 
-import torch
-
 from paceline.comm.group import Group
-from paceline.comm.mesh import data_mesh
+from paceline.comm.mesh import Mesh, make_mesh
 from paceline.comm.threads import take_cores, threads_for
 from paceline.comm.world import World
+from paceline.errors import LayoutError
 from paceline.job import Job
-from paceline.records import Layout, Trial, describe
-from paceline.train.data import GlobalBatch, ShareLoader
+from paceline.records import Layout, Trial, describe_layout
+from paceline.train.data import GlobalBatch, ShareLoader, few_samples
 from paceline.train.replica import Replica, StepResult
 from paceline.train.session import Datasets
 
@@ -30,18 +30,24 @@ _MOST_STEPS, _FEWEST_ROUNDS, _MOST_ROUNDS = 50, 3, 7
 @dataclasses.dataclass
 class _Candidate:
     layout: Layout
-    group: Group | None
+    mesh: Mesh | None
     """None on a worker that the layout leaves idle."""
+    error: str | None = None
+    """Why it cannot be timed."""
     batches: Iterator[GlobalBatch] | None = None
     steps_per_round: int = 1
     round_s: list[float] = dataclasses.field(default_factory=list)
     results: list[StepResult] = dataclasses.field(default_factory=list)
 
 
+def _nothing_more(trials: Sequence[Trial]) -> Sequence[Layout]:
+    return ()
+
+
 class LayoutTimer:
     """Times layouts in interleaved rounds (A B C, A B C, …), so that a machine whose speed drifts is fair to all.
 
-    One replica serves all candidates: it is thrown away afterwards, since it has been trained on the
+    The replicas, one for each way of splitting, are thrown away afterwards, since they have been trained on the
     way. A collective object: every worker of the world makes the same calls, idle ones included.
     """
 
@@ -57,20 +63,43 @@ class LayoutTimer:
     ) -> None:
         self._job, self._world, self._datasets, self._seed = job, world, datasets, seed
         self._all = world.group(world.size)
-        self._candidates = [_Candidate(layout, world.group(layout.workers)) for layout in layouts]
-        self._replica = Replica(
-            job, seed=seed, device=world.device, precision=precision, total_steps=job.steps or 1000
-        )
+        self._precision = precision
+        self._replicas: dict[Layout, Replica] = {}
+        """By layout, whatever its threads."""
+        self._candidates: list[_Candidate] = []
+        self._add(layouts)
 
-    def run(self) -> list[Trial]:
-        """Time all candidates; the same list on every worker, rank 0's measurements."""
+    def run(self, further: Callable[[Sequence[Trial]], Sequence[Layout]] = _nothing_more) -> list[Trial]:
+        """Time all candidates; the same list on every worker, rank 0's measurements.
+
+        Args:
+            further: layouts to time as well in view of the trials so far; then all are timed once more.
+        """
+        assert self._all is not None
+        self._time()
+        trials = [self._trial(candidate) for candidate in self._candidates]
+        found = [str(layout) for layout in further(trials)]
+        more = self._all.gather_json(found, "further layouts")[0]
+        if more:
+            self._add([Layout.parse(text) for text in more])
+            self._time()
+            trials = [self._trial(candidate) for candidate in self._candidates]
+        self._replicas.clear()
+        gc.collect()  # models and their hooks refer to each other
+        return trials
+
+    def _add(self, layouts: Sequence[Layout]) -> None:
+        self._candidates += [_Candidate(layout, make_mesh(self._world, layout)) for layout in layouts]
+
+    def _time(self) -> None:
         begin_s = time.perf_counter()
         for candidate in self._candidates:
             candidate.steps_per_round = _WARM_UP_STEPS
             self._round(candidate)
         warm_up_s = time.perf_counter() - begin_s
         expected_s = 0.0
-        for candidate in self._candidates:
+        timed = [candidate for candidate in self._candidates if candidate.error is None]
+        for candidate in timed:
             candidate.steps_per_round = 1
             self._round(candidate)
             candidate.steps_per_round = max(1, min(_MOST_STEPS, round(_ROUND_S / candidate.round_s[-1])))
@@ -79,34 +108,56 @@ class LayoutTimer:
             candidate.results.clear()
         rounds = int((BUDGET_S - min(warm_up_s, BUDGET_S / 2)) / max(expected_s, 1e-6))
         for _ in range(max(_FEWEST_ROUNDS, min(_MOST_ROUNDS, rounds))):
-            for candidate in self._candidates:
+            for candidate in timed:
                 self._round(candidate)
-        return [self._trial(candidate) for candidate in self._candidates]
 
     def _round(self, candidate: _Candidate) -> None:
         """One round of one candidate: `round_s` gains its seconds per step, as rank 0 measured them."""
         assert self._all is not None
-        step_s = torch.zeros(1, dtype=torch.float64, device=self._world.device)
-        if candidate.group is not None:
-            step_s[0] = self._steps(candidate, candidate.group)
-        self._all.broadcast_(step_s, "the time of a trial")
-        candidate.round_s.append(float(step_s))
+        told: tuple[float, str | None] = 0.0, None
+        if candidate.mesh is not None:
+            try:
+                told = self._steps(candidate, candidate.mesh), None
+            except LayoutError as error:
+                # Every worker of the layout finds this out, before its first step.
+                told = 0.0, str(error).splitlines()[0]
+        step_s, candidate.error = self._all.gather_json(told, "the time of a trial")[0]
+        if candidate.error is None:
+            candidate.round_s.append(step_s)
 
-    def _steps(self, candidate: _Candidate, group: Group) -> float:
-        layout = candidate.layout
+    def _steps(self, candidate: _Candidate, mesh: Mesh) -> float:
+        layout, group = candidate.layout, mesh.everyone
         take_cores(self._world.local_rank, min(self._world.local_size, layout.workers), layout.threads)
-        self._replica.attach(data_mesh(group, layout))
+        replica = self._replica_of(layout, mesh)
         if candidate.batches is None:
-            candidate.batches = self._endless(layout, group)
+            candidate.batches = self._endless(layout, mesh.data)
         group.barrier("before a trial")
         begin_s = time.perf_counter()
-        results = [self._replica.step(next(candidate.batches)) for _ in range(candidate.steps_per_round)]
+        results = [replica.step(next(candidate.batches)) for _ in range(candidate.steps_per_round)]
         group.barrier("after a trial")
         seconds = time.perf_counter() - begin_s
         candidate.results += results
         # Only whole batches are compared: an epoch's last one may be smaller.
         samples = sum(result.samples for result in results)
         return seconds * self._job.batch_size / samples
+
+    def _replica_of(self, layout: Layout, mesh: Mesh) -> Replica:
+        key = layout.model_copy(update={"threads": None})
+        if key not in self._replicas:
+            replica = Replica(
+                self._job,
+                seed=self._seed,
+                device=self._world.device,
+                precision=self._precision,
+                total_steps=self._job.steps or 1000,
+                in_parts=layout.splits_model,
+            )
+            if layout.splits_model:
+                replica.split(mesh, few_samples(self._job, self._datasets["train"], self._world.device))
+            else:
+                replica.attach(mesh)
+            self._replicas[key] = replica
+        return self._replicas[key]
 
     def _endless(self, layout: Layout, group: Group) -> Iterator[GlobalBatch]:
         loader = ShareLoader(
@@ -129,7 +180,7 @@ class LayoutTimer:
         threads = threads_for(local, layout.threads)
         return Trial(
             layout=layout,
-            label=describe(layout.workers, threads, self._world.device.type),
+            label=describe_layout(layout, threads, self._world.device.type),
             workers=layout.workers,
             threads=threads,
             step_s=tuple(candidate.round_s),
@@ -137,4 +188,5 @@ class LayoutTimer:
             communication_s=median(r.communication_s for r in results) if results else None,
             data_s=median(r.data_s for r in results) if results else None,
             optimizer_s=median(r.optimizer_s for r in results) if results else None,
+            error=candidate.error,
         )

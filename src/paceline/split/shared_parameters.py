@@ -1,0 +1,297 @@
+"""Parameters that the workers of one host have between them: one copy in memory that all map, updated in place.
+
+In plain data parallelism every worker holds all parameters and all of the optimizer's state, receives all gradients,
+and computes what the others compute. On one host that is not needed. Here each worker's gradients lie where the others
+can read them; each adds up its share of them and updates its share of the parameters, where all of them read it.
+Nothing is gathered afterwards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Collection, Iterator, Mapping
+
+import torch
+from torch import nn
+
+from paceline.comm.gradients import require_dense
+from paceline.comm.group import Group
+from paceline.comm.memory_map import MemoryMap
+from paceline.split.deferred import DeferredParameters
+from paceline.split.granularity import NUMBERS
+from paceline.split.swap import Cut
+from paceline.split.tensor_mode import plainly
+
+_ALIGNED_BYTES = 64
+"""Each parameter, and each worker's share, begins in a cache line of its own."""
+_AT_ONCE_BYTES = 64 << 10
+"""Gradients of at least this size are copied as soon as they are there, while they are in the cache."""
+_CHUNK_BYTES = 256 << 10
+"""Gradients of more than two workers are added up in pieces of this size, which stay in the cache."""
+
+
+@dataclasses.dataclass(eq=False)
+class _Member:
+    name: str
+    parameter: nn.Parameter
+    begin: int
+    """In its flat, in numbers; `end` likewise."""
+    end: int
+    own_gradient: torch.Tensor | None = None
+    """This worker's own, in shared memory, of the parameter's shape."""
+    was_taken: bool = False
+    """A gradient of this step is in `own_gradient`."""
+    piece: nn.Parameter | None = None
+    """What of it lies in this worker's share: 1-D, or whole and of its shape."""
+    piece_gradient: torch.Tensor | None = None
+
+
+class _Flat:
+    """Parameters of one type of number, trained or not, end to end."""
+
+    def __init__(self, named: Mapping[str, nn.Parameter], size: int, *, by_numbers: bool) -> None:
+        first = next(iter(named.values()))
+        self.dtype, self.trains = first.dtype, first.requires_grad
+        self._unit = _ALIGNED_BYTES // self.dtype.itemsize
+        shares = [dict(named)] if by_numbers else _by_load(named, size)
+        self.members: list[_Member] = []
+        ends, at = [], 0
+        for share in shares:
+            for name, parameter in share.items():
+                self.members.append(_Member(name, parameter, at, at + parameter.numel()))
+                at = self._up(at + parameter.numel())
+            ends.append(at)
+        self.numel = at
+        if by_numbers:
+            width = self._up(-(-at // size))
+            ends = [min(at, width * (rank + 1)) for rank in range(size)]
+        self.bounds = [0, *ends]
+        """Worker r's share lies from `bounds[r]` to `bounds[r + 1]`."""
+        self.gradients: list[torch.Tensor] = []
+        """Of each worker, 1-D; empty where nothing is trained."""
+
+    @property
+    def num_bytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    def _up(self, numel: int) -> int:
+        return -(-numel // self._unit) * self._unit
+
+
+class SharedParameters:
+    """The parameters of one model, and its gradients, in memory that all workers of a group map.
+
+    A step: each worker's backward pass leaves its gradients in its own stretch of the memory; all meet once
+    (`finish`), which also carries the step's sums; each adds up its own share over the workers, in the order of rank,
+    and its optimizer updates that; all meet again (`publish`).
+
+    Shares are ranges of numbers, or whole parameters where the optimizer wants them whole.
+
+    Cost per step and worker, in memory traffic, for P bytes of parameters and N workers: the gradients' copy, P
+    written and (P read, as far as they are not in the cache); adding up, P read and P/N written; the optimizer's own,
+    an N-th of what one process has. Memory: P on the host instead of N·P; P per worker for gradients; an N-th of the
+    optimizer's state. Two meetings.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        group: Group,
+        deferred: DeferredParameters,
+        num_sums: int,
+        *,
+        kind: str,
+        late: Collection[nn.Parameter] = (),
+    ) -> None:
+        """Move `parameters` to shared memory, with rank 0's values. A collective call.
+
+        Args:
+            parameters: by name, alike on all workers; those that are not trained as well.
+            deferred: the parameters that have no values yet; they get them here.
+            num_sums: how many numbers `finish` adds up beside the gradients.
+            kind: `granularity` of the optimizer, `NUMBERS` or `TENSORS`.
+            late: parameters whose gradients are to stay where they are until `finish`.
+
+        Raises:
+            OSError: there is not enough memory to share, on some worker; then nothing has changed on any.
+        """
+        self._group, self._num_sums = group, num_sums
+        kinds: dict[tuple[torch.dtype, bool], dict[str, nn.Parameter]] = {}
+        for name, parameter in parameters.items():
+            kinds.setdefault((parameter.dtype, parameter.requires_grad), {})[name] = parameter
+        self._by_numbers = kind == NUMBERS
+        self._flats = [_Flat(named, group.size, by_numbers=self._by_numbers) for named in kinds.values()]
+        self._trained = [flat for flat in self._flats if flat.trains]
+        self._members = [m for flat in self._trained for m in flat.members]
+        values_memory = group.map_memory((0,), _total(self._flats))
+        gradients_memory = group.map_memory(range(group.size), _total(self._trained))
+        for memory in (values_memory, gradients_memory):
+            memory.close()  # the group watches the other workers
+        values = _views(values_memory, 0, self._flats)
+        at = 0
+        for flat in self._flats:
+            self._move(flat, values_memory, at, deferred)
+            at += flat.num_bytes
+        for rank in range(group.size):
+            for flat, gradients in zip(
+                self._trained, _views(gradients_memory, rank, self._trained), strict=True
+            ):
+                flat.gradients.append(gradients)
+        for flat in self._trained:
+            self._take_share(flat, values[self._flats.index(flat)])
+        for member in self._members:
+            num_bytes = member.parameter.numel() * member.parameter.element_size()
+            if num_bytes >= _AT_ONCE_BYTES and member.parameter not in late:
+                member.parameter.register_post_accumulate_grad_hook(functools.partial(self._take, member))
+        widest = max((f.dtype.itemsize for f in self._trained), default=1)
+        self._scratch = torch.empty(_CHUNK_BYTES // widest * widest, dtype=torch.uint8)
+        self.pieces = {m.name: m.piece for m in self._members if m.piece is not None}
+        """What of each trained parameter is this worker's to update; missing where nothing is."""
+        self.replaced: dict[nn.Parameter, tuple[nn.Parameter, Cut] | None] = {
+            m.parameter: None if m.piece is None else (m.piece, self._cutter(flat, m))
+            for flat in self._trained
+            for m in flat.members
+        }
+        """For `swap_parameters`."""
+        group.barrier("shared parameters")
+
+    def begin_backward(self, *, last: bool) -> None:
+        """Nothing waits for the last backward pass: gradients are taken as they come."""
+
+    def finish(self, sums: torch.Tensor, scale_by_sum: int | None) -> torch.Tensor:
+        """Complete the step's reduction: afterwards the pieces have their global gradients, or none.
+
+        Args:
+            sums: float32, shape `[num_sums]`: this worker's part of the step's sums.
+            scale_by_sum: divide the gradients by this entry of the global sums; None: leave them.
+
+        Returns:
+            The global sums, float32, shape `[num_sums]`.
+        """
+        for member in self._members:
+            if member.parameter.grad is not None:
+                self._take(member, member.parameter)
+            elif not member.was_taken:
+                assert member.own_gradient is not None
+                member.own_gradient.zero_()
+        flags = torch.tensor([float(m.was_taken) for m in self._members])
+        tail = self._group.sum_(torch.cat([sums, flags]), "the step's sums")
+        sums = tail[: self._num_sums].clone()
+        for flat in self._trained:
+            self._add_up(flat)
+        if scale_by_sum is not None:
+            self.scale_(1.0 / float(sums[scale_by_sum]))
+        for member, used in zip(self._members, (tail[self._num_sums :] > 0).tolist(), strict=True):
+            member.was_taken = False
+            if member.piece is not None:
+                member.piece.grad = member.piece_gradient if used else None
+        return sums
+
+    def scale_(self, factor: float) -> None:
+        """Multiply this worker's share of the gradients."""
+        for flat in self._trained:
+            self._share_of(flat, flat.gradients[self._group.rank]).mul_(factor)
+
+    def publish(self) -> None:
+        """After the optimizer's step: return when all workers have made theirs."""
+        self._group.barrier("updated parameters")
+
+    def whole_gradients(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """All gradients by name, between `finish` and `publish`. A collective call."""
+        mine = torch.tensor([float(m.piece is not None and m.piece.grad is not None) for m in self._members])
+        used = (self._group.sum_(mine, "which parameters were used") > 0).tolist()
+        flags = dict(zip(map(id, self._members), used, strict=True))
+        for flat in self._trained:
+            shares = zip(flat.gradients, flat.bounds[:-1], flat.bounds[1:], strict=True)
+            whole = torch.cat([gradients[begin:end] for gradients, begin, end in shares])
+            for m in flat.members:
+                yield m.name, whole[m.begin : m.end].view(m.parameter.shape) if flags[id(m)] else None
+
+    def _move(self, flat: _Flat, memory: MemoryMap, at: int, deferred: DeferredParameters) -> None:
+        for member in flat.members:
+            # A storage of its own, as in any model: whoever saves it finds no other parameter in it.
+            offset_bytes = at + member.begin * flat.dtype.itemsize
+            own = memory.tensor(0, offset_bytes, member.parameter.numel(), flat.dtype)
+            place = own.view(member.parameter.shape)
+            if self._group.rank == 0:
+                with deferred.filled([member.parameter]):
+                    place.copy_(member.parameter.detach())
+            member.parameter.data = place
+
+    def _take_share(self, flat: _Flat, values: torch.Tensor) -> None:
+        rank = self._group.rank
+        own = flat.gradients[rank]
+        for member in flat.members:
+            member.own_gradient = own[member.begin : member.end].view(member.parameter.shape)
+            begin, end = self._overlap(flat, member)
+            if begin < end:
+                shape = (-1,) if self._by_numbers else member.parameter.shape
+                member.piece = nn.Parameter(values[begin:end].view(shape))
+                member.piece_gradient = own[begin:end].view(shape)
+
+    def _take(self, member: _Member, parameter: torch.Tensor) -> None:
+        """A gradient has come."""
+        gradient = parameter.grad
+        assert gradient is not None
+        assert member.own_gradient is not None
+        require_dense(parameter, gradient)
+        with plainly():
+            if member.was_taken:
+                member.own_gradient.add_(gradient)
+            else:
+                member.own_gradient.copy_(gradient)
+        member.was_taken = True
+        parameter.grad = None
+
+    def _add_up(self, flat: _Flat) -> None:
+        """The own share of all workers' gradients, in the order of rank, in place of one's own."""
+        rows = [self._share_of(flat, gradients) for gradients in flat.gradients]
+        own = rows[self._group.rank]
+        if len(rows) == 2:
+            torch.add(rows[0], rows[1], out=own)
+            return
+        scratch = self._scratch.view(flat.dtype)
+        for begin in range(0, own.numel(), scratch.numel()):
+            pieces = [row[begin : begin + scratch.numel()] for row in rows]
+            total = torch.add(pieces[0], pieces[1], out=scratch[: pieces[0].numel()])
+            for piece in pieces[2:]:
+                total.add_(piece)
+            own[begin : begin + scratch.numel()].copy_(total)
+
+    def _share_of(self, flat: _Flat, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor[flat.bounds[self._group.rank] : flat.bounds[self._group.rank + 1]]
+
+    def _overlap(self, flat: _Flat, member: _Member) -> tuple[int, int]:
+        rank = self._group.rank
+        return max(member.begin, flat.bounds[rank]), min(member.end, flat.bounds[rank + 1])
+
+    def _cutter(self, flat: _Flat, member: _Member) -> Cut:
+        if not self._by_numbers:
+            return torch.clone
+        begin, end = self._overlap(flat, member)
+        return lambda tensor: tensor.reshape(-1)[begin - member.begin : end - member.begin].clone()
+
+
+def _by_load(named: Mapping[str, nn.Parameter], size: int) -> list[dict[str, nn.Parameter]]:
+    """Whole parameters shared out among `size` workers: the largest first, each to who has least so far."""
+    loads = [0] * size
+    owner: dict[str, int] = {}
+    for name, parameter in sorted(named.items(), key=lambda item: -item[1].numel()):
+        least = loads.index(min(loads))
+        owner[name] = least
+        loads[least] += parameter.numel()
+    return [{n: p for n, p in named.items() if owner[n] == rank} for rank in range(size)]
+
+
+def _total(flats: list[_Flat]) -> int:
+    return sum(flat.num_bytes for flat in flats)
+
+
+def _views(memory: MemoryMap, rank: int, flats: list[_Flat]) -> list[torch.Tensor]:
+    """Each flat's place in the memory that `rank` made."""
+    views, at = [], 0
+    for flat in flats:
+        views.append(memory.tensor(rank, at, flat.numel, flat.dtype))
+        at += flat.num_bytes
+    return views

@@ -1,0 +1,104 @@
+"""What a small copy of an optimizer tells about how its work can be shared out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from paceline.split.granularity import NUMBERS, TENSORS, TOGETHER, granularity
+
+
+def parameters() -> list[nn.Parameter]:
+    shapes = [(64, 32), (32,), (8, 3, 3, 3), (1,), ()]
+    return [nn.Parameter(torch.randn(shape)) for shape in shapes]
+
+
+class NormedStep(torch.optim.Optimizer):
+    """Moves each tensor by a step of fixed length."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+        self.counted = 0
+
+    def step(self, closure=None):
+        self.counted += 1
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.add_(p.grad / p.grad.norm().clamp_min(1e-9), alpha=-group["lr"])
+
+
+class ClippedStep(NormedStep):
+    """Moves all tensors together by a step of fixed length."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            given = [p for p in group["params"] if p.grad is not None]
+            norm = torch.stack([p.grad.norm() for p in given]).norm()
+            for p in given:
+                p.add_(p.grad / norm, alpha=-group["lr"])
+
+
+ELEMENTWISE = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+    "adam": lambda p: torch.optim.Adam(p, lr=1e-3),
+    "adamw fused": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
+    "adamw foreach": lambda p: torch.optim.AdamW(p, lr=1e-3, foreach=True),
+    "adam tensor lr": lambda p: torch.optim.Adam(p, lr=torch.tensor(1e-3)),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.1, centered=True),
+    "rprop": lambda p: torch.optim.Rprop(p, lr=0.1),
+    "groups": lambda p: torch.optim.AdamW(
+        [{"params": p[:2]}, {"params": p[2:], "weight_decay": 0.1}], lr=0.1
+    ),
+    "lr zero": lambda p: torch.optim.SGD(p, lr=0.0),
+}
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_elementwise_optimizers_are_shared_out_by_numbers(name):
+    assert granularity(ELEMENTWISE[name](parameters())) == NUMBERS
+
+
+@pytest.mark.parametrize(
+    "make",
+    [NormedStep, lambda p: torch.optim.Adafactor(p, lr=0.1), lambda p: torch.optim.Muon([p[0]], lr=0.1)],
+    ids=["normed", "adafactor", "muon"],
+)
+def test_optimizers_that_look_at_a_tensor_keep_tensors_whole(make):
+    assert granularity(make(parameters())) == TENSORS
+
+
+@pytest.mark.parametrize("make", [ClippedStep, torch.optim.LBFGS], ids=["clipped", "lbfgs"])
+def test_optimizers_that_look_at_everything_are_not_shared_out(make):
+    assert granularity(make(parameters())) == TOGETHER
+
+
+def test_trying_out_changes_nothing():
+    own = parameters()
+    before = [p.detach().clone() for p in own]
+    optimizer = NormedStep(own)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
+    optimizer.register_step_post_hook(lambda *_: pytest.fail("a hook of the real one was called"))
+    drawn = torch.get_rng_state()
+    assert granularity(optimizer) == TENSORS
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert all(torch.equal(p, was) for p, was in zip(own, before, strict=True))
+    assert optimizer.counted == 0
+    assert optimizer.param_groups[0]["params"] == own
+    assert not optimizer.state
+
+
+def test_a_step_that_knows_parameters_by_other_ways_cannot_reach_them():
+    own = parameters()
+    before = [p.detach().clone() for p in own]
+
+    class Drifting(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            with torch.no_grad():
+                own[0] += 1.0
+
+    assert granularity(Drifting(own, lr=0.1)) == TOGETHER
+    assert all(torch.equal(p, was) for p, was in zip(own, before, strict=True))
