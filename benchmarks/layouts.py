@@ -24,7 +24,8 @@ from statistics import median
 
 import matplotlib.pyplot as plt
 import torch
-from data_parallel import CORES, JOB_FILE, ROOT, spread
+from peer_table import spread
+from peers import CORES, ROOT
 from turns import take_turns
 
 from paceline.load import load_job
@@ -46,6 +47,19 @@ SINGLE, THREADED, DDP, FSDP2 = (
     "DDP script",
     "FSDP2 script",
 )
+JOB_FILE = """
+import dataclasses
+from torch.utils.data import Subset
+from paceline.load import load_job
+
+whole = load_job({path!r})
+
+def data(split):
+    dataset = whole.data(split)
+    return dataset if split == "train" else Subset(dataset, range(2))
+
+job = dataclasses.replace(whole, data=data, showcase=None, evaluate_every_steps=None, name="text")
+"""
 PARTS = ("compute_s", "communication_s", "optimizer_s", "data_s")
 
 
@@ -69,11 +83,14 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         job = Path(folder) / "text.py"
-        job.write_text(JOB_FILE.format(path=str(ROOT / "examples" / "text.py"), name="text"))
+        job.write_text(JOB_FILE.format(path=str(ROOT / "examples" / "text.py")))
         curves = {layout: train(job, layout, arguments.steps, Path(folder)) for layout in CURVES}
         draw(curves, ROOT / "docs" / "images" / "layouts.png")
         batch_size = load_job(str(job)).batch_size
-        step_s = take_turns(ways_of(job), arguments.rounds, Path(folder), batch_size)
+        measured, failed = take_turns(ways_of(job), arguments.rounds, Path(folder), batch_size)
+        for error in failed.values():
+            raise error
+    step_s = {way: found.step_s for way, found in measured.items()}
     text = to_markdown(curves, step_s)
     print(text)
     (ROOT / "docs" / "layouts.md").write_text(text)
