@@ -322,7 +322,7 @@ def test_a_silent_worker_is_named_when_the_time_is_up(transport):
     operation, timed_out, cause, seconds = results[1]
     assert operation.startswith("receiving gradients from rank 2")
     assert timed_out
-    assert cause == "rank 2 did not answer within 2 s"
+    assert cause.startswith("rank 2 did not answer within 2 s")
     assert seconds > 1.5
 
 

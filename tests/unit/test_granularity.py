@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from paceline.split.granularity import NUMBERS, TENSORS, TOGETHER, granularity
+from paceline.split.granularity import NUMBERS, TENSORS, TOGETHER, granularity, prefer_fused
 
 
 def parameters() -> list[nn.Parameter]:
@@ -102,3 +102,54 @@ def test_a_step_that_knows_parameters_by_other_ways_cannot_reach_them():
 
     assert granularity(Drifting(own, lr=0.1)) == TOGETHER
     assert all(torch.equal(p, was) for p, was in zip(own, before, strict=True))
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD, torch.optim.Adagrad])
+def test_one_pass_is_taken_where_the_user_left_it_open(make):
+    optimizer = make(parameters(), lr=0.1)
+    taken = prefer_fused(optimizer)
+    # Adagrad makes its state when it is built, and for the way that it was built for.
+    assert taken == (make is not torch.optim.Adagrad)
+    assert all(group["fused"] is (True if taken else None) for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize(
+    "asked_for", [{"fused": False}, {"foreach": True}, {"foreach": True, "fused": False}]
+)
+def test_what_the_user_asked_for_stays(asked_for):
+    optimizer = torch.optim.AdamW(parameters(), lr=0.1, **asked_for)
+    before = [dict(group) for group in optimizer.param_groups]
+    assert not prefer_fused(optimizer)
+    assert [dict(group) for group in optimizer.param_groups] == before
+
+
+def test_one_pass_that_computes_something_else_is_not_taken():
+    class Different(NormedStep):
+        def __init__(self, params):
+            super().__init__(params)
+            self.param_groups[0]["fused"] = None
+
+        def step(self, closure=None):
+            for p in self.param_groups[0]["params"]:
+                if p.grad is not None:
+                    p.add_(p.grad, alpha=-0.2 if self.param_groups[0]["fused"] else -0.1)
+
+    optimizer = Different(parameters())
+    assert not prefer_fused(optimizer)
+    assert optimizer.param_groups[0]["fused"] is None
+
+
+def test_the_real_parameters_move_as_they_would():
+    torch.manual_seed(0)
+    plain, fused = parameters(), []
+    fused = [nn.Parameter(p.detach().clone()) for p in plain]
+    optimizers = [torch.optim.AdamW(p, lr=0.1) for p in (plain, fused)]
+    assert prefer_fused(optimizers[1])
+    for _ in range(3):
+        for a, b in zip(plain, fused, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(plain, fused, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

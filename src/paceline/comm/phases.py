@@ -45,8 +45,8 @@ class Phases:
 
     An operation is a row of pieces. For a piece each worker takes its `turn` at the slots, writes, and meets the
     others once or more (`meet`): what was written before is read after. There are two turns of slots, used one after
-    the other: who has come to the meeting of piece k+1 has read what it wanted of piece k, so that the slots may
-    be written again for piece k+2.
+    the other: who has come to a meeting of piece k+1 has read what it wanted of piece k, so that the slots may be
+    written again for piece k+2.
 
     `meet` counts phases: each worker publishes the number that it has reached, and whoever finds that it was the last
     opens the gate, a word on which all others look, or sleep. So a worker sleeps at most once in a phase, and one

@@ -176,18 +176,25 @@ class SharedMemory:
 
     def _all_reduce(self, flat: torch.Tensor, reduction: Reduction) -> None:
         phases, rank, size = self.phases, self._rank, self._size
-        one_phase = SLOT_BYTES if size <= 2 else _ONE_PHASE_BYTES
+        if size > 2 and flat.numel() * flat.element_size() > _ONE_PHASE_BYTES:
+            self._all_reduce_in_shards(flat, reduction)
+            return
+        for (piece,) in _pieces([flat]):
+            slots = phases.turn(piece.dtype, piece.numel())
+            slots[rank].copy_(piece)
+            phases.meet()
+            # With two workers the own tensor need not be read back from memory; rank order all the same.
+            parts = slots if size > 2 else [*slots[:rank], piece, *slots[rank + 1 :]]
+            reduce_into(piece, parts, reduction)
+
+    def _all_reduce_in_shards(self, flat: torch.Tensor, reduction: Reduction) -> None:
+        """Each worker reduces one shard of a piece, in rank 0's slot; then all copy the whole from there."""
+        phases, rank, size = self.phases, self._rank, self._size
         for (piece,) in _pieces([flat]):
             numel = piece.numel()
             slots = phases.turn(piece.dtype, numel)
             slots[rank].copy_(piece)
             phases.meet()
-            if numel * piece.element_size() <= one_phase:
-                # With two workers the own tensor need not be read back from memory; rank order all the same.
-                parts = slots if size > 2 else [*slots[:rank], piece, *slots[rank + 1 :]]
-                reduce_into(piece, parts, reduction)
-                continue
-            # Each reduces one shard, in rank 0's slot; then all copy the whole from there.
             begin, end = _bound(numel, rank, size), _bound(numel, rank + 1, size)
             shards = [slot[begin:end] for slot in slots]
             reduce_into(shards[0], shards, reduction)

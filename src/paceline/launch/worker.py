@@ -261,6 +261,12 @@ class Worker:
             **outcome.sums_s,
             "peak_memory_bytes": peak_memory_bytes(world.device.type),
         }
+        if session.channels_last is not None:
+            text = (
+                "Batches of images were laid out with their channels last: a forward and a backward pass "
+                f"took {session.channels_last:.2f} of the time."
+            )
+            self._write("message", level="info", text=text)
         ranks = session.group.gather_json(own, "the workers' times")
         self._write("ranks", ranks=ranks)
         weights = save(session, self._spec.directory)

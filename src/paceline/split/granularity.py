@@ -1,4 +1,4 @@
-"""How finely an optimizer's work can be shared out: by numbers, by whole parameters, or not at all.
+"""What a small copy of an optimizer tells: how finely its work can be shared out, and whether one pass can do it.
 
 Adam updates each number by itself; Muon or Adafactor look at a whole matrix; an optimizer that keeps one trust region
 for everything looks at all of them. Nothing is known of any class: a small copy of the optimizer is tried out.
@@ -52,6 +52,36 @@ def granularity(optimizer: Any) -> str:
     return TOGETHER
 
 
+def prefer_fused(optimizer: Any) -> bool:
+    """Let an optimizer of torch's do a step in one pass over memory, where its user left that open; whether it does.
+
+    On a CPU torch takes a pass, and a temporary, for each operation of AdamW: eight or more. What one pass computes is
+    tried out on small random parameters, and taken only where it is the same.
+    """
+    open_ = [
+        group
+        for group in optimizer.param_groups
+        if group.get("fused", False) is None
+        and not any(group.get(key) for key in ("foreach", "capturable", "differentiable"))
+        and all(p.device.type == "cpu" and p.is_floating_point() for p in group["params"])
+    ]
+    if not open_ or len(open_) < len(optimizer.param_groups) or optimizer.state:
+        return False
+    real = [p for group in optimizer.param_groups for p in group["params"]]
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), _out_of_reach(real):
+        try:
+            as_it_was = _Trial(optimizer)
+            for group in open_:
+                group["fused"] = True
+            is_same = _Trial(optimizer).agrees_with(as_it_was)
+        except Exception:
+            is_same = False
+    if not is_same:
+        for group in open_:
+            group["fused"] = None
+    return is_same
+
+
 @contextlib.contextmanager
 def _out_of_reach(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Within it nobody can write to them: a step may know parameters by other ways than its groups."""
@@ -102,6 +132,13 @@ class _Trial:
         if not moved > 0:
             raise RuntimeError("it does not move")
 
+    def agrees_with(self, other: _Trial) -> bool:
+        """Whether the other makes the same of whole parameters."""
+        return all(
+            _is_close(new - old, wanted - old)
+            for new, wanted, old in zip(self._whole, other._whole, self._begin, strict=True)
+        )
+
     def agrees(self, ways: Sequence[Way]) -> bool:
         """Whether workers that have only parts make of each part what one with the whole makes of it."""
         for way in ways:
@@ -110,8 +147,7 @@ class _Trial:
                 cut = way(number, old)
                 if cut is None:
                     continue
-                update, wanted = new - cut(old), cut(whole) - cut(old)
-                if not float((update - wanted).norm()) <= _TOLERANCE * float(wanted.norm()) + 1e-12:
+                if not _is_close(new - cut(old), cut(whole) - cut(old)):
                     return False
         return True
 
@@ -136,6 +172,10 @@ class _Trial:
                     part.grad = cut(gradient)
             small.step()
         return [torch.empty(0) if part is None else part.detach() for part in parts]
+
+
+def _is_close(update: torch.Tensor, wanted: torch.Tensor) -> bool:
+    return float((update - wanted).norm()) <= _TOLERANCE * float(wanted.norm()) + 1e-12
 
 
 def _small(parameter: torch.Tensor) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, default_collate
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset, default_collate
 
 from paceline.errors import DataError
 from paceline.job import Job
@@ -97,6 +97,20 @@ class _Seeded:
         return self._dataset.__getitems__(indices)
 
 
+def tensors_of(dataset: Any) -> tuple[list[torch.Tensor], torch.Tensor | None] | None:
+    """The tensors that a data set's samples are rows of, and which rows; None where it is anything else.
+
+    torch's `TensorDataset` and a `Subset` of it: known exactly, as a class derived from them may do more.
+    """
+    if type(dataset) is TensorDataset:
+        return list(dataset.tensors), None
+    if type(dataset) is Subset and (inside := tensors_of(dataset.dataset)) is not None:
+        tensors, rows = inside
+        chosen = torch.as_tensor(dataset.indices)
+        return tensors, chosen if rows is None else rows[chosen]
+    return None
+
+
 class ShareLoader:
     """Yields this worker's `GlobalBatch`es, epoch after epoch, the same samples whatever the layout."""
 
@@ -167,19 +181,31 @@ class ShareLoader:
                 for s in self._shares(end - begin):
                     yield order[begin + s.begin : begin + s.end].tolist()
 
+        loaded = self._load(index_lists(), epoch)
+        for index, (begin, end) in enumerate(bounds):
+            mine = self._shares(end - begin)
+            parts = [Part(to_device(next(loaded), self._device), share) for share in mine]
+            yield GlobalBatch(epoch, index, end - begin, parts, 0.0)
+
+    def _load(self, index_lists: Iterator[list[int]], epoch: int) -> Iterator[Any]:
+        """Collated samples, one batch for each list of indices."""
+        found = tensors_of(self._dataset) if self._collate is default_collate else None
+        if found is not None and not self._job.loader_workers:
+            # What taking row by row and stacking gives, in one call for each tensor.
+            tensors, rows = found
+            for indices in index_lists:
+                wanted = torch.tensor(indices) if rows is None else rows[indices]
+                yield [tensor[wanted] for tensor in tensors]
+            return
         loader: DataLoader[Any] = DataLoader(
             _Seeded(self._dataset, derive(self._seed, "samples", epoch)),  # type: ignore[arg-type]
-            batch_sampler=index_lists(),
+            batch_sampler=index_lists,
             collate_fn=self._collate,
             num_workers=self._job.loader_workers,
             pin_memory=self._device.type == "cuda",
             generator=torch.Generator().manual_seed(derive(self._seed, "loader", epoch)),
         )
-        loaded = iter(loader)
-        for index, (begin, end) in enumerate(bounds):
-            mine = self._shares(end - begin)
-            parts = [Part(to_device(next(loaded), self._device), share) for share in mine]
-            yield GlobalBatch(epoch, index, end - begin, parts, 0.0)
+        yield from loader
 
     def _shares(self, batch_samples: int) -> list[Share]:
         return shares(batch_samples, self._micro, self._size, self._rank)

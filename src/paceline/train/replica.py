@@ -20,7 +20,7 @@ from paceline.job import Job
 from paceline.split.apply import LocalParameter, SplitModel
 from paceline.split.batchnorm import BatchShare, share_batch_norms
 from paceline.split.finding import Found
-from paceline.split.granularity import NUMBERS, TENSORS, granularity
+from paceline.split.granularity import NUMBERS, TENSORS, granularity, prefer_fused
 from paceline.split.sharding import ShardedParameters
 from paceline.split.shared_parameters import SharedParameters
 from paceline.split.swap import swap_parameters
@@ -28,6 +28,7 @@ from paceline.train.allocator import give_back_freed_memory
 from paceline.train.build import build_model, build_optimizer, everyone_fills_alike
 from paceline.train.calling import caller, require_scalar, sum_and_weight
 from paceline.train.data import FEW_TOGETHER, GlobalBatch, Part, evaluation_parts
+from paceline.train.images import ImageFormat
 from paceline.train.pipeline import Pipeline, schedule_of
 from paceline.train.reduction import Reduction, Sums
 from paceline.train.seeds import derive, seed_torch
@@ -96,6 +97,7 @@ class Replica:
                 next_step="leave at least one trainable",
             )
         self.optimizer = build_optimizer(job, self._trained, self._deferred)
+        prefer_fused(self.optimizer)
         self.scheduler = None
         if job.schedule is not None:
             if total_steps is None:
@@ -121,6 +123,7 @@ class Replica:
         self.why_not_shared = ""
         """Why each worker keeps all parameters for itself, where that is not what was to be expected."""
         self._pipeline: Pipeline | None = None
+        self.images = ImageFormat()
         self.state = WholeState(self.model, self._local)
         self._num_parameters = sum(p.numel() for p in self.model.parameters())
         self._reduction = self._reduction_of(self._mesh)
@@ -263,6 +266,8 @@ class Replica:
             LossError: the loss is no scalar, not finite, or its weights sum to zero.
             CollectiveError: another worker did not answer.
         """
+        if not self.images.is_decided:
+            self._decide_on_images(batch)
         begin_s = time.perf_counter()
         waited_before_s = self._mesh.waited_s
         if self._sharded is not None:
@@ -349,6 +354,7 @@ class Replica:
 
     def _outputs(self, part: Part) -> Any:
         if self._pipeline is None:
+            part.batch = self.images.arrange(part.batch)
             return self._call(part.batch)
         return self._pipeline.forward(part, derive(self._seed, "evaluation", part.share.begin))
 
@@ -405,6 +411,7 @@ class Replica:
                 self._pipeline.step(batch, seed_of, loss_of, self._around)
             else:
                 for position, part in enumerate(batch.parts):
+                    part.batch = self.images.arrange(part.batch)
                     seed_torch(seed_of(part), self.device)
                     with self._around(part):
                         with self._forward_context():
@@ -414,6 +421,29 @@ class Replica:
                         to_differentiate.backward()
         sums[_STOP] = float(self.stop_requested)
         return sums, weighted
+
+    def _decide_on_images(self, batch: GlobalBatch) -> None:
+        """Find out, on rank 0 and on the step's first micro-batch, how images are to lie in memory."""
+        group = self._mesh.everyone
+        ratio = None
+        if self._split is None and group.rank == 0:
+            ratio = self.images.measure(batch.parts[0].batch, self._try)
+        if self._split is None and group.size > 1:
+            ratio = group.gather_json(ratio, "how images lie in memory")[0]
+        self.images.decide(ratio)
+
+    def _try(self, batch: Any) -> float:
+        """A forward and a backward pass that leave nothing behind; the loss."""
+        kept = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            with self._forward_context():
+                loss = self.job.loss(self._call(batch), batch)
+            loss = loss[0] if isinstance(loss, tuple) else loss
+            torch.autograd.grad(loss, self._trained, allow_unused=True)
+        for buffer, values in kept:
+            buffer.copy_(values)
+        return float(loss.detach())
 
     @contextlib.contextmanager
     def _around(self, part: Part) -> Iterator[None]:

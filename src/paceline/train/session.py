@@ -157,6 +157,11 @@ class Session:
         return self._replica.why_not_shared
 
     @property
+    def channels_last(self) -> float | None:
+        """Where images are turned over so that their channels come last: the share of the time that it takes then."""
+        return self._replica.images.ratio
+
+    @property
     def batches_per_epoch(self) -> int | None:
         """None where the data set is iterable."""
         return self._loader.batches_per_epoch

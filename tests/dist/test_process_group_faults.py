@@ -1,0 +1,198 @@
+"""A worker is killed or stopped at each moment of each collective: all others are told, and nothing stays behind."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import json
+import multiprocessing
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from shm_groups import PRELOADED
+
+from paceline.comm.meeting import meet
+from paceline.comm.phases import Phases
+from paceline.comm.reductions import SUM
+from paceline.comm.shared_memory import SharedMemory
+from paceline.errors import CollectiveError
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64", reason="shared memory is for Linux on x86-64"
+)
+
+STOP_TIMEOUT_S = 0.4
+NUM_WORLDS = 4
+"""Cases are shared out among so many sets of workers, which mostly wait."""
+SMALL, LARGE = 100, 20_000
+MOMENTS = ("before it meets", "when it has come", "when it has met")
+
+
+def rows(size: int) -> list[torch.Tensor]:
+    return [torch.zeros(SMALL) for _ in range(size)]
+
+
+COLLECTIVES: dict[str, Callable[[SharedMemory, int, int], None]] = {
+    "all-reduce": lambda m, r, n: m.sum_(torch.zeros(SMALL), "a test"),
+    "all-reduce in shards": lambda m, r, n: m.sum_(torch.zeros(LARGE), "a test"),
+    "all-gather": lambda m, r, n: m.all_gather(rows(n), torch.zeros(SMALL), "a test"),
+    "broadcast": lambda m, r, n: m.broadcast_(torch.zeros(SMALL), "a test", 0),
+    "reduce-scatter": lambda m, r, n: m.reduce_scatter(torch.zeros(SMALL), rows(n), "a test", SUM),
+    "reduce": lambda m, r, n: m.reduce_(torch.zeros(SMALL), "a test", SUM, n - 1),
+    "gather": lambda m, r, n: m.gather([] if r else rows(n), torch.zeros(SMALL), "a test", 0),
+    "scatter": lambda m, r, n: m.scatter(torch.zeros(SMALL), [] if r else rows(n), "a test", 0),
+    "all-to-all": lambda m, r, n: m.all_to_all(rows(n), rows(n), "a test"),
+    "barrier": lambda m, r, n: m.barrier("a test"),
+}
+
+
+def num_meetings(name: str, size: int) -> int:
+    return 2 if name == "all-to-all" or (name == "all-reduce in shards" and size > 2) else 1
+
+
+def cases(size: int) -> list[tuple[str, int, int, str]]:
+    """Collective, victim, number of the meeting, moment."""
+    return [
+        (name, victim, meeting, moment)
+        for name in COLLECTIVES
+        for victim, meeting, moment in itertools.product(
+            range(size), range(num_meetings(name, size)), MOMENTS
+        )
+    ]
+
+
+def script_fault(meeting: int, moment: str, number: int) -> None:
+    """From now on `Phases.meet` is fatal at the given meeting and moment."""
+    met = itertools.count()
+    present = -1
+    real_meet = Phases.meet
+
+    def fall(at: str) -> None:
+        if (present, at) == (meeting, moment):
+            os.kill(os.getpid(), number)
+
+    def meet_or_fall(self: Phases) -> None:
+        nonlocal present
+        present = next(met)
+        fall(MOMENTS[0])
+        real_meet(self)
+        fall(MOMENTS[2])
+
+    Phases.meet = meet_or_fall
+    real = {name: getattr(Phases, name) for name in ("_open", "_wait")}
+    for name in real:
+
+        def wait_or_fall(self: Phases, phase: int, name: str = name) -> None:
+            fall(MOMENTS[1])
+            real[name](self, phase)
+
+        setattr(Phases, name, wait_or_fall)
+
+
+def play_case(rank: int, size: int, case: tuple[str, int, int, str], number: int, folder: Path) -> None:
+    """What one worker does and is told in a case; only who survives it returns."""
+    name, victim, meeting, moment = case
+    timeout_s = STOP_TIMEOUT_S if number == signal.SIGSTOP else 20.0
+    store = dist.FileStore(str(folder / "store"), size)
+    met = meet(store, tuple(range(size)), rank, size, datetime.timedelta(seconds=30))
+    assert not isinstance(met, str), met
+    memory, mailbox = met
+    memory.barrier("the start")
+    memory.phases.timeout_s = timeout_s
+    if rank == victim:
+        script_fault(meeting, moment, number)
+    begin_s = time.monotonic()
+    try:
+        COLLECTIVES[name](memory, rank, size)
+        memory.barrier("the end")
+        told = ["nothing was noticed"]
+    except CollectiveError as error:
+        told = [error.operation, error.cause, error.timed_out, str(error)]
+    (folder / f"{rank}.json").write_text(json.dumps([time.monotonic() - begin_s, *told]))
+    memory.close()
+    mailbox.close()
+
+
+def play_rank(rank: int, size: int, world: int, number: int, folder: Path) -> None:
+    """One rank in each case of one world. Where it is the victim, a fork of this process falls in its place."""
+    torch.set_num_threads(1)
+    for index, case in list(enumerate(cases(size)))[world::NUM_WORLDS]:
+        place = folder / str(index)
+        place.mkdir(exist_ok=True)
+        if rank != case[1]:
+            play_case(rank, size, case, number, place)
+            continue
+        child = os.fork()
+        if child == 0:
+            try:
+                play_case(rank, size, case, number, place)
+            finally:
+                os._exit(1)
+        _, status = os.waitpid(child, os.WUNTRACED)
+        if os.WIFSTOPPED(status):
+            # Until the others have given up.
+            while len(list(place.glob("*.json"))) < size - 1:
+                time.sleep(0.02)
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_whoever_falls_whenever_all_others_are_told(size, number, tmp_path):
+    before = sorted(os.listdir("/dev/shm"))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    processes = [
+        context.Process(target=play_rank, args=(rank, size, world, number, tmp_path))
+        for world in range(NUM_WORLDS)
+        for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    deadline_s = time.monotonic() + 100
+    for process in processes:
+        process.join(max(0.0, deadline_s - time.monotonic()))
+        process.kill()
+    assert {process.exitcode for process in processes} == {0}
+    wrong = []
+    for index, case in enumerate(cases(size)):
+        victim = case[1]
+        for rank in range(size):
+            path = tmp_path / str(index) / f"{rank}.json"
+            if rank == victim:
+                assert not path.exists(), case
+            elif not path.exists() or not is_told_well(
+                json.loads(path.read_text()), case, rank, size, number
+            ):
+                wrong.append((case, rank, path.read_text() if path.exists() else "nothing"))
+    assert not wrong, f"{len(wrong)} of {len(cases(size)) * (size - 1)}, the first: {wrong[0]}"
+    assert sorted(os.listdir("/dev/shm")) == before
+
+
+def is_told_well(told: list, case: tuple[str, int, int, str], rank: int, size: int, number: int) -> bool:
+    name, victim, meeting, moment = case
+    if len(told) != 5:
+        return False
+    waited_s, operation, cause, timed_out, text = told
+    # Who came to the last meeting of an operation is missed in the next only.
+    is_next = meeting == num_meetings(name, size) - 1 and moment != MOMENTS[0]
+    kind = (
+        "barrier of the end (operation 3)" if is_next else f"{name.split(' in ')[0]} of a test (operation 2)"
+    )
+    if number == signal.SIGKILL:
+        is_right = cause == f"rank {victim} has ended" and not timed_out and waited_s < 1.0
+    else:
+        silent = cause.startswith(f"rank {victim} did not answer within 0.4 s: its process (PID ")
+        is_right = silent and ") is stopped (state T)" in cause and timed_out
+        is_right = is_right and STOP_TIMEOUT_S <= waited_s < STOP_TIMEOUT_S + 1
+    records = [line for line in text.splitlines() if line.startswith("  rank ")]
+    return is_right and operation == kind and len(records) == size + 1 + is_next
