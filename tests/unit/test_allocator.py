@@ -19,7 +19,7 @@ def step():
     tensors = [torch.ones(NUMEL) for _ in range(COUNT)]
     return len(tensors)
 
-for _ in range(3):
+for _ in range(10):  # until the heap is as large as it will be
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):

@@ -123,8 +123,13 @@ class _Trial:
         self._generator = torch.Generator().manual_seed(0)
         self._begin = [torch.randn(_small(p), generator=self._generator, dtype=p.dtype) for p in real]
         self._gradients = [
-            [torch.randn(p.shape, generator=self._generator, dtype=p.dtype) for p in self._begin]
-            for _ in range(_STEPS)
+            [
+                torch.randn(p.shape, generator=self._generator, dtype=p.dtype)
+                if number % 3 != step + 1
+                else None  # not used in this step, as an expert that no sample was sent to
+                for number, p in enumerate(self._begin)
+            ]
+            for step in range(_STEPS)
         ]
         self._real = real
         self._whole = self._run(lambda number, parameter: torch.clone)
@@ -169,7 +174,7 @@ class _Trial:
         for gradients in self._gradients:
             for part, cut, gradient in zip(parts, cuts, gradients, strict=True):
                 if part is not None and cut is not None:
-                    part.grad = cut(gradient)
+                    part.grad = None if gradient is None else cut(gradient)
             small.step()
         return [torch.empty(0) if part is None else part.detach() for part in parts]
 
