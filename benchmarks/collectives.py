@@ -139,7 +139,7 @@ def work(rank: int, world: int, folder: str, options: argparse.Namespace, result
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     warnings.simplefilter("ignore", FutureWarning)
-    shm.register()
+    shm.register_shm()
     dist.init_process_group(
         "gloo", init_method=f"file://{Path(folder) / 'store'}", rank=rank, world_size=world
     )

@@ -1,7 +1,8 @@
 """paceline trains one model on many processors, and knows where more of them stop paying.
 
 The public face is small: `Job` describes what to train, `options` declares what a command line may
-change, `Session` is for a training loop of one's own, and every error is a `PacelineError`.
+change, `Session` is for a training loop of one's own, `register_shm` lets any program of torch.distributed talk through
+shared memory, and every error is a `PacelineError`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from paceline import _version
 
 if TYPE_CHECKING:
+    from paceline.comm.process_group import register_shm
     from paceline.errors import (
         CollectiveError,
         DataError,
@@ -50,6 +52,7 @@ __all__ = [
     "__version__",
     "load_job",
     "options",
+    "register_shm",
 ]
 
 _HOMES = {
@@ -58,6 +61,7 @@ _HOMES = {
     "Session": "paceline.train.session",
     "load_job": "paceline.load",
     "options": "paceline.load",
+    "register_shm": "paceline.comm.process_group",
 }
 
 

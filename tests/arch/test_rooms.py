@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 PUBLIC = {
     "CollectiveError", "DataError", "Job", "JobError", "JobFileError", "LaunchError", "Layout", "LayoutError",
     "LossError", "OptionError", "PacelineError", "RunError", "Session", "WorkerError", "__version__", "load_job",
-    "options",
+    "options", "register_shm",
 }  # fmt: skip
 
 

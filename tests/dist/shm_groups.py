@@ -85,7 +85,7 @@ def join_group(rank: int, size: int, folder: str, backend: str = "shm", timeout_
     torch.set_num_threads(1)
     # Of gloo, which some calls go to.
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    shm.register()
+    shm.register_shm()
     dist.init_process_group(
         backend,
         init_method=f"file://{Path(folder) / 'store'}",

@@ -494,6 +494,6 @@ def test_the_last_sixteen_operations_of_each_worker_can_be_had():
 
 
 def test_registering_twice_does_nothing():
-    shm.register()
-    shm.register()
+    shm.register_shm()
+    shm.register_shm()
     assert dist.Backend.backend_list.count("shm") == 1

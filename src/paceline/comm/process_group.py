@@ -1,8 +1,6 @@
 """The backend `shm` of torch.distributed: process groups whose members share memory.
 
-    import paceline.comm.process_group as shm
-
-    shm.register()
+    paceline.register_shm()
     torch.distributed.init_process_group("shm")  # or "cpu:shm,cuda:nccl"
 
 DDP, FSDP2, DTensor, pipelines and checkpoints then use it without knowing. Where the members cannot share memory the
@@ -32,7 +30,7 @@ BACKEND = "shm"
 _MESSAGE = "a message"
 
 
-def register() -> None:
+def register_shm() -> None:
     """Make the backend `shm` known to torch.distributed. A second call does nothing."""
     if BACKEND not in dist.Backend.backend_list:
         dist.Backend.register_backend(BACKEND, _create, extended_api=True, devices=["cpu"])
