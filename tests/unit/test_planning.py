@@ -149,5 +149,7 @@ def test_tensor_parallelism_is_timed_where_the_weights_take_long():
     assert further_candidates(cluster(2), heavy) == [Layout(tp=2, threads=1)]
     light = [timed(one, 1.0, 0.3), timed(two, 0.9, 0.1)]
     assert further_candidates(cluster(2), light) == []
+    quick = [timed(one, 0.010, 0.003), timed(two, 0.009, 0.003)]
+    assert further_candidates(cluster(2), quick) == []
     assert further_candidates(cluster(2, 1, hosts=2), heavy) == []
     assert further_candidates(cluster(2, 2, "cuda"), heavy) == []

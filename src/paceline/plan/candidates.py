@@ -9,6 +9,8 @@ from paceline.records import Cluster, Layout, Trial
 
 LEAST_SHARE_FOR_WEIGHTS = 0.2
 """Of a step's time, spent on the optimizer and on exchanging gradients, from which on tensor parallelism is timed."""
+LEAST_FOR_WEIGHTS_S = 0.005
+"""And at least so long: in less time it would not have exchanged what it has to in every layer."""
 
 
 def candidates(
@@ -49,7 +51,7 @@ def further_candidates(cluster: Cluster, trials: Sequence[Trial]) -> list[Layout
         return []
     fastest = min(timed, key=lambda trial: median(trial.step_s))
     for_weights_s = (fastest.optimizer_s or 0.0) + (fastest.communication_s or 0.0)
-    if for_weights_s < LEAST_SHARE_FOR_WEIGHTS * median(fastest.step_s):
+    if for_weights_s < max(LEAST_FOR_WEIGHTS_S, LEAST_SHARE_FOR_WEIGHTS * median(fastest.step_s)):
         return []
     workers = min(cluster.workers, cluster.hosts[0].cores)
     several = [trial.layout.threads for trial in timed if trial.workers == workers]
