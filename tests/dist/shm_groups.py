@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # imported later, its functions' defaults would keep the group alive
 
 import paceline.comm.process_group as shm
 from paceline.errors import CollectiveError
