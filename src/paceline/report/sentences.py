@@ -105,7 +105,7 @@ def _reason(loss: Loss, measured: Measured) -> str:
     if loss.part == "communication":
         return f"communication takes {share} of a step, the wait for other workers included"
     if loss.part == "optimizer" and measured.trial.workers > 1:
-        return f"the optimizer's update takes {share}, and every worker repeats it"
+        return f"the optimizer's update takes {share}: more than its even share"
     return f"{_NAMES[loss.part]} takes {share}"
 
 

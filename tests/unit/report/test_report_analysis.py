@@ -109,7 +109,7 @@ def test_the_words_give_the_numbers(log_of: Callable[..., RunLog]) -> None:
         "The missing 0.33: computation takes 11 % longer than an even share of one worker's"
     )
     assert "communication takes 7 % of a step, the wait for other workers included (0.13)" in told
-    assert "the optimizer's update takes 2 %, and every worker repeats it (0.02)" in told
+    assert "the optimizer's update takes 2 %: more than its even share (0.02)" in told
 
 
 def test_computation_of_more_than_twice_its_share_is_a_factor(log_of: Callable[..., RunLog]) -> None:
