@@ -101,3 +101,23 @@ def test_the_training_is_the_same(ratio, monkeypatch):
     assert other_metrics == pytest.approx(metrics, rel=1e-4)
     for key, wanted in state.items():
         torch.testing.assert_close(other_state[key], wanted, rtol=1e-4, atol=1e-5)
+
+
+class Viewing(Network):
+    """Cannot take channels last, and finds that out after its batch norm has counted the batch."""
+
+    def forward(self, x):
+        return self.head(self.body(x).view(len(x), 8, -1).mean(2))
+
+
+def test_a_pass_that_fails_leaves_no_statistics_behind():
+    job = paceline.Job(
+        model=Viewing, data=lambda split: TensorDataset(IMAGES, torch.arange(64) % 10),
+        loss=lambda o, b: nn.functional.cross_entropy(o, b[1]),
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.1), batch_size=64, steps=1,
+    )  # fmt: skip
+    with paceline.Session(job) as session:
+        for batch in session.batches():
+            session.step(batch)
+        assert session.channels_last is None
+        assert session.model.body[1].num_batches_tracked == 1

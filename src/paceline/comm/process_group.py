@@ -70,7 +70,7 @@ class SharedMemoryGroup(CollectiveGroup):
     """A process group of torch.distributed whose members are processes of one host. Made by `init_process_group`.
 
     Collectives are done when the call returns, asynchronous or not: what moves the bytes are the very cores that
-    compute, so that a thread for it takes from the computation what it hides (docs/log.md has the numbers).
+    compute, so that a thread for it takes from the computation what it hides (docs/decisions/0005).
     `isend` copies and returns; `irecv` is filled when somebody waits. Reductions are exact and repeatable
     (`Reduction`). Errors are `CollectiveError`s, raised by the call or by `wait()`.
 

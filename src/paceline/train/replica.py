@@ -435,14 +435,16 @@ class Replica:
     def _try(self, batch: Any) -> float:
         """A forward and a backward pass that leave nothing behind; the loss."""
         kept = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            with self._forward_context():
-                loss = self.job.loss(self._call(batch), batch)
-            loss = loss[0] if isinstance(loss, tuple) else loss
-            torch.autograd.grad(loss, self._trained, allow_unused=True)
-        for buffer, values in kept:
-            buffer.copy_(values)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                with self._forward_context():
+                    loss = self.job.loss(self._call(batch), batch)
+                loss = loss[0] if isinstance(loss, tuple) else loss
+                torch.autograd.grad(loss, self._trained, allow_unused=True)
+        finally:
+            for buffer, values in kept:
+                buffer.copy_(values)
         return float(loss.detach())
 
     @contextlib.contextmanager
