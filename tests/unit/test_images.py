@@ -107,7 +107,7 @@ class Viewing(Network):
     """Cannot take channels last, and finds that out after its batch norm has counted the batch."""
 
     def forward(self, x):
-        return self.head(self.body(x).view(len(x), 8, -1).mean(2))
+        return self.head(self.body(x).view(len(x), -1)[:, :8])
 
 
 def test_a_pass_that_fails_leaves_no_statistics_behind():
