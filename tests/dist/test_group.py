@@ -20,7 +20,7 @@ from paceline.errors import CollectiveError
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool)
 LENGTHS = {"auto": (1, 5, SLOT_BYTES // 16 + 3, SLOT_BYTES // 4 + 1), "gloo": (1, 4099)}
 """Of each worker's range: around the size of a slot, where there are slots."""
-TRANSPORTS = ("auto", "gloo")
+TRANSPORTS = (pytest.param("auto", marks=pytest.mark.shared_memory), "gloo")
 
 
 def everyone(world: World) -> Group:

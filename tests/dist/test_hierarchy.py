@@ -20,6 +20,8 @@ from paceline.comm.hierarchy import arrange
 from paceline.comm.world import World, find_hosts
 from paceline.errors import CollectiveError
 
+pytestmark = pytest.mark.shared_memory
+
 DTYPES = (torch.float32, torch.bfloat16, torch.int64)
 LENGTHS = (1, 5, 4099, (1 << 18) + 1)
 """Of each worker's range: carried by one worker, by all, with a rest, and larger than a slot of shared memory."""

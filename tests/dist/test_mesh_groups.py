@@ -11,6 +11,8 @@ from paceline.comm.mesh import COMBINATIONS, build_mesh, make_mesh
 from paceline.comm.world import World
 from paceline.records import Layout
 
+pytestmark = pytest.mark.shared_memory
+
 
 def use_all_groups(world: World, layout: Layout) -> dict[str, Any]:
     mesh = build_mesh(world, layout)

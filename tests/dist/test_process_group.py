@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import gc
 import os
-import platform
-import sys
 import threading
 import time
 import warnings
@@ -24,9 +22,7 @@ from paceline.comm.phases import SLOT_BYTES
 from paceline.comm.reductions import REDUCTIONS, can_reduce
 from paceline.errors import CollectiveError
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or platform.machine() != "x86_64", reason="shared memory is for Linux on x86-64"
-)
+pytestmark = pytest.mark.shared_memory
 
 NAMES = {
     "sum": dist.ReduceOp.SUM,

@@ -7,9 +7,7 @@ import itertools
 import json
 import multiprocessing
 import os
-import platform
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from shm_groups import PRELOADED
+from shm_groups import PRELOADED, join_group, run_shm
 
 from paceline.comm.meeting import meet
 from paceline.comm.phases import Phases
@@ -25,9 +23,7 @@ from paceline.comm.reductions import SUM
 from paceline.comm.shared_memory import SharedMemory
 from paceline.errors import CollectiveError
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or platform.machine() != "x86_64", reason="shared memory is for Linux on x86-64"
-)
+pytestmark = pytest.mark.shared_memory
 
 STOP_TIMEOUT_S = 0.4
 NUM_WORLDS = 4
@@ -196,3 +192,80 @@ def is_told_well(told: list, case: tuple[str, int, int, str], rank: int, size: i
         is_right = is_right and STOP_TIMEOUT_S <= waited_s < STOP_TIMEOUT_S + 1
     records = [line for line in text.splitlines() if line.startswith("  rank ")]
     return is_right and operation == kind and len(records) == size + 1 + is_next
+
+
+def train_until_it_falls(rank: int, size: int, victim: int, number: int, moment: str) -> tuple[str, str, float]:
+    """Steps of DDP; in the third, one worker falls. The error that this one gets, and after how long."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.Tanh(), torch.nn.Linear(256, 64))
+    wrapped = torch.nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.05)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    inputs = torch.randn(8, 64)
+    begin_s = time.monotonic()
+    try:
+        for step in range(20):
+            if step == 2:
+                begin_s = time.monotonic()
+            falls = rank == victim and step == 2
+            if falls and moment == "forward":
+                os.kill(os.getpid(), number)
+            loss = wrapped(inputs).square().sum()
+            if falls and moment == "backward":
+                # The last layer's gradients are on their way, the first's are not.
+                model[0].weight.register_hook(lambda _: os.kill(os.getpid(), number))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    except Exception as error:
+        return type(error).__name__, str(error), time.monotonic() - begin_s
+    return "nothing", "", time.monotonic() - begin_s
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+@pytest.mark.parametrize(("victim", "moment"), [(0, "backward"), (1, "forward"), (2, "backward")])
+def test_who_falls_under_ddp_is_named_to_all_others(victim, moment, number):
+    timeout_s = 2.0
+    told = run_shm(train_until_it_falls, 3, victim, number, moment, timeout_s=timeout_s, lost={victim})
+    for rank in {0, 1, 2} - {victim}:
+        _, text, waited_s = told[rank]
+        if number == signal.SIGKILL:
+            assert f"rank {victim} has ended" in text
+            assert waited_s < 1.0
+        else:
+            assert f"rank {victim} did not answer within 2 s" in text
+            assert "is stopped (state T)" in text
+            assert waited_s < timeout_s + 1
+        assert f"rank {rank}: all-reduce of " in text
+        assert "(operation " in text
+
+
+def reduce_for_ever(rank: int, folder: Path) -> None:
+    join_group(rank, 3, str(folder / "group"))
+    while True:
+        dist.all_reduce(torch.ones(1 << 20))
+        (folder / "ready" / str(rank)).touch()
+
+
+def test_nothing_stays_when_all_are_killed_at_once(tmp_path):
+    before = sorted(os.listdir("/dev/shm"))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    for name in ("group", "ready"):
+        (tmp_path / name).mkdir()
+    processes = [context.Process(target=reduce_for_ever, args=(rank, tmp_path)) for rank in range(3)]
+    for process in processes:
+        process.start()
+    try:
+        deadline_s = time.monotonic() + 30
+        while len(list((tmp_path / "ready").iterdir())) < 3:
+            assert time.monotonic() < deadline_s, "they do not reduce"
+            time.sleep(0.02)
+        maps = Path(f"/proc/{processes[0].pid}/maps").read_text()
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join()
+    assert "/memfd:paceline (deleted)" in maps, "the memory has no name that could stay"
+    assert sorted(os.listdir("/dev/shm")) == before
+    assert [path.name for path in (tmp_path / "group").iterdir()] == ["store"]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import platform
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,9 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import paceline.comm.process_group as shm
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or platform.machine() != "x86_64", reason="shared memory is for Linux on x86-64"
-)
+pytestmark = pytest.mark.shared_memory
 
 WIDTH, BATCH, STEPS = 16, 8, 3
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import platform
 import signal
-import sys
 import time
 
 import pytest
@@ -15,9 +13,7 @@ from shm_groups import run_shm
 
 from paceline.errors import CollectiveError
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or platform.machine() != "x86_64", reason="shared memory is for Linux on x86-64"
-)
+pytestmark = pytest.mark.shared_memory
 
 
 def numbered(number: float, numel: int = 5) -> torch.Tensor:

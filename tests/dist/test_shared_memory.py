@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import platform
 import signal
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,9 +18,7 @@ from paceline.comm.shared_memory import SLOT_BYTES, SharedMemory, memory_bytes
 from paceline.errors import CollectiveError
 from paceline.measure.machine import usable_cores
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or platform.machine() != "x86_64", reason="shared memory is for Linux on x86-64"
-)
+pytestmark = pytest.mark.shared_memory
 
 SLOT = SLOT_BYTES // 4
 LENGTHS = (1, 5, 8191, SLOT, SLOT + 3, 2 * SLOT + 1)

@@ -17,8 +17,11 @@ from torch import nn
 import paceline
 from paceline.comm.mesh import build_mesh, make_mesh
 from paceline.comm.world import World
+from paceline.errors import WorkerError
 from paceline.records import Layout
 from paceline.train.session import Session
+
+pytestmark = pytest.mark.shared_memory
 
 STEPS = 4
 
@@ -127,6 +130,42 @@ def test_each_worker_has_its_share_of_the_optimizers_state(trained):
     assert largest < alone["state_numel"] * (0.4 if name != "adafactor" else 1.0)
 
 
+@pytest.mark.parametrize(
+    ("name", "hosts"), [("groups", 2), ("fused", 3), ("adafactor", 2)], ids=lambda value: str(value)
+)
+def test_each_of_several_hosts_has_one_copy(name, hosts):
+    alone = run_group(train, 1, name, "dp_replicate=1")[0]
+    together = run_group(train, 2 * hosts, name, f"dp_replicate={2 * hosts}", per_host=2, timeout_s=30.0)
+    for rank, result in together.items():
+        assert not result["why_not"]
+        assert result["is_shared"] == (rank < 2), "the write on the first host is seen there and only there"
+        assert result["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+        for key, wanted in alone["parameters"].items():
+            assert torch.equal(result["parameters"][key], together[0]["parameters"][key])
+            torch.testing.assert_close(result["parameters"][key], wanted, rtol=1e-4, atol=1e-6)
+    found = sum(result["state_numel"] for result in together.values())
+    assert found == pytest.approx(hosts * alone["state_numel"], abs=40 * hosts)
+
+
+def evaluate_apart(world: World) -> str:
+    """One host's copy is changed behind the training's back."""
+    layout = Layout(dp_replicate=world.size)
+    session = Session(job_with("fused"), layout, seed=3, world=world, mesh=make_mesh(world, layout))
+    if world.rank == 2:
+        with torch.no_grad():
+            next(session.model.parameters()).add_(1.0)
+    try:
+        session.evaluate()
+    except WorkerError as error:
+        return str(error)
+    return ""
+
+
+def test_hosts_whose_copies_have_parted_are_told():
+    for text in run_group(evaluate_apart, 4, per_host=2).values():
+        assert "the parameters of rank 2 differ from rank 0's, first in 0.weight" in text
+
+
 def train_split(world: World, layout: str) -> dict[str, Any]:
     parsed = Layout.parse(layout)
     mesh = build_mesh(world, parsed)
@@ -139,11 +178,17 @@ def train_split(world: World, layout: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "layout", ["dp_replicate=2,tp=2", "pp=2,dp_replicate=2,micro=2", "dp_replicate=2,recompute=full"]
+    ("layout", "per_host"),
+    [
+        ("dp_replicate=2,tp=2", None),
+        ("pp=2,dp_replicate=2,micro=2", None),
+        ("dp_replicate=4,tp=2", 4),
+        ("dp_replicate=2,recompute=full", None),
+    ],
 )
-def test_it_combines_with_layouts_that_split_the_model(layout):
+def test_it_combines_with_layouts_that_split_the_model(layout, per_host):
     size = Layout.parse(layout).workers
-    shared = run_group(train_split, size, layout, timeout_s=30.0)
+    shared = run_group(train_split, size, layout, timeout_s=30.0, per_host=per_host)
     by_messages = run_group(train_split, size, layout, transport="gloo", timeout_s=30.0)
     assert shared[0]["losses"] == pytest.approx(by_messages[0]["losses"], rel=1e-5)
     for key, wanted in by_messages[0]["state"].items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import re
 import subprocess
 import sys
@@ -130,7 +129,7 @@ def test_a_block_that_cannot_be_divided_is_named_and_the_rest_trains(tmp_path):
     assert len(of_kind(events, "step")) == 2
 
 
-def test_the_same_command_under_torchrun_trains_the_same(automatic, tmp_path):
+def test_the_same_command_under_torchrun_trains_the_same(automatic, tmp_path, default_transport):
     process = torchrun(
         "-m",
         "paceline",
@@ -144,8 +143,7 @@ def test_the_same_command_under_torchrun_trains_the_same(automatic, tmp_path):
     assert process.returncode == 0, process.stdout + process.stderr
     assert "finished" in process.stdout
     events = read_events(tmp_path / "run")
-    expected = "shared memory" if (sys.platform, platform.machine()) == ("linux", "x86_64") else "gloo"
-    assert of_kind(events, "plan")[0]["transport"] == expected
+    assert of_kind(events, "plan")[0]["transport"] == default_transport
     losses = [s["loss"] for s in of_kind(events, "step")]
     wanted = [s["loss"] for s in of_kind(read_events(automatic[0]), "step")]
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(wanted), rtol=1e-4, atol=1e-5)

@@ -10,17 +10,14 @@ import torch
 import torch.distributed as dist
 
 from paceline.comm import mailbox
-from paceline.comm.hierarchy import Hierarchy, arrange, join_host_memory
+from paceline.comm.hierarchy import Hierarchy, HostGrid, arrange, join_host_memory
 from paceline.comm.mailbox import Mailbox
 from paceline.comm.memory_map import MemoryMap, join_memory
 from paceline.comm.pending import Done, Patience, Pending, Work
 from paceline.comm.shared_memory import SharedMemory, memory_bytes
 from paceline.comm.wire import NcclWire, Wire, as_bytes
 
-__all__ = ["SHARED_MEMORY", "Group", "Pending"]
-
-SHARED_MEMORY = "shared memory"
-"""The `transport` of a group whose workers all map the same memory."""
+__all__ = ["Group", "Pending"]
 
 # torch 2.13 renamed them.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -66,6 +63,8 @@ class Group:
         self._wire: Wire | None = None
         self.why_no_memory = ""
         """The reason, where `share_memory` found that memory cannot be shared."""
+        self.grid: HostGrid | None = None
+        """Who is on which host, where the workers of each host talk through its memory."""
 
     @property
     def transport(self) -> str:
@@ -75,7 +74,7 @@ class Group:
         if isinstance(self._memory, Hierarchy):
             return "shared memory + gloo"
         if self._memory is not None:
-            return SHARED_MEMORY
+            return "shared memory"
         return "nccl" if self.device.type == "cuda" else "gloo"
 
     @property
@@ -97,20 +96,23 @@ class Group:
             spins: whether every worker that computes has a core of its own: a wait then looks before it sleeps.
         """
         timeout_s = self._patience.timeout_s
-        if len(set(hosts)) == 1:
-            memory, self.why_no_memory = join_memory(
-                self.rank, self.size, local_size, (0,), memory_bytes(self.size), self.gather_json
-            )
-            if memory is not None:
-                self._memory = SharedMemory(memory, self.ranks, timeout_s, spins=spins)
-            return
         grid, self.why_no_memory = arrange(self.ranks, self.rank, hosts)
         if grid is None:
             return
-        memory, self.why_no_memory = join_host_memory(grid, local_size, self.gather_json)
-        if memory is not None:
-            within = SharedMemory(memory, self.ranks[grid.row], timeout_s, spins=spins)
+        memory, self.why_no_memory = self._join(grid, local_size, (0,), memory_bytes(grid.per_host))
+        if memory is None:
+            return
+        self.grid = grid
+        self._memory = within = SharedMemory(memory, self.ranks[grid.row], timeout_s, spins=spins)
+        if grid.num_hosts > 1:
             self._memory = Hierarchy(within, grid, self._process_group, timeout_s)
+
+    def _join(
+        self, grid: HostGrid, local_size: int, makers: Sequence[int], data_bytes: int
+    ) -> tuple[MemoryMap | None, str]:
+        if grid.num_hosts > 1:
+            return join_host_memory(grid, local_size, makers, data_bytes, self.gather_json)
+        return join_memory(self.rank, self.size, local_size, makers, data_bytes, self.gather_json)
 
     def open_mailbox(self, local_size: int, *, spins: bool) -> None:
         """Send and receive through shared memory from now on, if all can: workers of one host. As `share_memory`."""
@@ -127,24 +129,46 @@ class Group:
             self._mailbox = Mailbox(memory, self.ranks, self._patience.timeout_s, spins=spins)
 
     def map_memory(self, makers: Sequence[int], data_bytes: int) -> MemoryMap:
-        """Map a stretch of memory from each of the ranks `makers` into all workers. A collective call.
+        """Map a stretch of memory from each of the places `makers` of a host into its workers. A collective call.
 
-        Only where the workers talk through shared memory.
+        Only where there is a `grid`.
 
         Raises:
-            OSError: there is not enough memory, on some worker.
+            OSError: there is not enough memory, on some host.
         """
-        memory, reason = join_memory(self.rank, self.size, self.size, makers, data_bytes, self.gather_json)
+        assert self.grid is not None
+        memory, reason = self._join(self.grid, self.grid.per_host, makers, data_bytes)
         if memory is None:
             raise OSError(0, reason)
         return memory
+
+    def sum_between_hosts_(self, own: torch.Tensor, what: str) -> None:
+        """Replace `own` (1-D) by its sum over the workers with the same place on all hosts. On one host it stays."""
+        if isinstance(self._memory, Hierarchy):
+            with self._patience.counted():
+                self._memory.sum_between_hosts_(own, what)
+
+    def broadcast_between_hosts_(self, own: torch.Tensor, what: str) -> None:
+        """Replace `own` (1-D) by that of the worker with the same place on the first host."""
+        if isinstance(self._memory, Hierarchy):
+            with self._patience.counted():
+                self._memory.broadcast_between_hosts_(own, what)
+
+    def barrier_on_host(self, what: str) -> None:
+        """Return when all workers on this host have come here. Only where there is a `grid`."""
+        assert self._memory is not None
+        with self._patience.counted():
+            if isinstance(self._memory, Hierarchy):
+                self._memory.barrier_on_host(what)
+            else:
+                self._memory.barrier(what)
 
     def close(self) -> None:
         """Give back what `share_memory` and `open_mailbox` took. The group goes on without."""
         for taken in (self._memory, self._mailbox):
             if taken is not None:
                 taken.close()
-        self._memory = self._mailbox = None
+        self._memory = self._mailbox = self.grid = None
 
     @classmethod
     def alone(cls, device: torch.device, rank: int = 0) -> Group:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from paceline.comm.memory_map import MemoryMap, join_memory
 from paceline.comm.pending import Patience
-from paceline.comm.shared_memory import SharedMemory, memory_bytes
+from paceline.comm.shared_memory import SharedMemory
 from paceline.comm.wire import as_bytes
 from paceline.errors import CollectiveError
 
@@ -79,12 +79,17 @@ def arrange(ranks: tuple[int, ...], rank: int, hosts: Sequence[int]) -> tuple[Ho
 
 
 def join_host_memory(
-    grid: HostGrid, local_size: int, gather_json: Callable[[Any, str], list[Any]]
+    grid: HostGrid,
+    local_size: int,
+    makers: Sequence[int],
+    data_bytes: int,
+    gather_json: Callable[[Any, str], list[Any]],
 ) -> tuple[MemoryMap | None, str]:
     """Map memory among the members of each host: on all hosts, or on none. A collective call of the group.
 
     Args:
         local_size: how many workers are on this host, in the group or not.
+        makers: the places on a host of those that make a stretch of `data_bytes`.
         gather_json: gives every member's value, in the order of the group: `(value, what it is)`.
 
     Returns:
@@ -94,9 +99,7 @@ def join_host_memory(
     def tell_host(value: Any, what: str) -> list[Any]:
         return [told["value"] for told in gather_json({"value": value}, what)[grid.row]]
 
-    memory, reason = join_memory(
-        grid.place, grid.per_host, local_size, (0,), memory_bytes(grid.per_host), tell_host
-    )
+    memory, reason = join_memory(grid.place, grid.per_host, local_size, makers, data_bytes, tell_host)
     # A host that cannot has told less than the others: it listens until they are done as well.
     while True:
         told = gather_json({"reason": reason}, "whether memory is shared on every host")
@@ -148,6 +151,21 @@ class Hierarchy:
         self._patience = Patience(grid.ranks[grid.rank], timeout_s)
         self._network = _Network(grid, process_group, self._patience)
         self._failure = ""
+
+    def sum_between_hosts_(self, own: torch.Tensor, what: str) -> None:
+        """Replace `own` (1-D) by its sum over those with this worker's place on all hosts, in the order of hosts."""
+        with self._operation("all-reduce", own, what) as name:
+            self._network.sum_(own, name)
+
+    def broadcast_between_hosts_(self, own: torch.Tensor, what: str) -> None:
+        """Replace `own` (1-D) by that of who has this worker's place on the first host."""
+        with self._operation("broadcast", own, what) as name:
+            self._network.broadcast_(own, 0, name)
+
+    def barrier_on_host(self, what: str) -> None:
+        """Return when all members on this host have come here."""
+        with self._operation("barrier", torch.empty(0), what):
+            self._memory.barrier(what)
 
     @property
     def network_bytes(self) -> int:

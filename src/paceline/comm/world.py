@@ -19,6 +19,8 @@ from paceline.measure.machine import usable_cores
 AUTO = "auto"
 TRANSPORTS = (AUTO, "gloo")
 """What may carry tensors between workers on CPUs; `auto`: shared memory within a host, gloo between hosts."""
+TRANSPORT_VARIABLE = "PACELINE_TRANSPORT"
+"""The environment's variable that says what `auto` means: one of `TRANSPORTS`."""
 _HOSTS_UNKNOWN = "LOCAL_RANK and LOCAL_WORLD_SIZE of all workers do not tell who shares a host"
 
 
@@ -116,16 +118,24 @@ class World:
             dist.destroy_process_group()
 
 
-def check_transport(transport: str, device_kind: str) -> None:
-    """Raise OptionError unless it is one of `TRANSPORTS`, and the device leaves the choice."""
+def resolve_transport(transport: str, device_kind: str) -> str:
+    """The transport to use; `auto` is what the environment's PACELINE_TRANSPORT says, if it says something.
+
+    Raises:
+        OptionError: it is not one of `TRANSPORTS`, or the device does not leave the choice.
+    """
+    name = "--transport"
+    if transport == AUTO and os.environ.get(TRANSPORT_VARIABLE):
+        name, transport = f"{TRANSPORT_VARIABLE} of the environment", os.environ[TRANSPORT_VARIABLE]
     if transport not in TRANSPORTS:
-        raise OptionError(f"--transport is {transport!r}", next_step=f"use {' or '.join(TRANSPORTS)}")
+        raise OptionError(f"{name} is {transport!r}", next_step=f"use {' or '.join(TRANSPORTS)}")
     if transport != AUTO and device_kind != "cpu":
         raise OptionError(
-            f"--transport is {transport!r}, and the workers compute on {device_kind}",
+            f"{name} is {transport!r}, and the workers compute on {device_kind}",
             cause="GPUs talk through NCCL",
-            next_step=f"leave out --transport, or give {AUTO}",
+            next_step=f"leave out {name}, or give {AUTO}",
         )
+    return transport
 
 
 def join(
@@ -138,13 +148,13 @@ def join(
         timeout_s: the limit of every wait for another worker.
         loopback_port: where all workers are on this host: rank 0 keeps the store on this port of
             127.0.0.1, and gloo is kept to the loopback interface. None: the launcher's own rendezvous.
-        transport: one of `TRANSPORTS`.
+        transport: one of `TRANSPORTS`, see `resolve_transport`; gloo where any worker's says gloo.
 
     Raises:
         LaunchError: the port is in use, or the other workers did not come.
         OptionError: no such transport.
     """
-    check_transport(transport, device_kind)
+    transport = resolve_transport(transport, device_kind)
     environment = os.environ
     rank, size = _number(environment, "RANK", 0), _number(environment, "WORLD_SIZE", 1)
     local_rank = _number(environment, "LOCAL_RANK", 0)
@@ -165,7 +175,12 @@ def join(
             store = _loopback_store(rank, size, loopback_port, timeout)
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         if device_kind == "cpu":
-            world = dataclasses.replace(world, hosts=find_hosts(_gather_places(local_rank, local_size, size)))
+            own = local_rank, local_size, TRANSPORTS.index(transport)
+            places = _all_gather_numbers(own, size)
+            # The hosts' environments may differ: all take the way that one of them asks for.
+            transport = TRANSPORTS[max(asked for _, _, asked in places)]
+            hosts = find_hosts([(place, of) for place, of, _ in places])
+            world = dataclasses.replace(world, hosts=hosts, transport=transport)
     except (RuntimeError, ValueError) as error:
         raise LaunchError(
             f"rank {rank}: joining the other {size - 1} workers failed within {timeout_s:.0f} s",
@@ -176,12 +191,11 @@ def join(
     return world
 
 
-def _gather_places(local_rank: int, local_size: int, size: int) -> list[tuple[int, int]]:
-    """`(local rank, local size)` of every rank."""
-    own = torch.tensor([local_rank, local_size])
-    places = [torch.zeros_like(own) for _ in range(size)]
-    dist.all_gather(places, own)
-    return [(int(place[0]), int(place[1])) for place in places]
+def _all_gather_numbers(own: tuple[int, ...], size: int) -> list[tuple[int, ...]]:
+    """Those of every rank."""
+    numbers = [torch.zeros(len(own), dtype=torch.int64) for _ in range(size)]
+    dist.all_gather(numbers, torch.tensor(own))
+    return [tuple(row.tolist()) for row in numbers]
 
 
 def find_hosts(places: Sequence[tuple[int, int]]) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from torch.utils.data import default_collate
 
 from paceline.comm.group import Group
 from paceline.comm.mesh import data_mesh
-from paceline.comm.world import check_transport
+from paceline.comm.world import resolve_transport
 from paceline.errors import DataError, JobError, LayoutError, PacelineError
 from paceline.launch.spec import AUTO, RunSpec
 from paceline.load import LoadedJob, load_job_file
@@ -37,7 +37,7 @@ def preflight(spec: RunSpec, device: str, max_workers: int) -> LoadedJob:
     loaded = load_job_file(spec.job_file, spec.settings)
     job = loaded.job
     check_precision(spec.precision)
-    check_transport(spec.transport, device)
+    resolve_transport(spec.transport, device)
     if spec.layout != AUTO:
         _check_layout(Layout.parse(spec.layout), job.batch_size, device, max_workers)
     if spec.until is not None:

@@ -3,7 +3,8 @@
 In plain data parallelism every worker holds all parameters and all of the optimizer's state, receives all gradients,
 and computes what the others compute. On one host that is not needed. Here each worker's gradients lie where the others
 can read them; each adds up its share of them and updates its share of the parameters, where all of them read it.
-Nothing is gathered afterwards.
+Nothing is gathered afterwards. Of several hosts each has a copy; a share's gradients are added up over the network
+between those who have it on their hosts, and every host's copy is updated alike.
 """
 
 from __future__ import annotations
@@ -80,18 +81,19 @@ class _Flat:
 
 
 class SharedParameters:
-    """The parameters of one model, and its gradients, in memory that all workers of a group map.
+    """The parameters of one model, and its gradients, in memory that all workers of a group map, or of its hosts.
 
     A step: each worker's backward pass leaves its gradients in its own stretch of the memory; all meet once
-    (`finish`), which also carries the step's sums; each adds up its own share over the workers, in the order of rank,
-    and its optimizer updates that; all meet again (`publish`).
+    (`finish`), which also carries the step's sums; each adds up its own share over its host's workers, in the order of
+    rank, then over the hosts, in their order, and its optimizer updates that; all meet again (`publish`).
 
     Shares are ranges of numbers, or whole parameters where the optimizer wants them whole.
 
     Cost per step and worker, in memory traffic, for P bytes of parameters and N workers: the gradients' copy, P
     written and (P read, as far as they are not in the cache); adding up, P read and P/N written; the optimizer's own,
     an N-th of what one process has. Memory: P on the host instead of N·P; P per worker for gradients; an N-th of the
-    optimizer's state. Two meetings.
+    optimizer's state. Two meetings. Of several hosts N is what one of them has, and a worker sends P/N bytes over the
+    network with two, 2 (h-1)/h · P/N with h.
     """
 
     def __init__(
@@ -116,16 +118,18 @@ class SharedParameters:
         Raises:
             OSError: there is not enough memory to share, on some worker; then nothing has changed on any.
         """
-        self._group, self._num_sums = group, num_sums
+        assert group.grid is not None
+        self._group, self._grid, self._num_sums = group, group.grid, num_sums
+        per_host = self._grid.per_host
         kinds: dict[tuple[torch.dtype, bool], dict[str, nn.Parameter]] = {}
         for name, parameter in parameters.items():
             kinds.setdefault((parameter.dtype, parameter.requires_grad), {})[name] = parameter
         self._by_numbers = kind == NUMBERS
-        self._flats = [_Flat(named, group.size, by_numbers=self._by_numbers) for named in kinds.values()]
+        self._flats = [_Flat(named, per_host, by_numbers=self._by_numbers) for named in kinds.values()]
         self._trained = [flat for flat in self._flats if flat.trains]
         self._members = [m for flat in self._trained for m in flat.members]
         values_memory = group.map_memory((0,), _total(self._flats))
-        gradients_memory = group.map_memory(range(group.size), _total(self._trained))
+        gradients_memory = group.map_memory(range(per_host), _total(self._trained))
         for memory in (values_memory, gradients_memory):
             memory.close()  # the group watches the other workers
         values = _views(values_memory, 0, self._flats)
@@ -133,9 +137,9 @@ class SharedParameters:
         for flat in self._flats:
             self._move(flat, values_memory, at, deferred)
             at += flat.num_bytes
-        for rank in range(group.size):
+        for place in range(per_host):
             for flat, gradients in zip(
-                self._trained, _views(gradients_memory, rank, self._trained), strict=True
+                self._trained, _views(gradients_memory, place, self._trained), strict=True
             ):
                 flat.gradients.append(gradients)
         for flat in self._trained:
@@ -154,7 +158,10 @@ class SharedParameters:
             for m in flat.members
         }
         """For `swap_parameters`."""
-        group.barrier("shared parameters")
+        group.barrier_on_host("shared parameters")
+        for flat, whole in zip(self._flats, values, strict=True):
+            group.broadcast_between_hosts_(self._share_of(flat, whole), "initial parameters")
+        group.barrier_on_host("initial parameters")
 
     def begin_backward(self, *, last: bool) -> None:
         """Nothing waits for the last backward pass: gradients are taken as they come."""
@@ -180,6 +187,8 @@ class SharedParameters:
         sums = tail[: self._num_sums].clone()
         for flat in self._trained:
             self._add_up(flat)
+            own = self._share_of(flat, flat.gradients[self._grid.place])
+            self._group.sum_between_hosts_(own, "gradients")
         if scale_by_sum is not None:
             self.scale_(1.0 / float(sums[scale_by_sum]))
         for member, used in zip(self._members, (tail[self._num_sums :] > 0).tolist(), strict=True):
@@ -188,14 +197,24 @@ class SharedParameters:
                 member.piece.grad = member.piece_gradient if used else None
         return sums
 
+    @property
+    def counts(self) -> bool:
+        """Whether this worker's share is its to count: every host has all of them."""
+        return self._grid.host == 0
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether there is more than one host, and so more than one copy of the parameters."""
+        return self._grid.num_hosts > 1
+
     def scale_(self, factor: float) -> None:
         """Multiply this worker's share of the gradients."""
         for flat in self._trained:
-            self._share_of(flat, flat.gradients[self._group.rank]).mul_(factor)
+            self._share_of(flat, flat.gradients[self._grid.place]).mul_(factor)
 
     def publish(self) -> None:
         """After the optimizer's step: return when all workers have made theirs."""
-        self._group.barrier("updated parameters")
+        self._group.barrier_on_host("updated parameters")
 
     def whole_gradients(self) -> Iterator[tuple[str, torch.Tensor | None]]:
         """All gradients by name, between `finish` and `publish`. A collective call."""
@@ -214,14 +233,13 @@ class SharedParameters:
             offset_bytes = at + member.begin * flat.dtype.itemsize
             own = memory.tensor(0, offset_bytes, member.parameter.numel(), flat.dtype)
             place = own.view(member.parameter.shape)
-            if self._group.rank == 0:
+            if self._grid.place == 0:
                 with deferred.filled([member.parameter]):
                     place.copy_(member.parameter.detach())
             member.parameter.data = place
 
     def _take_share(self, flat: _Flat, values: torch.Tensor) -> None:
-        rank = self._group.rank
-        own = flat.gradients[rank]
+        own = flat.gradients[self._grid.place]
         for member in flat.members:
             member.own_gradient = own[member.begin : member.end].view(member.parameter.shape)
             begin, end = self._overlap(flat, member)
@@ -247,7 +265,7 @@ class SharedParameters:
     def _add_up(self, flat: _Flat) -> None:
         """The own share of all workers' gradients, in the order of rank, in place of one's own."""
         rows = [self._share_of(flat, gradients) for gradients in flat.gradients]
-        own = rows[self._group.rank]
+        own = rows[self._grid.place]
         if len(rows) == 2:
             torch.add(rows[0], rows[1], out=own)
             return
@@ -260,11 +278,11 @@ class SharedParameters:
             own[begin : begin + scratch.numel()].copy_(total)
 
     def _share_of(self, flat: _Flat, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor[flat.bounds[self._group.rank] : flat.bounds[self._group.rank + 1]]
+        return tensor[flat.bounds[self._grid.place] : flat.bounds[self._grid.place + 1]]
 
     def _overlap(self, flat: _Flat, member: _Member) -> tuple[int, int]:
-        rank = self._group.rank
-        return max(member.begin, flat.bounds[rank]), min(member.end, flat.bounds[rank + 1])
+        begin, end = flat.bounds[self._grid.place], flat.bounds[self._grid.place + 1]
+        return max(member.begin, begin), min(member.end, end)
 
     def _cutter(self, flat: _Flat, member: _Member) -> Cut:
         if not self._by_numbers:

@@ -127,7 +127,7 @@ class Reduction:
         """Whether this worker's share of the parameter's gradient is its to count."""
         mesh = self._mesh
         return (
-            (self._shared is not None or mesh.replicate.rank == 0)
+            (mesh.replicate.rank == 0 if self._shared is None else self._shared.counts)
             and (local.shard is not None or mesh.tensor.rank == 0)
             and (self._sharded is not None or mesh.shard.rank == 0)
             and local.holders[0] == mesh.pipeline.rank

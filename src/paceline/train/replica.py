@@ -7,32 +7,25 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
 
-from paceline.comm.group import SHARED_MEMORY, Group
+from paceline.comm.group import Group
 from paceline.comm.mesh import Mesh, data_mesh
-from paceline.errors import JobError, LossError, WorkerError
+from paceline.errors import JobError, LossError
 from paceline.job import Job
-from paceline.split.apply import LocalParameter, SplitModel
 from paceline.split.batchnorm import BatchShare, share_batch_norms
 from paceline.split.finding import Found
-from paceline.split.granularity import NUMBERS, TENSORS, granularity, prefer_fused
-from paceline.split.sharding import ShardedParameters
-from paceline.split.shared_parameters import SharedParameters
-from paceline.split.swap import swap_parameters
-from paceline.train.allocator import give_back_freed_memory
-from paceline.train.build import build_model, build_optimizer, everyone_fills_alike
 from paceline.train.calling import caller, require_scalar, sum_and_weight
-from paceline.train.data import FEW_TOGETHER, GlobalBatch, Part, evaluation_parts
+from paceline.train.data import GlobalBatch, Part, evaluation_parts
+from paceline.train.held_model import HeldModel
 from paceline.train.images import ImageFormat
-from paceline.train.pipeline import Pipeline, schedule_of
+from paceline.train.pipeline import Pipeline
 from paceline.train.reduction import Reduction, Sums
 from paceline.train.seeds import derive, seed_torch
-from paceline.train.state import WholeState, broadcast
+from paceline.train.state import WholeState
 
 # The sums that travel with the gradients, and their places.
 _LOSS, _WEIGHT, _WEIGHTED, _STOP = range(4)
@@ -88,16 +81,10 @@ class Replica:
         self.stop_requested = False
         self._seed = seed
         self._num_steps = 0
-        self.model, self._deferred = build_model(job, seed, device, dtype, in_parts=in_parts)
-        self._trained = [p for p in self.model.parameters() if p.requires_grad]
-        if not self._trained:
-            raise JobError(
-                "the model has no parameter to train",
-                cause="all of them have requires_grad=False",
-                next_step="leave at least one trainable",
-            )
-        self.optimizer = build_optimizer(job, self._trained, self._deferred)
-        prefer_fused(self.optimizer)
+        self._held = HeldModel(
+            job, seed=seed, device=device, dtype=dtype, in_parts=in_parts, num_sums=SUMS.num
+        )
+        self.model, self.optimizer = self._held.model, self._held.optimizer
         self.scheduler = None
         if job.schedule is not None:
             if total_steps is None:
@@ -112,27 +99,25 @@ class Replica:
         self._call = caller(job, self.model)
         self._mesh = data_mesh(Group.alone(device))
         self._reductions: dict[Group, Reduction] = {}
-        self._local = [
-            LocalParameter(name, p, tuple(p.shape), None, (0,))
-            for name, p in self.model.named_parameters()
-            if p.requires_grad
-        ]
-        self._split: SplitModel | None = None
-        self._sharded: ShardedParameters | None = None
-        self._shared: SharedParameters | None = None
-        self.why_not_shared = ""
-        """Why each worker keeps all parameters for itself, where that is not what was to be expected."""
         self._pipeline: Pipeline | None = None
         self.images = ImageFormat()
-        self.state = WholeState(self.model, self._local)
-        self._num_parameters = sum(p.numel() for p in self.model.parameters())
         self._reduction = self._reduction_of(self._mesh)
         self.model.train()
 
     @property
     def num_parameters(self) -> int:
         """Of the whole model."""
-        return self._num_parameters
+        return self._held.num_parameters
+
+    @property
+    def state(self) -> WholeState:
+        """The whole model, as far as workers hold parts of it."""
+        return self._held.state
+
+    @property
+    def why_not_shared(self) -> str:
+        """Why each worker keeps all parameters for itself, where that is not what was to be expected."""
+        return self._held.why_not_shared
 
     @property
     def left_whole(self) -> dict[str, str]:
@@ -142,49 +127,16 @@ class Replica:
     @property
     def found(self) -> Found | None:
         """Where the model was split."""
-        return None if self._split is None else self._split.found
+        return None if self._held.parts is None else self._held.parts.found
 
     def attach(self, mesh: Mesh) -> None:
         """Train in step with the workers of `mesh`, each with the whole model; all start from rank 0's.
 
         Once; or several times, with workers that have no memory in common.
         """
-        kind = self._kind_of_sharing(mesh)
-        named = dict(self.model.named_parameters())
-        # Shared parameters are rank 0's by themselves.
-        self._join(mesh, but=set(named.values()) if kind else self._deferred)
-        if kind:
-            self._share_parameters(named, mesh, kind)
-            self.state = WholeState(self.model, self._local, shared=self._shared)
-        self._reduction = self._reduction_of(mesh)
-
-    def _join(self, mesh: Mesh, but: Container[torch.Tensor]) -> None:
         self._mesh = mesh
-        self.optimizer.zero_grad(set_to_none=True)
-        if mesh.everyone.size > 1:
-            broadcast(self.model, mesh.everyone, but=but)
-
-    def _kind_of_sharing(self, mesh: Mesh) -> str:
-        """How the update can be shared out among workers with memory in common; empty: it cannot, or they have none."""
-        if mesh.data.transport != SHARED_MEMORY or mesh.layout.dp_shard > 1:
-            return ""
-        kinds = set(mesh.data.gather_json(granularity(self.optimizer), "what the optimizer updates"))
-        if not kinds <= {NUMBERS, TENSORS}:
-            self.why_not_shared = "the optimizer looks at all parameters together, or could not be tried out"
-            return ""
-        return TENSORS if TENSORS in kinds else NUMBERS
-
-    def _share_parameters(self, named: dict[str, nn.Parameter], mesh: Mesh, kind: str) -> None:
-        late = {local.parameter for local in self._local if len(local.holders) > 1}
-        try:
-            shared = SharedParameters(named, mesh.data, self._deferred, SUMS.num, kind=kind, late=late)
-        except OSError as error:
-            self.why_not_shared = str(error.strerror)
-            broadcast(self.model, mesh.everyone, but=self._deferred)
-            return
-        self._shared = shared
-        swap_parameters(self.optimizer, shared.replaced)
-        shared.replaced = {}
+        self._held.attach(mesh)
+        self._reduction = self._reduction_of(mesh)
 
     def split(self, mesh: Mesh, samples: list[Any], found: Found | None = None) -> None:
         """Take this worker's part of the model, as `mesh.layout` says; once, before the first step.
@@ -196,66 +148,24 @@ class Replica:
         Raises:
             LayoutError: the model cannot be split so.
         """
-        if not everyone_fills_alike(self._deferred, mesh.everyone):
-            self._deferred.settle(self.model.parameters())
-        self._join(mesh, but=self._deferred)
-        layout = mesh.layout
 
         def run(batch: Any) -> None:
             self.job.loss(self._call(batch), batch)
 
-        runs = [functools.partial(run, batch) for batch in samples]
-        micro_batch = self.job.batch_size / (layout.data_parallel * layout.micro)
-        self._split = split = SplitModel(
-            self.model,
-            layout,
-            mesh,
-            runs,
-            schedule_of(layout),
-            self._deferred,
-            growth=micro_batch / FEW_TOGETHER,
-            found=found,
-        )
-        swap_parameters(self.optimizer, split.replaced)
-        # Nothing keeps the whole parameters any more.
-        split.replaced = {}
+        self._mesh = mesh
+        parts = self._held.split(mesh, [functools.partial(run, batch) for batch in samples], found)
         self._reductions.clear()
-        self._local = [local for local in split.parameters.values() if split.requires_grad[local.name]]
-        if layout.dp_shard > 1:
-            self._shard_parameters(split, mesh)
-        elif kind := self._kind_of_sharing(mesh):
-            self._share_parameters({n: p.parameter for n, p in split.parameters.items()}, mesh, kind)
-        # Those that are kept together have got their values.
-        have_values = self._sharded is not None or self._shared is not None
-        self._deferred.settle([] if have_values else [p.parameter for p in split.parameters.values()])
-        self._trained = [local.parameter for local in self._local]
-        self.state = WholeState(self.model, self._local, split, self._sharded, self._shared)
-        if layout.pp > 1:
-            self._pipeline = Pipeline(split, layout, self.device, self._call, self._forward_context)
+        if mesh.layout.pp > 1:
+            self._pipeline = Pipeline(parts, mesh.layout, self.device, self._call, self._forward_context)
         self._reduction = self._reduction_of(mesh)
-        give_back_freed_memory()
-
-    def _shard_parameters(self, split: SplitModel, mesh: Mesh) -> None:
-        keep = {1: "always", 2: "within_step", 3: "nothing"}[mesh.layout.zero_stage]
-        here = {id(local.parameter) for local in split.parameters.values()}
-        blocks = [
-            piece.module for piece in split.steady if any(id(p) in here for p in piece.module.parameters())
-        ]
-        apart = [
-            split.parameters[name].parameter for name in split.found.read_between if name in split.parameters
-        ]
-        self._sharded = ShardedParameters(
-            self.model, blocks, apart, mesh.shard, mesh.data, self._deferred, keep=keep
-        )
-        swap_parameters(self.optimizer, self._sharded.replaced)
-        self._sharded.replaced = {}
 
     def _reduction_of(self, mesh: Mesh) -> Reduction:
+        held = self._held
         if mesh.everyone not in self._reductions:
             links = self._pipeline.links if self._pipeline is not None else None
             stages = self._pipeline.first_stage_of if self._pipeline is not None else {}
             self._reductions[mesh.everyone] = Reduction(
-                mesh, self._local, SUMS, self._sharded, self._shared, links, stages
+                mesh, held.local, SUMS, held.sharded, held.shared, links, stages
             )
         return self._reductions[mesh.everyone]
 
@@ -270,8 +180,7 @@ class Replica:
             self._decide_on_images(batch)
         begin_s = time.perf_counter()
         waited_before_s = self._mesh.waited_s
-        if self._sharded is not None:
-            self._sharded.begin_step()
+        self._held.begin_pass()
         sums, weighted = self._accumulate(batch)
         backward_end_s = time.perf_counter()
         hidden_s = self._mesh.waited_s - waited_before_s
@@ -287,10 +196,7 @@ class Replica:
         if self.scheduler is not None:
             self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self._sharded is not None:
-            self._sharded.publish()
-        if self._shared is not None:
-            self._shared.publish()
+        self._held.publish()
         self._num_steps += 1
         end_s = time.perf_counter()
         return StepResult(
@@ -319,8 +225,7 @@ class Replica:
         counts_here = self._mesh.tensor.rank == 0 and (self._pipeline is None or self._pipeline.has_last)
         self.model.eval()
         try:
-            if self._sharded is not None:
-                self._sharded.begin_step()
+            self._held.begin_pass()
             with torch.no_grad(), self._share.among(data):
                 for part in evaluation_parts(
                     self.job, dataset, size=data.size, rank=data.rank, device=self.device
@@ -340,8 +245,7 @@ class Replica:
                         totals[-1, 0] += part.share.samples
             if self._pipeline is not None:
                 self._pipeline.links.flush()
-            if self._sharded is not None:
-                self._sharded.end_evaluation()
+            self._held.end_evaluation()
         finally:
             self.model.train()
         totals = self._mesh.everyone.sum_(totals.to(self.device), "evaluation sums").to("cpu")
@@ -360,34 +264,7 @@ class Replica:
 
     def check_in_step(self) -> None:
         """Raise `WorkerError` unless workers that should hold the same parameters do, bit for bit in their sums."""
-        if self._shared is None:
-            self._check_group(self._mesh.replicate, self._local)
-        self._check_group(self._mesh.tensor, [p for p in self._local if p.shard is None])
-
-    def _check_group(self, group: Group, parameters: list[LocalParameter]) -> None:
-        if group.size == 1 or not parameters:
-            return
-        held = [self._held(local) for local in parameters]
-        own = torch.stack([t.double().sum() for t in held])
-        rows = group.gather(own, "parameter checksums")
-        for rank in range(1, group.size):
-            # Bits are compared, so that NaN equals NaN.
-            parted = (rows[rank].view(torch.int64) != rows[0].view(torch.int64)).nonzero()
-            if len(parted):
-                raise WorkerError(
-                    rank,
-                    f"after step {self._num_steps} the parameters of rank {rank} differ from rank 0's, "
-                    f"first in {parameters[int(parted[0])].name}",
-                    cause="the optimizer or the model draws random numbers of its own, or reads the rank",
-                    next_step="make updates depend on parameters and gradients alone",
-                )
-
-    def _held(self, local: LocalParameter) -> torch.Tensor:
-        """What this worker has of a parameter and trains: all of it, or its shard."""
-        if self._sharded is None:
-            return local.parameter.detach()
-        piece = self._sharded.pieces.get(local.name)
-        return torch.zeros(1, device=self.device) if piece is None else piece.detach()
+        self._held.check_in_step(self._mesh, f"after step {self._num_steps}")
 
     def _accumulate(self, batch: GlobalBatch) -> tuple[torch.Tensor, bool]:
         """Backward over this worker's parts; its share of the step's sums, and whether the loss has weights."""
@@ -426,9 +303,9 @@ class Replica:
         """Find out, on rank 0 and on the step's first micro-batch, how images are to lie in memory."""
         group = self._mesh.everyone
         ratio = None
-        if self._split is None and group.rank == 0:
+        if self._held.parts is None and group.rank == 0:
             ratio = self.images.measure(batch.parts[0].batch, self._try)
-        if self._split is None and group.size > 1:
+        if self._held.parts is None and group.size > 1:
             ratio = group.gather_json(ratio, "how images lie in memory")[0]
         self.images.decide(ratio)
 
@@ -441,7 +318,7 @@ class Replica:
                 with self._forward_context():
                     loss = self.job.loss(self._call(batch), batch)
                 loss = loss[0] if isinstance(loss, tuple) else loss
-                torch.autograd.grad(loss, self._trained, allow_unused=True)
+                torch.autograd.grad(loss, self._held.trained, allow_unused=True)
         finally:
             for buffer, values in kept:
                 buffer.copy_(values)
@@ -456,7 +333,10 @@ class Replica:
     @contextlib.contextmanager
     def _forward_context(self) -> Iterator[None]:
         """What calls of the model and of the loss run in."""
-        with contextlib.nullcontext() if self._split is None else self._split.computing(), self._autocast():
+        with (
+            contextlib.nullcontext() if self._held.parts is None else self._held.parts.computing(),
+            self._autocast(),
+        ):
             yield
 
     def _weigh(self, loss: Any, part: Part, batch: GlobalBatch, sums: torch.Tensor) -> Any:
@@ -484,7 +364,7 @@ class Replica:
         if self._mesh.everyone.size > 1:
             return self._reduction.finish(sums, weighted=weighted)
         if weighted and sums[_WEIGHT]:
-            gradients = [p.grad for p in self._trained if p.grad is not None]
+            gradients = [p.grad for p in self._held.trained if p.grad is not None]
             torch._foreach_mul_(gradients, 1.0 / float(sums[_WEIGHT]))
         return sums
 
