@@ -20,7 +20,7 @@ from shm_groups import PRELOADED, join_group, run_shm
 from paceline.comm.meeting import meet
 from paceline.comm.phases import Phases
 from paceline.comm.reductions import SUM
-from paceline.comm.shared_memory import SharedMemory
+from paceline.comm.shared_memory import SLOT_BYTES, SharedMemory
 from paceline.errors import CollectiveError
 
 pytestmark = pytest.mark.shared_memory
@@ -28,8 +28,9 @@ pytestmark = pytest.mark.shared_memory
 STOP_TIMEOUT_S = 0.4
 NUM_WORLDS = 4
 """Cases are shared out among so many sets of workers, which mostly wait."""
-SMALL, LARGE = 100, 20_000
+SMALL, LARGE, PIECES = 100, 20_000, 3
 MOMENTS = ("before it meets", "when it has come", "when it has met")
+COUNTED = "when it has counted"
 
 
 def rows(size: int) -> list[torch.Tensor]:
@@ -39,6 +40,7 @@ def rows(size: int) -> list[torch.Tensor]:
 COLLECTIVES: dict[str, Callable[[SharedMemory, int, int], None]] = {
     "all-reduce": lambda m, r, n: m.sum_(torch.zeros(SMALL), "a test"),
     "all-reduce in shards": lambda m, r, n: m.sum_(torch.zeros(LARGE), "a test"),
+    "all-reduce in a chain": lambda m, r, n: m.sum_(torch.zeros(PIECES * SLOT_BYTES // 4), "a test"),
     "all-gather": lambda m, r, n: m.all_gather(rows(n), torch.zeros(SMALL), "a test"),
     "broadcast": lambda m, r, n: m.broadcast_(torch.zeros(SMALL), "a test", 0),
     "reduce-scatter": lambda m, r, n: m.reduce_scatter(torch.zeros(SMALL), rows(n), "a test", SUM),
@@ -51,25 +53,35 @@ COLLECTIVES: dict[str, Callable[[SharedMemory, int, int], None]] = {
 
 
 def num_meetings(name: str, size: int) -> int:
-    return 2 if name == "all-to-all" or (name == "all-reduce in shards" and size > 2) else 1
+    if size == 2:
+        # Both read what the other has written, one piece after the other.
+        return {"all-to-all": 2, "all-reduce in a chain": PIECES}.get(name, 1)
+    return 2 if name == "all-to-all" or name.startswith("all-reduce in ") else 1
+
+
+def num_counts(name: str, size: int) -> int:
+    """How often each worker tells that it has passed a piece on, or taken one."""
+    return 2 * PIECES if name == "all-reduce in a chain" and size > 2 else 0
 
 
 def cases(size: int) -> list[tuple[str, int, int, str]]:
-    """Collective, victim, number of the meeting, moment."""
+    """Collective, victim, number of the meeting or of what is counted, moment."""
     return [
-        (name, victim, meeting, moment)
+        (name, victim, number, moment)
         for name in COLLECTIVES
-        for victim, meeting, moment in itertools.product(
-            range(size), range(num_meetings(name, size)), MOMENTS
-        )
+        for victim in range(size)
+        for number, moment in [
+            *itertools.product(range(num_meetings(name, size)), MOMENTS),
+            *((count, COUNTED) for count in range(num_counts(name, size))),
+        ]
     ]
 
 
 def script_fault(meeting: int, moment: str, number: int) -> None:
-    """From now on `Phases.meet` is fatal at the given meeting and moment."""
-    met = itertools.count()
+    """From now on `Phases.meet`, or `Phases._count`, is fatal at the given number and moment."""
+    met, counted = itertools.count(), itertools.count()
     present = -1
-    real_meet = Phases.meet
+    real_meet, real_count = Phases.meet, Phases._count
 
     def fall(at: str) -> None:
         if (present, at) == (meeting, moment):
@@ -82,7 +94,12 @@ def script_fault(meeting: int, moment: str, number: int) -> None:
         real_meet(self)
         fall(MOMENTS[2])
 
-    Phases.meet = meet_or_fall
+    def count_or_fall(self: Phases, word: int, count: int) -> None:
+        real_count(self, word, count)
+        if (next(counted), COUNTED) == (meeting, moment):
+            os.kill(os.getpid(), number)
+
+    Phases.meet, Phases._count = meet_or_fall, count_or_fall
     real = {name: getattr(Phases, name) for name in ("_open", "_wait")}
     for name in real:
 
@@ -180,7 +197,7 @@ def is_told_well(told: list, case: tuple[str, int, int, str], rank: int, size: i
         return False
     waited_s, operation, cause, timed_out, text = told
     # Who came to the last meeting of an operation is missed in the next only.
-    is_next = meeting == num_meetings(name, size) - 1 and moment != MOMENTS[0]
+    is_next = meeting == num_meetings(name, size) - 1 and moment in MOMENTS[1:]
     kind = (
         "barrier of the end (operation 3)" if is_next else f"{name.split(' in ')[0]} of a test (operation 2)"
     )

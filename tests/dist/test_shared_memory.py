@@ -14,6 +14,7 @@ import torch
 
 from paceline.comm import memory_map
 from paceline.comm.memory_map import join_memory
+from paceline.comm.reductions import AVG, MAX, SUM, reduce_into
 from paceline.comm.shared_memory import SLOT_BYTES, SharedMemory, memory_bytes
 from paceline.errors import CollectiveError
 from paceline.measure.machine import usable_cores
@@ -127,6 +128,35 @@ def uneven_pace(memory: SharedMemory, rank: int, size: int, length: int) -> bool
 def test_workers_may_come_early_and_late(size, length):
     """Also where each adds up a shard, in two phases."""
     assert run_workers(uneven_pace, size, length) == dict.fromkeys(range(size), True)
+
+
+def large_reductions(memory: SharedMemory, rank: int, size: int, spins: bool) -> list[str]:
+    """Of more pieces than there are places for, by workers that come late by turns, one reduction after the other."""
+    memory.phases.spins = spins
+    wrong = []
+    for number, reduction in enumerate((SUM, AVG, MAX)):
+        tensors = [own_tensor(size * number + r, 11 * SLOT + 7, torch.float32) for r in range(size)]
+        wanted = torch.empty_like(tensors[0])
+        reduce_into(wanted, tensors, reduction)
+        if number == rank:
+            time.sleep(0.02)
+        reduced = tensors[rank].clone()
+        memory.all_reduce_(reduced, "a test", reduction)
+        own, width = torch.empty(4 * SLOT + 3), 4 * SLOT + 3
+        full = [own_tensor(r, size * width, torch.float32) for r in range(size)]
+        memory.reduce_scatter_single(own, full[rank].clone(), "a test", reduction)
+        wanted_own = torch.empty_like(own)
+        reduce_into(wanted_own, [t.view(size, width)[rank] for t in full], reduction)
+        if not torch.equal(reduced, wanted):
+            wrong.append(f"all-reduce, {reduction.name}")
+        if not torch.equal(own, wanted_own):
+            wrong.append(f"reduce-scatter, {reduction.name}")
+    return wrong
+
+
+@pytest.mark.parametrize(("size", "spins"), [(3, True), (3, False), (4, False)])
+def test_large_tensors_are_reduced_from_worker_to_worker(size, spins):
+    assert run_workers(large_reductions, size, spins) == {rank: [] for rank in range(size)}
 
 
 def wait_for_a_late_one(memory: SharedMemory, rank: int, size: int) -> tuple[float, float]:

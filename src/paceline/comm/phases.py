@@ -24,8 +24,9 @@ _WORKER_WORDS = _WORKER_BYTES // WORD_BYTES
 _ROWS_AT = DATA_BEGIN // WORD_BYTES
 _GATE = 32
 """The word of the last phase that all have reached; in the page of the memory's secret, in a line of its own."""
-_CALLS, _ASLEEP, _GAVE_UP = 1, 3, 4
-"""A worker's words: the phase that it has reached, its calls of two phases, whether it sleeps, where it failed."""
+_CALLS, _ASLEEP, _GAVE_UP, _PASSED, _TAKEN = 1, 3, 4, 5, 6
+"""A worker's words: the phase that it has reached, its calls of two phases, whether it sleeps, where it failed, and
+the pieces that it has passed on and taken (`pass_on`)."""
 _SHARED_SPIN_S = 100e-6
 """How long a wait looks before it sleeps, where workers share cores."""
 _MOST_VIEWS = 512
@@ -67,26 +68,26 @@ class Phases:
             spins: whether every worker has a core of its own, so that looking is better than sleeping.
         """
         self._memory, self.rank, self.size = memory, memory.rank, memory.size
-        self.ranks, self.timeout_s = ranks, timeout_s
+        self.ranks, self.timeout_s, self.spins = ranks, timeout_s, spins
         self._counters = Counters(memory.memories[0])
         self._words = words = self._counters.words
         self._look_s = SPIN_S if spins else _SHARED_SPIN_S
         self._own = _ROWS_AT + self.rank * _WORKER_WORDS
         end = _ROWS_AT + self.size * _WORKER_WORDS
-        self._reached, first, second, self._asleep, self._gave_up = (
-            words[_ROWS_AT + at : end : _WORKER_WORDS] for at in (0, _CALLS, _CALLS + 1, _ASLEEP, _GAVE_UP)
+        self._reached, first, second, self._asleep, self._gave_up, self._passed, self._taken = (
+            words[_ROWS_AT + at : end : _WORKER_WORDS]
+            for at in (0, _CALLS, _CALLS + 1, _ASLEEP, _GAVE_UP, _PASSED, _TAKEN)
         )
         self._calls = (first, second)
         rings = [_ROWS_AT + r * _WORKER_WORDS + ROW_BYTES // WORD_BYTES for r in range(self.size)]
         self.recorder = FlightRecorder(words, rings, ranks, self.rank)
         self._barrier = threading.Lock()
-        self._phase = self._turn = self._call = 0
+        self._phase = self._turn = self._call = self._num_passed = 0
         self._is_first = False
         self._what: str | None = None
-        self._slots: dict[torch.dtype, list[torch.Tensor]] = {}
-        """A table for each turn, a row for each worker."""
+        self._regions: dict[torch.dtype, torch.Tensor] = {}
         self._views: dict[tuple[torch.dtype, int], list[tuple[list[torch.Tensor], torch.Tensor]]] = {}
-        """Making a view takes longer than using it."""
+        """A table for each turn, a row for each worker. Making a view takes longer than using it."""
         self._failure = ""
 
     def run(self, call: int, what: str, body: Callable[..., Any], *arguments: Any) -> None:
@@ -123,6 +124,11 @@ class Phases:
             views = self._make_views(dtype, numel)
         return views[turn]
 
+    def pieces_of(self, dtype: torch.dtype, numel: int) -> list[torch.Tensor]:
+        """The slots of both turns as pieces of `numel` elements, 1-D. For use between two meetings."""
+        region = self._region(dtype)
+        return list(region[: region.numel() // numel * numel].view(-1, numel).unbind(0))
+
     def meet(self) -> None:
         """Return when all workers have come here."""
         words = self._words
@@ -140,6 +146,42 @@ class Phases:
             self._is_first = False
             if self._calls[phase % 2].tolist().count(self._call) != self.size:
                 self._fail_mismatch(phase % 2)
+
+    def pass_on(
+        self,
+        num_pieces: int,
+        room: int,
+        lag: int,
+        work: Callable[[int], object],
+        take: Callable[[int], object],
+    ) -> None:
+        """Each of `num_pieces` goes from worker to worker, in the order of rank; then all take it.
+
+        Worker r calls `work(i)` after worker r-1 has returned from its own, and `take(i)` after the last worker
+        has; i ascends. `take(i)` comes after `work(i + lag)`, so that nobody waits for both at once, and no two
+        workers for each other.
+
+        Args:
+            room: how many pieces there may be at a time, from the first worker's `work` to the last one's `take`;
+                more than `lag`.
+        """
+        first = self._num_passed
+        self._num_passed = end = first + num_pieces
+        own, before, last = self.rank, self.rank - 1, self.size - 1
+        for index in range(num_pieces + lag):
+            if index < num_pieces:
+                if own > 0:
+                    self._await_count(before, self._passed, first + index + 1, end)
+                elif index >= room:
+                    least = first + index - room + 1
+                    while min(taken := self._taken.tolist()) < least:
+                        self._await_count(taken.index(min(taken)), self._taken, least, end)
+                work(index)
+                self._count(_PASSED, first + index + 1)
+            if index >= lag:
+                self._await_count(last, self._passed, first + index - lag + 1, end)
+                take(index - lag)
+                self._count(_TAKEN, first + index - lag + 1)
 
     def error(
         self, cause: str, *, timed_out: bool = False, next_step: str = LOOK_FOR_THE_FIRST, name: str = ""
@@ -169,16 +211,19 @@ class Phases:
         self._memory.close()
 
     def _make_views(self, dtype: torch.dtype, numel: int) -> list[tuple[list[torch.Tensor], torch.Tensor]]:
-        if dtype not in self._slots:
-            offset = DATA_BEGIN + _header_bytes(self.size)
-            flat = torch.frombuffer(self._memory.memories[0], dtype=dtype, offset=offset)
-            table = flat[: _NUM_TURNS * self.size * SLOT_BYTES // flat.element_size()]
-            self._slots[dtype] = list(table.view(_NUM_TURNS, self.size, -1).unbind(0))
         if len(self._views) >= _MOST_VIEWS:
             self._views.clear()
-        tables = [table[:, :numel] for table in self._slots[dtype]]
+        tables = [table[:, :numel] for table in self._region(dtype).view(_NUM_TURNS, self.size, -1).unbind(0)]
         self._views[dtype, numel] = views = [(list(table.unbind(0)), table) for table in tables]
         return views
+
+    def _region(self, dtype: torch.dtype) -> torch.Tensor:
+        """All slots, 1-D."""
+        if dtype not in self._regions:
+            offset = DATA_BEGIN + _header_bytes(self.size)
+            flat = torch.frombuffer(self._memory.memories[0], dtype=dtype, offset=offset)
+            self._regions[dtype] = flat[: _NUM_TURNS * self.size * SLOT_BYTES // flat.element_size()]
+        return self._regions[dtype]
 
     def _open(self, phase: int) -> None:
         """All have reached this phase: let those go on that wait. Several may find it out, and write the same."""
@@ -204,25 +249,61 @@ class Phases:
                     if min(self._reached.tolist()) >= phase:
                         self._open(phase)
                     else:
-                        self._check(phase, begin_s)
+                        self._check(self._reached, phase, begin_s)
         finally:
             words[self._own + _ASLEEP] = 0
 
-    def _check(self, phase: int, begin_s: float) -> None:
-        """Raise if it makes no sense to wait any longer."""
+    def _count(self, word: int, count: int) -> None:
+        """Let all see that this worker has come so far."""
+        self._words[self._own + word] = count
+        with self._barrier:
+            pass
+        if any(self._asleep.tolist()):
+            self._counters.wake(self._own + word)
+
+    def _await_count(self, rank: int, counts: memoryview, least: int, end: int) -> None:
+        """Return when a worker's count is `least`; `end` is where all will be at the end of the operation."""
+        if counts[rank] >= least:
+            return
+        begin_s = time.perf_counter()
+        while counts[rank] < least and time.perf_counter() - begin_s < self._look_s:
+            os.sched_yield()
+        if counts[rank] >= least:
+            return
+        words = self._words
+        word = _ROWS_AT + rank * _WORKER_WORDS + (_PASSED if counts is self._passed else _TAKEN)
+        words[self._own + _ASLEEP] = 1
+        try:
+            while (count := words[word]) < least:
+                self._counters.sleep(word, count)
+                if words[word] < least:
+                    self._check(self._taken, end, begin_s, rank)
+        finally:
+            words[self._own + _ASLEEP] = 0
+
+    def _check(self, counts: memoryview, least: int, begin_s: float, awaited: int | None = None) -> None:
+        """Raise if it makes no sense to wait any longer for those whose count is less than `least`.
+
+        Args:
+            awaited: who is waited for, if not for all of them: then some of them wait for others.
+        """
         ended = self._memory.ended()
         gave_up = self._gave_up.tolist()
         # Read after what says that they are gone: one that came and then ended is no reason to fail.
-        missing = [rank for rank, reached in enumerate(self._reached.tolist()) if reached < phase]
+        missing = [rank for rank, count in enumerate(counts.tolist()) if count < least and rank != self.rank]
+        # Who gave up, and perhaps ended then, did so because of another.
+        missing.sort(key=lambda rank: bool(gave_up[rank]))
         for rank in missing:
             if rank in ended:
                 raise self.error(f"rank {self.ranks[rank]} has ended")
+        stopped = [rank for rank in missing if self._memory.why_silent(rank)]
         for rank in missing:
-            if gave_up[rank]:
+            if gave_up[rank] and not stopped:
                 raise self.error(f"rank {self.ranks[rank]} gave up in its operation {gave_up[rank]}")
         if missing and time.perf_counter() > begin_s + self.timeout_s:
-            silent = self._memory.why_silent(missing[0])
-            cause = f"rank {self.ranks[missing[0]]} did not answer within {self.timeout_s:g} s{silent}"
+            late = (stopped or ([] if awaited is None else [awaited]) or missing)[0]
+            silent = self._memory.why_silent(late)
+            cause = f"rank {self.ranks[late]} did not answer within {self.timeout_s:g} s{silent}"
             raise self.error(cause, timed_out=True)
 
     def _fail_mismatch(self, parity: int) -> None:

@@ -6,7 +6,7 @@ kernel; memory costs what memory costs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -22,6 +22,8 @@ _ONE_PHASE_BYTES = 32 << 10
 """Up to this size every one of more than two workers adds up everything: half the waits, more reading."""
 _AT_ONCE_BYTES = 64 << 10
 """Up to this size it takes less time to copy the own part to and fro than to leave it out."""
+_CHAIN_LAG = 2
+"""How many pieces a worker passes on before it takes the first of them, where workers share cores."""
 _BLOCK_NUMEL = 64
 """Shards and pieces begin at multiples of it: no two workers write into one cache line, and torch's vectors fall on the
 same elements as in the whole tensor, which changes the last bit of complex products."""
@@ -33,9 +35,10 @@ class SharedMemory:
     Tensors are contiguous, of a type in `DTYPES`, and `what` is for messages. Reductions are taken in the order of
     rank (`Reduction`): identical bits on each worker and in each run.
 
-    Cost per worker, in memory traffic, of summing b bytes: two workers read 3b and write 2b; n of them read
-    about (n+1)b up to 32 KiB and 4b above, and write 2b and 3b. Of reduce-scatter of b bytes: b read and written,
-    and 2b/n read for each other. Of an all-gather that gives b bytes: b read, b written.
+    Cost per worker, in memory traffic, of summing b bytes: two workers read 3b and write 2b; n of them read about
+    (n+1)b up to 32 KiB, 4b up to 1 MiB and 3b above, and write 2b, 3b and 2b. Of reduce-scatter of b bytes: b read and
+    written, and 2b/n read for each other; above 1 MiB, of more than two workers, 2b read and b written, and b/n of
+    each. Of an all-gather that gives b bytes: b read, b written.
     A phase takes about 10 µs where the others are already there, and 30 to 100 µs with the wait for
     them (docs/log.md).
 
@@ -176,7 +179,12 @@ class SharedMemory:
 
     def _all_reduce(self, flat: torch.Tensor, reduction: Reduction) -> None:
         phases, rank, size = self.phases, self._rank, self._size
-        if size > 2 and flat.numel() * flat.element_size() > _ONE_PHASE_BYTES:
+        num_bytes = flat.numel() * flat.element_size()
+        if self._pays_in_chain(num_bytes):
+            pieces = [piece for (piece,) in _pieces([flat])]
+            self._reduce_in_chain(pieces, reduction, lambda index, total: pieces[index].copy_(total))
+            return
+        if size > 2 and num_bytes > _ONE_PHASE_BYTES:
             self._all_reduce_in_shards(flat, reduction)
             return
         for (piece,) in _pieces([flat]):
@@ -201,9 +209,55 @@ class SharedMemory:
             phases.meet()
             piece.copy_(slots[0])
 
+    def _pays_in_chain(self, num_bytes: int) -> bool:
+        """Whether so much is reduced faster from worker to worker than in steps that all make together."""
+        least = 2 * self._size if self.phases.spins else 1
+        return self._size > 2 and num_bytes > least * SLOT_BYTES
+
+    def _reduce_in_chain(
+        self,
+        pieces: list[torch.Tensor],
+        reduction: Reduction,
+        take: Callable[[int, torch.Tensor], object],
+    ) -> None:
+        """Each worker in turn adds its own to what those before it made of a piece; then all `take(index, total)`.
+
+        In one's own slot, a piece would be written by each worker, and read once more by who adds all up: here each
+        reads what the one before it has just written, and nobody else does. Where workers share cores few pieces are
+        under way at a time, and stay in the cache; where each has its own, enough that none has to wait.
+        """
+        phases, rank, last = self.phases, self._rank, self._size - 1
+        lag = self._size if phases.spins else _CHAIN_LAG
+        # Nobody reads the slots any more; then nobody writes them before all have taken.
+        phases.meet()
+        places = phases.pieces_of(pieces[0].dtype, SLOT_BYTES // pieces[0].element_size())[: 2 * lag]
+        totals = [places[i % len(places)][: piece.numel()] for i, piece in enumerate(pieces)]
+
+        def work(index: int) -> None:
+            total, piece = totals[index], pieces[index]
+            if rank == 0:
+                total.copy_(piece)
+            else:
+                reduction.combine(total, piece, out=total)
+            if rank == last and reduction.divides:
+                total.div_(self._size)
+
+        phases.pass_on(len(pieces), len(places), lag, work, lambda index: take(index, totals[index]))
+        phases.meet()
+
     def _reduce_scatter(self, out: torch.Tensor, parts: list[torch.Tensor], reduction: Reduction) -> None:
         """The slots of a turn as rows: each worker writes what the others need of it, one part after the other."""
         phases, rank, size = self.phases, self._rank, self._size
+        if self._pays_in_chain(size * out.numel() * out.element_size()):
+            pieces, places = _by_turns(out, parts)
+
+            def take(index: int, total: torch.Tensor) -> None:
+                owner, place = places[index]
+                if owner == rank:
+                    place.copy_(total)
+
+            self._reduce_in_chain(pieces, reduction, take)
+            return
         for piece, *rows in _pieces([out, *parts], size):
             width = piece.numel()
             slots = phases.turn(piece.dtype, width * size)
@@ -316,6 +370,14 @@ class SharedMemory:
                         next_step="make the split sizes of both sides agree",
                     )
         return max(max(row[:size]) for row in table)
+
+
+def _by_turns(
+    out: torch.Tensor, parts: list[torch.Tensor]
+) -> tuple[list[torch.Tensor], list[tuple[int, torch.Tensor]]]:
+    """The pieces of all parts, the first of each, then the second, …; of each its part, and where in `out` it goes."""
+    found = [(row, owner, place) for place, *rows in _pieces([out, *parts]) for owner, row in enumerate(rows)]
+    return [row for row, _, _ in found], [(owner, place) for _, owner, place in found]
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
