@@ -14,7 +14,7 @@ from paceline.comm.world import join
 from paceline.records import Layout
 from paceline.split import batchnorm
 from paceline.split.shared_parameters import SharedParameters
-from paceline.train import replica
+from paceline.train import held_model
 from paceline.train.proof import prove
 from paceline.train.session import Datasets
 
@@ -63,9 +63,9 @@ def clip_before_the_sum() -> None:
 
 def start_apart() -> None:
     """Rank 1 does not get rank 0's parameters, and begins with others."""
-    if not hasattr(replica, "broadcast"):
-        raise RuntimeError("the error cannot be planted: replica.broadcast is gone")
-    replica.broadcast = lambda model, group, **_: [p.data.mul_(1 + group.rank) for p in model.parameters()]
+    if not hasattr(held_model, "broadcast"):
+        raise RuntimeError("the error cannot be planted: held_model.broadcast is gone")
+    held_model.broadcast = lambda model, group, **_: [p.data.mul_(1 + group.rank) for p in model.parameters()]
 
 
 def round_roughly() -> None:

@@ -20,7 +20,8 @@ from paceline.errors import CollectiveError
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool)
 LENGTHS = {"auto": (1, 5, SLOT_BYTES // 16 + 3, SLOT_BYTES // 4 + 1), "gloo": (1, 4099)}
 """Of each worker's range: around the size of a slot, where there are slots."""
-TRANSPORTS = (pytest.param("auto", marks=pytest.mark.shared_memory), "gloo")
+SHARED = pytest.mark.shared_memory
+TRANSPORTS = (pytest.param("auto", marks=SHARED), "gloo")
 
 
 def everyone(world: World) -> Group:
@@ -115,7 +116,7 @@ def message(source: int, to: int, channel: int, number: int, dtype: torch.dtype,
     return random(seed, int(torch.Size(shape).numel()), dtype).view(shape)
 
 
-@pytest.mark.parametrize(("size", "transport"), [(2, "auto"), (3, "auto"), (2, "gloo")])
+@pytest.mark.parametrize(("size", "transport"), [pytest.param(2, "auto", marks=SHARED), pytest.param(3, "auto", marks=SHARED), (2, "gloo")])
 def test_messages_arrive_in_the_order_of_their_channel(size, transport):
     assert run_group(messages, size, transport=transport) == {rank: [] for rank in range(size)}
 
@@ -155,9 +156,9 @@ def storm(world: World, num_small: int, num_large: int, flushes: bool) -> bool:
 @pytest.mark.parametrize(
     ("size", "transport", "num_small", "num_large", "flushes"),
     [
-        (2, "auto", 1500, 32, True),
-        (2, "auto", 1500, 32, False),
-        (4, "auto", 300, 2, False),
+        pytest.param(2, "auto", 1500, 32, True, marks=SHARED),
+        pytest.param(2, "auto", 1500, 32, False, marks=SHARED),
+        pytest.param(4, "auto", 300, 2, False, marks=SHARED),
         (2, "gloo", 200, 12, False),
     ],
 )
@@ -181,6 +182,7 @@ def send_unseen(world: World) -> bool:
     return right
 
 
+@pytest.mark.shared_memory
 def test_more_messages_than_can_be_announced_wait_with_their_sender():
     assert run_group(send_unseen, 2) == {0: True, 1: True}
 
@@ -202,6 +204,7 @@ def wait_elsewhere(world: World) -> float:
     return float(tensor[0])
 
 
+@pytest.mark.shared_memory
 def test_a_message_arrives_while_its_sender_waits_in_another_group():
     assert run_group(wait_elsewhere, 3) == dict.fromkeys(range(3), 7.0)
 
@@ -219,6 +222,7 @@ def use_memory_again(world: World) -> tuple[int, int]:
     return mailbox._end, mailbox._memory._reserved_bytes
 
 
+@pytest.mark.shared_memory
 def test_memory_is_used_again():
     """200 MiB each way, at most two messages at a time of 1 MiB: one more step than the other may be ahead."""
     for end, reserved in run_group(use_memory_again, 2).values():
@@ -244,6 +248,7 @@ def no_more_memory(world: World) -> None:
     group.start_send(torch.zeros(1 << 20), 1, "activations")
 
 
+@pytest.mark.shared_memory
 def test_memory_that_is_not_there_is_an_error_not_a_crash():
     operation, timed_out, cause = run_group(no_more_memory, 2, lost=1)[0]
     assert operation == "sending activations to rank 1"
@@ -337,6 +342,7 @@ def send_and_end(world: World) -> float:
     return float(group.receive_(tensor, 0, "a test")[-1])
 
 
+@pytest.mark.shared_memory
 def test_what_was_sent_arrives_though_its_sender_has_ended():
     assert run_group(send_and_end, 2, lost=0) == {1: 3.0}
 
@@ -352,6 +358,7 @@ def use_after_a_mismatch(world: World) -> None:
     group.receive_(torch.zeros(8), 0, "a second test")
 
 
+@pytest.mark.shared_memory
 def test_after_a_failure_nothing_is_received_any_more():
     operation, _, cause = run_group(use_after_a_mismatch, 2, lost=0)[1]
     assert "a second test" in operation

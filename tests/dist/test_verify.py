@@ -43,9 +43,9 @@ def test_right_layouts_are_proven(job, transport, tmp_path):
         ("forget_one_parameter", "plain", "gloo", "gradient", "0.bias"),
         ("normalise_locally", "batch_norm", "auto", "buffer", None),
         ("clip_before_the_sum", "clipped", "gloo", "gradient", None),
-        ("skip_the_sum", "plain", "auto", "gradient", None),
-        ("keep_a_share_back", "plain", "auto", "parameter", None),
-        ("update_too_early", "plain", "auto", "gradient", None),
+        pytest.param("skip_the_sum", "plain", "auto", "gradient", None, marks=pytest.mark.shared_memory),
+        pytest.param("keep_a_share_back", "plain", "auto", "parameter", None, marks=pytest.mark.shared_memory),
+        pytest.param("update_too_early", "plain", "auto", "gradient", None, marks=pytest.mark.shared_memory),
     ],
 )
 def test_a_planted_error_is_caught_and_named(error, job, transport, kind, name, tmp_path):

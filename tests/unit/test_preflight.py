@@ -6,8 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from paceline.comm.world import listen_on_loopback
-from paceline.errors import DataError, JobError, LaunchError, LayoutError, LossError, PacelineError, RunError
+from paceline.comm.world import TRANSPORT_VARIABLE, listen_on_loopback
+from paceline.errors import (
+    DataError,
+    JobError,
+    LaunchError,
+    LayoutError,
+    LossError,
+    OptionError,
+    PacelineError,
+    RunError,
+)
 from paceline.launch.local import free_port
 from paceline.launch.preflight import preflight
 from paceline.launch.spec import RunSpec
@@ -54,9 +63,24 @@ def test_a_batch_that_the_layout_cannot_divide_names_sizes_that_work():
     assert "batch_size of 10 or 15" in caught.value.next_step
 
 
-def test_more_workers_than_gpus():
+def test_more_workers_than_gpus(monkeypatch):
+    monkeypatch.delenv(TRANSPORT_VARIABLE, raising=False)
     with pytest.raises(LayoutError, match="needs 6 workers, and this host has 4 GPUs"):
         check(device="cuda", layout="dp_replicate=6")
+
+
+def test_gpus_with_a_transport_of_cpus_in_the_environment(monkeypatch):
+    monkeypatch.setenv(TRANSPORT_VARIABLE, "gloo")
+    with pytest.raises(
+        OptionError, match="PACELINE_TRANSPORT of the environment is 'gloo', and the workers compute"
+    ):
+        check(device="cuda", layout="dp_replicate=2")
+
+
+def test_an_unknown_transport_in_the_environment(monkeypatch):
+    monkeypatch.setenv(TRANSPORT_VARIABLE, "pigeon")
+    with pytest.raises(OptionError, match="PACELINE_TRANSPORT of the environment is 'pigeon'"):
+        check(layout="dp_replicate=1")
 
 
 @pytest.mark.parametrize(

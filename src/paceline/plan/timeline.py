@@ -79,10 +79,11 @@ def simulate(
         if result is not None:
             there_s[result] = end_s
         spans[worker].append(Span(action, begin_s, end_s))
-    return Timeline(tuple(map(tuple, spans)), tuple(_peak(order) for order in orders))
+    return Timeline(tuple(map(tuple, spans)), tuple(peak_of(order) for order in orders))
 
 
-def _peak(order: Sequence[Action]) -> int:
+def peak_of(order: Sequence[Action]) -> int:
+    """The largest number of (stage, micro-batch) pairs that a worker holds who works in this order."""
     stored = peak = 0
     for action in order:
         stored += (action.kind == "F") - (action.kind in "BW")

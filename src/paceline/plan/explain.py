@@ -1,0 +1,38 @@
+"""Why a layout lost, in words."""
+
+from __future__ import annotations
+
+from paceline.plan.forecast import Forecast
+
+_WORDS = {
+    "compute_s": "computation",
+    "tensor_s": "exchanges of tensor parallelism",
+    "bubble_s": "waiting for other stages",
+    "messages_s": "messages between stages",
+    "gather_s": "gathering of sharded parameters",
+    "gradients_s": "exchange of gradients",
+    "optimizer_s": "the optimizer",
+    "data_s": "reading the data",
+    "fixed_s": "what every step costs",
+}
+
+
+def limited_by(forecast: Forecast) -> str:
+    """What takes most of a step beside computation; computation, where that is next to nothing."""
+    terms = {name: getattr(forecast.terms, name) for name in _WORDS if name != "compute_s"}
+    name = max(terms, key=lambda n: terms[n])
+    return _WORDS[name] if terms[name] >= 0.02 * forecast.step_s else _WORDS["compute_s"]
+
+
+def why_it_lost(loser: Forecast, winner: Forecast) -> str:
+    """One sentence: `tp=4: 38 of its 52 ms are exchanges of tensor parallelism, 36 ms more than in dp_replicate=4`."""
+    more = {name: getattr(loser.terms, name) - getattr(winner.terms, name) for name in _WORDS}
+    name = max(more, key=lambda n: more[n])
+    own_s = getattr(loser.terms, name)
+    if loser.step_s <= winner.step_s or more[name] <= 0:
+        return f"{loser.layout} takes as long as {winner.layout}."
+    unit, factor = ("ms", 1e3) if loser.step_s < 1 else ("s", 1.0)
+    return (
+        f"{loser.layout}: {own_s * factor:.3g} of its {loser.step_s * factor:.3g} {unit} are {_WORDS[name]}, "
+        f"{more[name] * factor:.3g} {unit} more than in {winner.layout}."
+    )

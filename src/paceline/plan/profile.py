@@ -1,0 +1,162 @@
+"""What one job costs on one device, block by block; and what it may be spread over."""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from paceline.plan.curves import Curve
+from paceline.plan.links import Link
+from paceline.records import Cluster, Record
+
+Exchange = tuple[str, float]
+"""A collective and its bytes for one sample."""
+
+
+class Division(Record):
+    """A block under tensor parallelism of one size: what one worker's part of it costs."""
+
+    tp: int = Field(ge=2)
+    forward_s: Curve
+    backward_s: Curve
+    parameter_bytes: int = Field(ge=0)
+    trained_bytes: int = Field(ge=0)
+    saved_bytes: float = Field(ge=0)
+    """Of one sample; likewise below, and as in `Block`."""
+    saved_selective_bytes: float = Field(ge=0)
+    saved_full_bytes: float = Field(ge=0)
+    peak_bytes: float = Field(ge=0)
+    forward_exchanges: tuple[Exchange, ...] = ()
+    backward_exchanges: tuple[Exchange, ...] = ()
+
+
+class Block(Record):
+    """A piece of the model between two places where it may be cut."""
+
+    name: str
+    forward_s: Curve
+    """Seconds on one worker, against the samples of a micro-batch."""
+    backward_s: Curve
+    """Of inputs and weights together."""
+    weights_share: float = Field(default=0.5, ge=0, le=1)
+    """Of the backward pass: what the gradients of weights take."""
+    selective_share: float = Field(default=0.5, ge=0, le=1)
+    """Of the forward pass: what selective recomputation computes again."""
+    parameter_bytes: int = Field(default=0, ge=0)
+    trained_bytes: int = Field(default=0, ge=0)
+    """Of the parameters that are trained; gradients take as many."""
+    saved_bytes: float = Field(default=0.0, ge=0)
+    """What the forward pass of one sample keeps for the backward pass."""
+    saved_selective_bytes: float = Field(default=0.0, ge=0)
+    """The same under selective recomputation."""
+    saved_full_bytes: float = Field(default=0.0, ge=0)
+    """The same where all is computed again: the block's inputs."""
+    peak_bytes: float = Field(default=0.0, ge=0)
+    """Temporaries of one sample at the worst moment."""
+    output_bytes: float = Field(default=0.0, ge=0)
+    """Of one sample: what crosses a cut after this block, in one direction."""
+    divisions: tuple[Division, ...] = ()
+
+    def divided(self, tp: int) -> Block | Division | None:
+        """What one of `tp` workers computes; None where that is not known."""
+        if tp == 1:
+            return self
+        return next((d for d in self.divisions if d.tp == tp), None)
+
+
+class Costs(Record):
+    """A job's costs on one worker with `threads` threads, beside `active - 1` others on its host."""
+
+    threads: int = Field(ge=1)
+    active: int = Field(ge=1)
+    blocks: tuple[Block, ...] = Field(min_length=1)
+    """Each kind once."""
+    row: tuple[int, ...] = ()
+    """The model, from inputs to loss, as numbers of `blocks`; empty: each once."""
+    optimizer_s_per_byte: float = Field(ge=0)
+    """Seconds of the optimizer's step for one byte of trained parameters."""
+    add_s_per_byte: float = Field(default=0.0, ge=0)
+    """Seconds to add one byte of gradients to another in memory; a copy is taken to cost the same."""
+    data_s: Curve = Curve.line(0.0, 0.0)
+    """Seconds to read a worker's samples, against their number."""
+    fixed_s: float = Field(default=0.0, ge=0)
+    """Of each step, whatever is in it."""
+    meeting_s: float = Field(default=0.0, ge=0)
+    """Until all workers of a host have met."""
+
+    @model_validator(mode="after")
+    def _row_is_right(self) -> Self:
+        if any(not 0 <= at < len(self.blocks) for at in self.row):
+            raise ValueError("the row names a block that is not there")
+        return self
+
+    @functools.cached_property
+    def model(self) -> tuple[Block, ...]:
+        """All blocks in the model's order."""
+        return tuple(self.blocks[at] for at in self.row) if self.row else self.blocks
+
+
+class Profile(Record):
+    """What was measured of a job on one kind of device."""
+
+    job: str
+    batch_size: int = Field(ge=1)
+    device: str
+    costs: tuple[Costs, ...] = Field(min_length=1)
+    state_per_byte: float = Field(ge=0)
+    """Bytes of the optimizer's state for one byte of trained parameters: 2 for Adam in one precision."""
+    shares_update: bool = True
+    """The optimizer's work can be shared out among a host's workers, which then have one copy of the parameters."""
+    base_bytes: int = Field(ge=0)
+    """Of a worker, before there is a model."""
+    spread: float = Field(default=0.0, ge=0)
+    """Relative, of the measurements: half the middle half of a quantity's values over its median."""
+
+    def of(self, threads: int | None, active: int) -> Costs:
+        """The costs that come nearest: of as many threads if any, then of as many workers at a time."""
+        wanted = threads or 1
+        return min(
+            self.costs,
+            key=lambda c: (abs(c.threads - wanted), abs(c.active - active), c.active),
+        )
+
+
+class Target(Record):
+    """What a plan is made for: hosts, and what connects them."""
+
+    cluster: Cluster
+    within: Link
+    """Among workers of one host."""
+    between: Link | None = None
+    """Of each host with all others."""
+    speeds: tuple[float, ...] = ()
+    """Of each host, relative to the device of the profile; empty: all 1."""
+    source: Literal["measured", "described"] = "measured"
+
+    @model_validator(mode="after")
+    def _speeds_fit(self) -> Self:
+        hosts = len(self.cluster.hosts)
+        if self.speeds and (len(self.speeds) != hosts or min(self.speeds) <= 0):
+            raise ValueError(f"give one speed above 0 for each of {hosts} hosts")
+        if hosts > 1 and self.between is None:
+            raise ValueError(f"{hosts} hosts, and no link between them")
+        return self
+
+    def slowest(self, workers: int) -> float:
+        """The speed of the slowest host that any of the first `workers` workers is on."""
+        return min((self.speeds[i] if self.speeds else 1.0) for i in range(self.hosts_of(workers)))
+
+    def hosts_of(self, workers: int) -> int:
+        """How many hosts the first `workers` workers are on: hosts are filled one after the other."""
+        for number, host in enumerate(self.cluster.hosts, 1):
+            workers -= host.workers
+            if workers <= 0:
+                return number
+        return len(self.cluster.hosts)
+
+    @property
+    def per_host(self) -> int:
+        """Workers of a host: of the one that has fewest."""
+        return min(host.workers for host in self.cluster.hosts)

@@ -1,0 +1,162 @@
+"""The fastest layouts of a job on a target, found without forecasting all of them.
+
+Exact: what is left out cannot be faster than what is found. Layouts that differ only in how their state is sharded, or
+in what is computed again, have a bound in common (`Forecaster.least_s`); they are taken in its order until the bound
+itself is slower than what is wanted.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections.abc import Iterator
+
+from paceline.errors import LayoutError
+from paceline.plan.forecast import Forecast, Forecaster
+from paceline.plan.schedules import SCHEDULES
+from paceline.records import RECOMPUTE, Layout
+
+MEMORY_MARGIN = 0.1
+"""Share of a worker's memory that a plan leaves free: forecasts err, and allocators do not fill what they take."""
+FEW = 16
+"""Up to this number of workers every size of every axis is tried; above, those that divide the number of workers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Refused:
+    """A layout that would not fit."""
+
+    layout: Layout
+    needed_bytes: int
+    room_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a search has found."""
+
+    fastest: tuple[Forecast, ...]
+    """The fastest layouts that fit, the fastest first; of those that differ in `recompute` alone, the first that fits."""
+    num_forecast: int
+    num_possible: int
+    """Groups of layouts that have one bound in common."""
+    smallest: Refused | None
+    """Of those refused for memory on the way, the one that needs least."""
+
+
+def search(
+    forecaster: Forecaster,
+    *,
+    number: int = 10,
+    workers: int | None = None,
+    memory_bytes: int | None = None,
+    margin: float = MEMORY_MARGIN,
+) -> Found:
+    """The `number` fastest layouts.
+
+    Args:
+        workers: exactly so many workers; None: any number up to what the target has.
+        memory_bytes: what a worker may use; None: its share of its host's memory.
+        margin: share of it that is left free.
+
+    Raises:
+        LayoutError: nothing fits; the layout that needs least is named.
+    """
+    target = forecaster.target
+    if memory_bytes is None:
+        memory_bytes = min(host.memory_bytes // host.workers for host in target.cluster.hosts)
+    room = int(memory_bytes * (1 - margin))
+    bases = [
+        (forecaster.least_s(base), index, base) for index, base in enumerate(_bases(forecaster, workers))
+    ]
+    bases.sort()
+    fastest: list[tuple[float, str, Forecast]] = []
+    smallest: Refused | None = None
+    num_forecast = 0
+    for least_s, _, base in bases:
+        if len(fastest) >= number and least_s > fastest[number - 1][0]:
+            break
+        for layout in _sharded(forecaster, base):
+            for recomputing in _recomputing(layout):
+                num_forecast += 1
+                found = forecaster.forecast(recomputing)
+                if found.memory.total <= room:
+                    bisect.insort(fastest, (found.step_s, str(recomputing), found), key=lambda f: f[:2])
+                    break  # computing more again takes longer
+                if smallest is None or found.memory.total < smallest.needed_bytes:
+                    smallest = Refused(recomputing, found.memory.total, room)
+    if not fastest:
+        assert smallest is not None
+        raise LayoutError(
+            f"no layout fits: the smallest, {smallest.layout}, needs {smallest.needed_bytes / 2**20:,.0f} MiB a "
+            f"worker, and there are {room / 2**20:,.0f} MiB ({margin:.0%} left free)",
+            next_step="use more workers, workers with more memory, or a smaller model or batch",
+        )
+    return Found(tuple(found for _, _, found in fastest[:number]), num_forecast, len(bases), smallest)
+
+
+def layouts(forecaster: Forecaster, workers: int | None = None) -> Iterator[Layout]:
+    """Every layout that `search` chooses among, memory aside."""
+    for base in _bases(forecaster, workers):
+        for layout in _sharded(forecaster, base):
+            yield from _recomputing(layout)
+
+
+def _recomputing(layout: Layout) -> Iterator[Layout]:
+    """Itself, and the same with ever more computed again: where the first fits, none of the others is faster."""
+    for recompute in RECOMPUTE[: 1 if layout.schedule.startswith("zb") else None]:
+        yield layout.model_copy(update={"recompute": recompute})
+
+
+def _bases(forecaster: Forecaster, workers: int | None) -> Iterator[Layout]:
+    """Layouts with plain data parallelism and without recomputation: each stands for all that differ in these."""
+    profile, target = forecaster.profile, forecaster.target
+    most = target.cluster.workers
+    batch = profile.batch_size
+    threads = sorted({costs.threads for costs in profile.costs})
+    num_blocks = len(profile.costs[0].model)
+    splits = {1, *(d.tp for block in profile.costs[0].blocks for d in block.divisions)}
+    sizes = [n for n in range(1, most + 1) if most <= FEW or most % n == 0]
+    for tp in sorted(t for t in splits if t <= target.per_host):
+        for pp in (p for p in sizes if p * tp <= most and p <= num_blocks):
+            for dp in _divisors(batch, most // (pp * tp)):
+                used = pp * tp * dp
+                if workers is not None and used != workers:
+                    continue
+                for count in threads:
+                    for micro in _divisors(batch // dp, batch // dp):
+                        for schedule in SCHEDULES if pp > 1 else ("1f1b",):
+                            layout = Layout(
+                                pp=pp, dp_replicate=dp, tp=tp, micro=micro, schedule=schedule, threads=count
+                            )
+                            if _is_possible(forecaster, layout):
+                                yield layout
+
+
+def _is_possible(forecaster: Forecaster, layout: Layout) -> bool:
+    cluster = forecaster.target.cluster
+    threads = layout.threads or 1
+    if cluster.device == "cpu":
+        here = min(layout.workers, forecaster.target.per_host)
+        if threads > 1 and threads * here > min(host.cores for host in cluster.hosts):
+            return False
+    try:
+        forecaster.check(layout)
+    except LayoutError:
+        return False
+    return True
+
+
+def _sharded(forecaster: Forecaster, base: Layout) -> Iterator[Layout]:
+    """Itself, and the same with its state sharded: over all of its data-parallel workers, or within each host."""
+    yield base
+    n = base.dp_replicate
+    if n == 1:
+        return
+    for shard in sorted({n, forecaster.place(base, "data").per_host} - {1}):
+        for zero in (1, 2, 3) if base.pp == 1 else (1, 2):
+            yield base.model_copy(update={"dp_replicate": n // shard, "dp_shard": shard, "zero": zero})
+
+
+def _divisors(number: int, most: int) -> list[int]:
+    return [d for d in range(1, min(number, most) + 1) if number % d == 0]

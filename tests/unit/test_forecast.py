@@ -1,0 +1,318 @@
+"""The planner's arithmetic, against forms that can be computed by hand and against looking at everything."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+
+import pytest
+from planning_examples import CABLE, GIB, MEMORY, block, profile, random_profile, random_target, target
+
+from paceline.errors import LayoutError
+from paceline.plan import links
+from paceline.plan.curves import Curve
+from paceline.plan.explain import limited_by, why_it_lost
+from paceline.plan.forecast import Forecast, Forecaster, Memory, Terms, partition
+from paceline.plan.links import KINDS, Link, MeasuredCollective, Placement
+from paceline.plan.profile import Profile
+from paceline.plan.scaling import find_knee, scaling
+from paceline.plan.search import layouts, search
+from paceline.records import AXES, Layout
+
+SEEDS = range(25)
+
+
+def test_a_curve_goes_through_its_points_and_on():
+    curve = Curve.of({1: 2.0, 2: 3.0, 4: 7.0})
+    assert [curve(x) for x in (0, 1, 1.5, 2, 3, 4, 6)] == pytest.approx([1.0, 2.0, 2.5, 3.0, 5.0, 7.0, 11.0])
+    assert Curve(points=((4.0, 2.0),))(8) == 4.0
+    assert Curve.line(1.0, 0.5)(10) == 6.0
+
+
+def test_a_curve_never_falls_and_averages_what_noise_turned_round():
+    curve = Curve.of({1: 1.0, 2: 3.0, 3: 2.0, 4: 1.5, 5: 8.0})
+    assert [cost for _, cost in curve.points] == pytest.approx([1.0, 6.5 / 3, 6.5 / 3, 6.5 / 3, 8.0])
+    values = [curve(x / 10) for x in range(80)]
+    assert values == sorted(values)
+
+
+@pytest.mark.parametrize("points", [(), ((1.0, 2.0), (1.0, 3.0)), ((1.0, 2.0), (2.0, 1.0)), ((-1.0, 0.0),)])
+def test_what_is_no_curve_is_refused(points):
+    with pytest.raises(ValueError):  # noqa: PT011 - pydantic's error is one
+        Curve(points=points)
+
+
+def test_formulas_of_collectives():
+    link = Link(name="a", latency_s=1e-5, bytes_per_s=1e9)
+    b = 8e6
+    assert link.seconds("all-reduce", 4, b) == pytest.approx(6e-5 + 1.5 * b / 1e9)
+    assert link.seconds("all-gather", 4, b) == pytest.approx(3e-5 + 0.75 * b / 1e9)
+    assert link.seconds("broadcast", 8, b) == pytest.approx(3e-5 + b / 1e9)
+    assert link.seconds("message", 2, b) == pytest.approx(1e-5 + b / 1e9)
+    shared = link.model_copy(update={"is_shared": True})
+    assert shared.seconds("all-reduce", 4, b) == pytest.approx(6e-5 + 4 * 1.5 * b / 1e9)
+    with pytest.raises(ValueError, match="no collective 'gossip'"):
+        link.seconds("gossip", 2, b)
+
+
+def test_what_was_measured_stands_in_place_of_the_formula():
+    measured = MeasuredCollective(
+        kind="all-reduce", workers=2, seconds=Curve(points=((4.0, 2e-4), (1e6, 1.2e-3)))
+    )
+    link = Link(name="a", latency_s=1.0, bytes_per_s=1.0, measured=(measured,))
+    assert link.seconds("all-reduce", 2, 1e6) == pytest.approx(1.2e-3)
+    # Four workers: three times as many messages, and 1.5 instead of 1.0 times the bytes.
+    assert link.seconds("all-reduce", 4, 1e6) == pytest.approx(3 * 2e-4 + 1.5 * 1e-3)
+
+
+def test_several_hosts_send_each_byte_once_over_their_cable():
+    b = 1e7
+    within = Link(name="m", latency_s=0.0, bytes_per_s=1e15)
+    cable = Link(name="c", latency_s=0.0, bytes_per_s=1e8)
+    place = Placement(hosts=2, per_host=4)
+    assert links.seconds(within, cable, "all-reduce", place, b) == pytest.approx(b / 1e8, rel=1e-3)
+    assert links.seconds(within, cable, "all-gather", place, b) == pytest.approx(0.5 * b / 1e8, rel=1e-3)
+    # Four groups of one worker on each host use the cable at once.
+    apart = Placement(hosts=2, per_host=1, beside=4)
+    assert links.seconds(within, cable, "all-reduce", apart, b) == pytest.approx(4 * b / 1e8)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_row_is_cut_where_the_largest_part_is_smallest(seed):
+    drawn = random.Random(seed)
+    costs = [drawn.choice((0.0, 1.0, 1.0, 2.5, drawn.random())) for _ in range(drawn.randint(3, 9))]
+    number = drawn.randint(1, len(costs))
+    bounds = partition(costs, number)
+    assert bounds[0] == 0
+    assert bounds[-1] == len(costs)
+    assert all(a < b for a, b in itertools.pairwise(bounds)), bounds
+    largest = max(sum(costs[a:b]) for a, b in itertools.pairwise(bounds))
+    every = itertools.combinations(range(1, len(costs)), number - 1)
+    least = min(
+        max(sum(costs[a:b]) for a, b in itertools.pairwise((0, *inner, len(costs)))) for inner in every
+    )
+    assert largest == pytest.approx(least, rel=1e-6, abs=1e-12)
+
+
+def test_one_process_is_the_sum_of_its_blocks():
+    found = Forecaster(profile(), target()).forecast(Layout())
+    # Six blocks of 6.5 times 1 + 2 ms a sample, and 0.1 + 0.2 ms a micro-batch.
+    assert found.terms.compute_s == pytest.approx(6.5 * (16 * 3e-3 + 3e-4))
+    assert found.terms.optimizer_s == pytest.approx(6.5 * 4e7 * 1e-10)
+    assert found.terms.data_s == pytest.approx(16e-5)
+    assert found.step_s == pytest.approx(6.5 * 48.3e-3 + 0.026 + 16e-5 + 1e-4)
+    parameters = int(6.5 * 4e7)
+    assert found.memory == Memory(
+        base=GIB // 4,
+        parameters=parameters,
+        gradients=parameters,
+        state=2 * parameters,
+        saved=int(6.5 * 3e6 * 16),
+        temporary=16_000_000,
+    )
+
+
+def test_workers_of_a_host_share_the_update():
+    both = [
+        Forecaster(profile(shares_update=shares), target()).forecast(Layout(dp_replicate=4))
+        for shares in (True, False)
+    ]
+    b = 6.5 * 4e7
+    assert both[0].terms.optimizer_s == pytest.approx(both[1].terms.optimizer_s / 4)
+    assert both[0].terms.gradients_s == pytest.approx((b + 3 * b / 4) * 5e-11)
+    assert both[1].terms.gradients_s == pytest.approx(2 * b * 5e-11 + 6e-5 + 4 * 1.5 * b / 5e9)
+    # Of parameters and state a worker is counted its share of what the host has once.
+    assert both[0].memory.parameters == pytest.approx(b / 4)
+    assert both[0].memory.gradients == pytest.approx(b)
+    assert both[0].memory.state == pytest.approx(both[1].memory.state / 4)
+
+
+def test_pipelines_without_messages_take_what_the_closed_forms_say():
+    """Even stages: idle are (p-1)/m of the work, (p-1)/(v m) with v stages a worker (Narayanan et al. 2021)."""
+    free = Link(name="free", latency_s=0.0, bytes_per_s=1e30)
+    job = profile((1.0,) * 8, 32, ())
+    forecaster = Forecaster(job, target(within=free))
+    for pp, micro in ((2, 4), (4, 8), (4, 16)):
+        for schedule, stages, v in (("gpipe", None, 1), ("1f1b", None, 1), ("interleaved", 2, 2)):
+            layout = Layout(pp=pp, micro=micro, schedule=schedule, stages=stages)
+            terms = forecaster.forecast(layout).terms
+            assert terms.messages_s == 0
+            assert terms.bubble_s == pytest.approx(terms.compute_s * (pp - 1) / (v * micro)), layout
+
+
+def test_what_is_computed_again_takes_the_time_of_its_forward_pass():
+    forecaster = Forecaster(profile(), target())
+    plain, full, part = (forecaster.forecast(Layout(recompute=r)) for r in ("none", "full", "selective"))
+    forward_s = 6.5 * (16e-3 + 1e-4)
+    assert full.terms.compute_s - plain.terms.compute_s == pytest.approx(forward_s)
+    assert part.terms.compute_s - plain.terms.compute_s == pytest.approx(forward_s / 2)
+    assert full.memory.saved < part.memory.saved < plain.memory.saved
+
+
+def drawn_case(seed: int) -> tuple[Forecaster, list[Layout]]:
+    drawn = random.Random(seed)
+    forecaster = Forecaster(random_profile(drawn), random_target(drawn))
+    return forecaster, list(layouts(forecaster))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_terms_add_up_and_no_bound_is_above_its_forecast(seed):
+    forecaster, every = drawn_case(seed)
+    assert every
+    for layout in every:
+        found = forecaster.forecast(layout)
+        parts = [getattr(found.terms, name) for name in Terms.model_fields]
+        assert all(part >= -1e-12 for part in parts), (layout, found.terms)
+        assert sum(parts) == pytest.approx(found.step_s)
+        assert found.memory.total == sum(getattr(found.memory, name) for name in Memory.model_fields)
+        assert forecaster.least_s(layout) <= found.step_s * (1 + 1e-9), layout
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_search_finds_what_looking_at_everything_finds(seed):
+    forecaster, every = drawn_case(seed)
+    host = forecaster.target.cluster.hosts[0]
+    room = int(host.memory_bytes // host.workers * 0.9)
+    fitting: dict[Layout, Forecast] = {}
+    for forecast in map(forecaster.forecast, every):
+        if forecast.memory.total <= room:
+            # With more computed again it is slower, and no choice.
+            same = forecast.layout.model_copy(update={"recompute": "none"})
+            fitting[same] = min(forecast, fitting.get(same, forecast), key=lambda f: f.step_s)
+    if not fitting:
+        with pytest.raises(LayoutError, match="no layout fits: the smallest"):
+            search(forecaster)
+        return
+    found = search(forecaster, number=5).fastest
+    wanted = sorted(f.step_s for f in fitting.values())[:5]
+    assert [f.step_s for f in found] == pytest.approx(wanted)
+    assert all(f.memory.total <= room for f in found)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_more_memory_never_shrinks_the_choice(seed):
+    forecaster, every = drawn_case(seed)
+    needed = sorted(forecaster.forecast(layout).memory.total for layout in every)
+    fastest = []
+    for room in (needed[0], needed[len(needed) // 2], needed[-1]):
+        found = search(forecaster, number=len(every), memory_bytes=room, margin=0.0)
+        fastest.append(found.fastest[0].step_s)
+    assert fastest == sorted(fastest, reverse=True)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_faster_link_makes_nothing_slower(seed):
+    forecaster, every = drawn_case(seed)
+    there = forecaster.target
+    for name in ("within", "between"):
+        link: Link | None = getattr(there, name)
+        if link is None:
+            continue
+        faster = link.model_copy(
+            update={"bytes_per_s": link.bytes_per_s * 3, "latency_s": link.latency_s / 2}
+        )
+        other = Forecaster(forecaster.profile, there.model_copy(update={name: faster}))
+        for layout in every:
+            assert other.forecast(layout).step_s <= forecaster.forecast(layout).step_s * (1 + 1e-9), layout
+
+
+def test_a_collective_of_more_bytes_never_takes_less():
+    for kind in KINDS:
+        for place in (
+            Placement(hosts=1, per_host=4),
+            Placement(hosts=3, per_host=2),
+            Placement(hosts=2, per_host=1),
+        ):
+            times = [links.seconds(MEMORY, CABLE, kind, place, float(b)) for b in (0, 1, 1e3, 1e6, 1e9)]
+            assert times == sorted(times), (kind, place)
+
+
+def test_groups_are_where_the_ranks_of_the_mesh_are():
+    forecaster = Forecaster(profile(batch_size=16), target(2, 4))
+    layout = Layout(pp=2, dp_replicate=2, tp=2)
+    # Outermost first: pp apart by 4, data by 2, tp by 1; a host has 4.
+    assert forecaster.place(layout, "tp") == Placement(hosts=1, per_host=2, beside=2)
+    assert forecaster.place(layout, "data") == Placement(hosts=1, per_host=2, beside=2)
+    assert forecaster.place(layout, "pp") == Placement(hosts=2, per_host=1, beside=4)
+    assert forecaster.place(Layout(dp_replicate=8), "data") == Placement(hosts=2, per_host=4, beside=1)
+
+
+def test_an_unequal_host_slows_all_down():
+    even = Forecaster(profile(), target(2, 2)).forecast(Layout(dp_replicate=4))
+    slow = Forecaster(profile(), target(2, 2, speeds=(1.0, 0.5))).forecast(Layout(dp_replicate=4))
+    assert slow.terms.compute_s == pytest.approx(2 * even.terms.compute_s)
+    first = Forecaster(profile(), target(2, 2, speeds=(1.0, 0.5))).forecast(Layout(dp_replicate=2))
+    assert first.terms.compute_s == pytest.approx(2 * even.terms.compute_s)
+
+
+@pytest.mark.parametrize(
+    ("layout", "words"),
+    [
+        (Layout(dp_replicate=3), "16 samples cannot be divided"),
+        (Layout(dp_replicate=16), "needs 16 workers, and there are 4"),
+        (Layout(tp=4), "what tp=4 makes of the model was not measured"),
+        (Layout(pp=4, micro=4, schedule="interleaved", stages=2), "has 8 stages, and the model 6 blocks"),
+    ],
+)
+def test_what_cannot_be_is_said(layout, words):
+    with pytest.raises(LayoutError, match=words):
+        Forecaster(profile(), target()).forecast(layout)
+
+
+def test_records_go_to_json_and_back():
+    job, there = profile(), target(2, 2)
+    assert Profile.from_json(job.to_json()) == job
+    assert type(there).from_json(there.to_json()) == there
+
+
+def test_the_knee_and_the_turn_of_a_curve():
+    assert find_knee([1, 2, 3, 4], [1.0, 2.0, 3.0, 4.0], 0.5) == 4
+    assert find_knee([1, 2, 3, 4], [1.0, 1.9, 2.1, 2.0], 0.5) == 2
+    assert find_knee([1, 2, 4, 8], [1.0, 0.9, 0.8, 0.7], 0.5) == 1
+    # Three workers divide the batch badly, four do not.
+    assert find_knee([1, 2, 3, 4], [1.0, 1.9, 1.9, 3.6], 0.5) == 4
+
+
+def test_a_curve_says_where_the_ideal_went():
+    curve = scaling(Forecaster(profile((1.0,) * 4, 16, ()), target(4, 1)))
+    assert [p.workers for p in curve.points] == [1, 2, 3, 4] or [p.workers for p in curve.points] == [1, 2, 4]
+    alone = curve.points[0]
+    assert alone.speedup == 1.0
+    assert not alone.eaten_s
+    for point in curve.points[1:]:
+        ideal_s = alone.forecast.step_s / point.workers
+        assert sum(point.eaten_s.values()) == pytest.approx(point.forecast.step_s - ideal_s)
+        assert point.efficiency == pytest.approx(point.speedup / point.workers)
+    assert curve.turn in [p.workers for p in curve.points]
+
+
+def test_words_for_what_limits_and_why_a_layout_lost():
+    forecaster = Forecaster(profile((1.0,) * 4, 16, (2,)), target(2, 1))
+    alone, split, batch = (
+        forecaster.forecast(layout) for layout in (Layout(), Layout(tp=2), Layout(dp_replicate=2))
+    )
+    assert limited_by(batch) == "exchange of gradients"
+    assert limited_by(split) == "exchanges of tensor parallelism"
+    text = why_it_lost(batch, alone)
+    assert text.startswith("dp_replicate=2: ")
+    assert "are exchange of gradients" in text
+    assert text.endswith("more than in dp_replicate=1.")
+
+
+@pytest.mark.parametrize(("blocks", "batch", "hosts", "limit_s"), [(12, 64, 1, 1.5), (96, 1024, 128, 25.0)])
+def test_large_searches_come_to_an_end(blocks, batch, hosts, limit_s):
+    """A generous limit: what it takes is measured elsewhere."""
+    job = profile((0.5, *((1.0,) * (blocks - 2)), 2.0), batch, (2, 4, 8))
+    begin_s = time.monotonic()
+    found = search(Forecaster(job, target(hosts, 8, worker_bytes=80 * GIB)))
+    assert time.monotonic() - begin_s < limit_s
+    assert found.num_forecast < found.num_possible
+    assert len(found.fastest) == 10
+
+
+def test_axes_are_those_of_the_records():
+    layout = Layout(pp=2, dp_replicate=2)
+    assert set(AXES) >= {"pp", "dp_replicate", "dp_shard", "tp"}
+    assert block("b").divided(1) is not None
+    assert layout.workers == 4
