@@ -7,7 +7,7 @@ import random
 import time
 
 import pytest
-from planning_examples import CABLE, GIB, MEMORY, block, profile, random_profile, random_target, target
+from planning_examples import CABLE, GIB, MEMORY, profile, random_profile, random_target, target
 
 from paceline.errors import LayoutError
 from paceline.plan import links
@@ -17,8 +17,10 @@ from paceline.plan.forecast import Forecast, Forecaster, Memory, Terms, partitio
 from paceline.plan.links import KINDS, Link, MeasuredCollective, Placement
 from paceline.plan.profile import Profile
 from paceline.plan.scaling import find_knee, scaling
+from paceline.plan.schedules import SCHEDULES, make_schedule
 from paceline.plan.search import layouts, search
-from paceline.records import AXES, Layout
+from paceline.plan.timeline import coded, makespan_s, simulate
+from paceline.records import Layout
 
 SEEDS = range(25)
 
@@ -141,6 +143,24 @@ def test_pipelines_without_messages_take_what_the_closed_forms_say():
             assert terms.bubble_s == pytest.approx(terms.compute_s * (pp - 1) / (v * micro)), layout
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_quick_makespan_is_that_of_the_whole_timeline(seed):
+    drawn = random.Random(seed)
+    for name in SCHEDULES:
+        pp, micro = drawn.randint(2, 5), drawn.randint(1, 9)
+        schedule = make_schedule(name, pp, micro)
+        costs_s = [[drawn.random() for _ in range(schedule.num_stages)] for _ in range(3)]
+        send_s = drawn.choice((0.0, drawn.random()))
+        found = makespan_s(
+            [coded(schedule.actions(worker)) for worker in range(pp)],
+            [schedule.worker_of(stage) for stage in range(schedule.num_stages)],
+            micro,
+            [seconds for of_stage in zip(*costs_s, strict=True) for seconds in of_stage],
+            send_s,
+        )
+        assert found == pytest.approx(simulate(schedule, *costs_s, send_s).makespan_s), (name, pp, micro)
+
+
 def test_what_is_computed_again_takes_the_time_of_its_forward_pass():
     forecaster = Forecaster(profile(), target())
     plain, full, part = (forecaster.forecast(Layout(recompute=r)) for r in ("none", "full", "selective"))
@@ -242,8 +262,12 @@ def test_an_unequal_host_slows_all_down():
     even = Forecaster(profile(), target(2, 2)).forecast(Layout(dp_replicate=4))
     slow = Forecaster(profile(), target(2, 2, speeds=(1.0, 0.5))).forecast(Layout(dp_replicate=4))
     assert slow.terms.compute_s == pytest.approx(2 * even.terms.compute_s)
-    first = Forecaster(profile(), target(2, 2, speeds=(1.0, 0.5))).forecast(Layout(dp_replicate=2))
-    assert first.terms.compute_s == pytest.approx(2 * even.terms.compute_s)
+    # Two workers are both on the first host.
+    first, two = (
+        Forecaster(profile(), target(2, 2, speeds=speeds)).forecast(Layout(dp_replicate=2))
+        for speeds in ((1.0, 0.5), ())
+    )
+    assert first == two
 
 
 @pytest.mark.parametrize(
@@ -309,10 +333,3 @@ def test_large_searches_come_to_an_end(blocks, batch, hosts, limit_s):
     assert time.monotonic() - begin_s < limit_s
     assert found.num_forecast < found.num_possible
     assert len(found.fastest) == 10
-
-
-def test_axes_are_those_of_the_records():
-    layout = Layout(pp=2, dp_replicate=2)
-    assert set(AXES) >= {"pp", "dp_replicate", "dp_shard", "tp"}
-    assert block("b").divided(1) is not None
-    assert layout.workers == 4

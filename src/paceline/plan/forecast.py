@@ -16,8 +16,8 @@ from paceline.errors import LayoutError
 from paceline.plan import links
 from paceline.plan.links import Placement
 from paceline.plan.profile import Block, Costs, Division, Profile, Target
-from paceline.plan.schedules import Schedule, make_schedule
-from paceline.plan.timeline import Timeline, peak_of, simulate
+from paceline.plan.schedules import SCHEDULES, make_schedule
+from paceline.plan.timeline import Coded, Timeline, coded, makespan_s, peak_of, simulate
 from paceline.records import AXES, Layout, Record
 
 SHARED_MEMORY = "shared memory"
@@ -46,7 +46,7 @@ class Terms(Record):
 
     @property
     def step_s(self) -> float:
-        return sum(getattr(self, name) for name in type(self).model_fields)
+        return float(sum(getattr(self, name) for name in type(self).model_fields))
 
 
 class Memory(Record):
@@ -116,7 +116,9 @@ class Forecaster:
     def __init__(self, profile: Profile, target: Target) -> None:
         self.profile, self.target = profile, target
         self._stages: dict[Any, tuple[Stage, ...]] = {}
-        self._timelines: dict[Any, tuple[Timeline, float]] = {}
+        self._played: dict[Any, tuple[float, float]] = {}
+        self._places: dict[Any, Placement] = {}
+        self._costs: dict[Any, Costs] = {}
 
     def forecast(self, layout: Layout) -> Forecast:
         """The forecast of a layout.
@@ -126,21 +128,16 @@ class Forecaster:
         """
         self.check(layout)
         costs, stages = self.costs_of(layout), self.stages_of(layout)
-        schedule = make_schedule(layout.schedule, layout.pp, layout.micro, layout.stages)
-        held = [[stages[s] for s in schedule.stages_of(worker)] for worker in range(layout.pp)]
-        terms = self._computing(layout, stages, schedule)
-        rest = [self._updating(layout, costs, mine) for mine in held]
+        held = [
+            [stages[s] for s in mine]
+            for mine in _stages_of_workers(layout.schedule, layout.pp, layout.stages)
+        ]
+        computing = self._computing(layout, stages, held)
+        updating = [self._updating(layout, costs, mine) for mine in held]
         # Whoever takes longest for its gradients and its update keeps the others waiting.
-        slowest = max(rest, key=lambda t: t.gather_s + t.gradients_s + t.optimizer_s + t.fixed_s)
-        samples = self.profile.batch_size / layout.data_parallel
-        terms = slowest.model_copy(
-            update={
-                **{
-                    name: getattr(terms, name) for name in ("compute_s", "tensor_s", "bubble_s", "messages_s")
-                },
-                "data_s": costs.data_s(samples),
-            }
-        )
+        slowest = max(updating, key=lambda terms: sum(terms.values()))
+        data_s = costs.data_s(self.profile.batch_size / layout.data_parallel)
+        terms = computing.model_copy(update={**slowest, "data_s": data_s})
         memory = max((self._memory(layout, mine, w) for w, mine in enumerate(held)), key=lambda m: m.total)
         return Forecast(layout=layout, terms=terms, memory=memory, samples=self.profile.batch_size)
 
@@ -148,17 +145,32 @@ class Forecaster:
         """What a step of a layout takes at least: no more than its forecast, and found without playing its schedule.
 
         A worker of a pipeline cannot begin before a micro-batch has come to its first stage, nor end before the last
-        gradients have gone back from there.
+        gradients have gone back from there; and who has most parameters has to update them.
         """
-        stages = self.stages_of(layout)
-        schedule = make_schedule(layout.schedule, layout.pp, layout.micro, layout.stages)
+        costs, stages = self.costs_of(layout), self.stages_of(layout)
+        updating = self._updating(layout, costs, self._heaviest(layout, stages))
+        data_s = costs.data_s(self.profile.batch_size / layout.data_parallel)
+        return self._least_computing_s(layout, stages) + sum(updating.values()) + data_s
+
+    def _heaviest(self, layout: Layout, stages: Sequence[Stage]) -> list[Stage]:
+        """The stages of the worker that has most parameters to update."""
+        mine_of = _stages_of_workers(layout.schedule, layout.pp, layout.stages)
+        return [stages[s] for s in max(mine_of, key=lambda mine: sum(stages[s].trained_bytes for s in mine))]
+
+    def _least_computing_s(self, layout: Layout, stages: tuple[Stage, ...]) -> float:
+        if layout.pp == 1:
+            return layout.micro * stages[0].busy_s
+        send_s = self._send_s(layout, stages)
+        there_s = [0.0, *itertools.accumulate(s.forward_s + send_s for s in stages)]
+        back_s = [0.0, *itertools.accumulate(s.input_s + send_s for s in stages)]
         least_s = 0.0
-        for worker in range(layout.pp):
-            mine = schedule.stages_of(worker)
-            before = stages[: mine[0]]
-            on_the_way_s = sum(stage.forward_s + stage.input_s for stage in before)
-            busy_s = layout.micro * sum(stages[s].busy_s for s in mine)
-            least_s = max(least_s, on_the_way_s + busy_s)
+        for mine in _stages_of_workers(layout.schedule, layout.pp, layout.stages):
+            first = mine[0]
+            weights_s = layout.micro * sum(stages[s].weight_s for s in mine)
+            others_s = layout.micro * sum(stages[s].forward_s + stages[s].input_s for s in mine)
+            # The gradients of weights may be computed while those of the inputs go back.
+            hidden_s = min(back_s[first], weights_s) if SCHEDULES[layout.schedule].in_parts else 0.0
+            least_s = max(least_s, there_s[first] + others_s + weights_s + back_s[first] - hidden_s)
         return least_s
 
     def check(self, layout: Layout) -> None:
@@ -175,16 +187,19 @@ class Forecaster:
                 f"layout {layout}: what tp={layout.tp} makes of the model was not measured",
                 next_step="measure it, or use another tp",
             )
-        schedule = make_schedule(layout.schedule, layout.pp, layout.micro, layout.stages)
-        if schedule.num_stages > len(costs.model):
+        num_stages = sum(map(len, _stages_of_workers(layout.schedule, layout.pp, layout.stages)))
+        if num_stages > len(costs.model):
             raise LayoutError(
-                f"layout {layout} has {schedule.num_stages} stages, and the model {len(costs.model)} blocks",
+                f"layout {layout} has {num_stages} stages, and the model {len(costs.model)} blocks",
                 next_step="use a smaller pp, or fewer stages",
             )
 
     def costs_of(self, layout: Layout) -> Costs:
         """What was measured with as many threads, and workers at a time, as the layout has."""
-        return self.profile.of(layout.threads, min(layout.workers, self.target.per_host))
+        key = layout.threads, min(layout.workers, self.target.per_host)
+        if key not in self._costs:
+            self._costs[key] = self.profile.of(*key)
+        return self._costs[key]
 
     def micro_samples(self, layout: Layout) -> float:
         """Samples of one worker in one micro-batch."""
@@ -200,24 +215,27 @@ class Forecaster:
         stride = 1
         for name in inner:
             stride *= getattr(layout, name)
+        key = size, stride, layout.workers
+        if key not in self._places:
+            self._places[key] = self._find_place(*key)
+        return self._places[key]
+
+    def _find_place(self, size: int, stride: int, workers: int) -> Placement:
+        """Of a group of `size` members whose ranks are `stride` apart, among the first `workers`."""
         per_host = self.target.per_host
-        if layout.workers <= self.target.cluster.hosts[0].workers:
+        if workers <= self.target.cluster.hosts[0].workers:
             return Placement(hosts=1, per_host=size)
-        together = max(1, min(size, per_host // stride)) if stride <= per_host else 1
+        together = max(1, min(size, per_host // stride))
         while size % together:
             together -= 1
-        return Placement(
-            hosts=size // together,
-            per_host=together,
-            beside=max(1, min(per_host, layout.workers) // together),
-        )
+        beside = max(1, min(per_host, workers) // together)
+        return Placement(hosts=size // together, per_host=together, beside=beside)
 
     def stages_of(self, layout: Layout) -> tuple[Stage, ...]:
         """All stages in the model's order, cut where the slowest is fastest."""
         micro = self.micro_samples(layout)
-        per_worker = make_schedule(layout.schedule, layout.pp, 1, layout.stages).stages_per_worker
-        number = layout.pp * per_worker
-        key = (
+        number = sum(map(len, _stages_of_workers(layout.schedule, layout.pp, layout.stages)))
+        key: tuple[Any, ...] = (
             layout.threads,
             min(layout.workers, self.target.per_host),
             layout.tp,
@@ -277,44 +295,52 @@ class Forecaster:
     def _link_s(self, kind: str, place: Placement, num_bytes: float) -> float:
         return links.seconds(self.target.within, self.target.between, kind, place, num_bytes)
 
-    def _computing(self, layout: Layout, stages: Sequence[Stage], schedule: Schedule) -> Terms:
+    def _computing(self, layout: Layout, stages: tuple[Stage, ...], held: Sequence[Sequence[Stage]]) -> Terms:
         busy = [
-            (
-                layout.micro * sum(stages[s].busy_s for s in mine),
-                layout.micro * sum(stages[s].tensor_s for s in mine),
-            )
-            for mine in map(schedule.stages_of, range(layout.pp))
+            (layout.micro * sum(s.busy_s for s in mine), layout.micro * sum(s.tensor_s for s in mine))
+            for mine in held
         ]
         busy_s, tensor_s = max(busy)
         if layout.pp == 1:
             return Terms(compute_s=busy_s - tensor_s, tensor_s=tensor_s)
-        timeline, without_s = self.timeline(layout)
+        whole_s, without_s = self._makespans(layout, stages)
         return Terms(
             compute_s=busy_s - tensor_s,
             tensor_s=tensor_s,
             bubble_s=without_s - busy_s,
-            messages_s=timeline.makespan_s - without_s,
+            messages_s=whole_s - without_s,
         )
 
-    def timeline(self, layout: Layout) -> tuple[Timeline, float]:
-        """A pipeline's step; and how long it would take if sending took no time."""
+    def timeline(self, layout: Layout) -> Timeline:
+        """A pipeline's step, action by action."""
         stages = self.stages_of(layout)
+        schedule = make_schedule(layout.schedule, layout.pp, layout.micro, layout.stages)
+        forward_s, input_s, weight_s = zip(
+            *((s.forward_s, s.input_s, s.weight_s) for s in stages), strict=True
+        )
+        return simulate(schedule, forward_s, input_s, weight_s, self._send_s(layout, stages))
+
+    def _makespans(self, layout: Layout, stages: tuple[Stage, ...]) -> tuple[float, float]:
+        """Seconds of a pipeline's step; and how long it would take if sending took no time."""
+        send_s = self._send_s(layout, stages)
+        key = (layout.schedule, layout.pp, layout.micro, layout.stages, stages, send_s)
+        if key not in self._played:
+            orders, worker_of = _orders(layout.schedule, layout.pp, layout.micro, layout.stages)
+            costs_s = [seconds for s in stages for seconds in (s.forward_s, s.input_s, s.weight_s)]
+            found_s = makespan_s(orders, worker_of, layout.micro, costs_s, send_s)
+            without_s = makespan_s(orders, worker_of, layout.micro, costs_s) if send_s else found_s
+            self._played[key] = found_s, without_s
+        return self._played[key]
+
+    def _send_s(self, layout: Layout, stages: Sequence[Stage]) -> float:
+        """Until what crosses a cut is there: over the cable wherever neighbours are on different hosts."""
         place = self.place(layout, "pp")
-        # A value goes to the next stage: over the cable wherever neighbours are on different hosts.
         hop = (
             Placement(hosts=2, per_host=1, beside=place.beside)
             if place.hosts > 1
             else Placement(hosts=1, per_host=2)
         )
-        send_s = self._link_s("message", hop, max(s.output_bytes for s in stages[:-1]))
-        key = (layout.schedule, layout.pp, layout.micro, stages, send_s)
-        if key not in self._timelines:
-            schedule = make_schedule(layout.schedule, layout.pp, layout.micro, layout.stages)
-            each = [[getattr(s, name) for s in stages] for name in ("forward_s", "input_s", "weight_s")]
-            found = simulate(schedule, *each, send_s=send_s)
-            without_s = simulate(schedule, *each).makespan_s if send_s else found.makespan_s
-            self._timelines[key] = found, without_s
-        return self._timelines[key]
+        return self._link_s("message", hop, max(s.output_bytes for s in stages[:-1]))
 
     def one_copy(self, layout: Layout) -> bool:
         """Whether the workers of a host have one copy of the parameters between them, of which each updates a share."""
@@ -325,7 +351,7 @@ class Forecaster:
             and self.place(layout, "data").per_host > 1
         )
 
-    def _updating(self, layout: Layout, costs: Costs, mine: Sequence[Stage]) -> Terms:
+    def _updating(self, layout: Layout, costs: Costs, mine: Sequence[Stage]) -> dict[str, float]:
         """From a worker's gradients to its updated parameters."""
         trained = sum(stage.trained_bytes for stage in mine)
         whole = sum(stage.parameter_bytes for stage in mine)
@@ -333,36 +359,36 @@ class Forecaster:
         update_s, add_s = costs.optimizer_s_per_byte / speed, costs.add_s_per_byte / speed
         n = layout.data_parallel
         if n == 1:
-            return Terms(optimizer_s=trained * update_s, fixed_s=costs.fixed_s)
+            return {"optimizer_s": trained * update_s, "fixed_s": costs.fixed_s}
         place = self.place(layout, "data")
         if self.one_copy(layout):
             k = place.per_host
             across = Placement(hosts=place.hosts, per_host=1, beside=place.beside * k)
             added_s = trained * add_s + (k - 1) * trained / k * add_s
-            return Terms(
-                gradients_s=added_s + self._link_s("all-reduce", across, trained / k),
-                optimizer_s=trained / k * update_s,
-                fixed_s=costs.fixed_s + 2 * costs.meeting_s,
-            )
+            return {
+                "gradients_s": added_s + self._link_s("all-reduce", across, trained / k),
+                "optimizer_s": trained / k * update_s,
+                "fixed_s": costs.fixed_s + 2 * costs.meeting_s,
+            }
         if layout.dp_shard == 1:
-            return Terms(
-                gradients_s=2 * trained * add_s + self._link_s("all-reduce", place, trained),
-                optimizer_s=trained * update_s,
-                fixed_s=costs.fixed_s,
-            )
+            return {
+                "gradients_s": 2 * trained * add_s + self._link_s("all-reduce", place, trained),
+                "optimizer_s": trained * update_s,
+                "fixed_s": costs.fixed_s,
+            }
         shard, replicate = self.place(layout, "dp_shard"), self.place(layout, "dp_replicate")
         units = sum(stage.num_blocks for stage in mine)
         times = {1: 1, 2: 1, 3: 2 * layout.micro}[layout.zero_stage]
         gather_s = times * units * self._link_s("all-gather", shard, whole / units)
         reduce_s = layout.micro * units * self._link_s("reduce-scatter", shard, trained / units)
-        return Terms(
-            gather_s=gather_s,
-            gradients_s=2 * trained * add_s * layout.micro
+        return {
+            "gather_s": gather_s,
+            "gradients_s": 2 * trained * add_s * layout.micro
             + reduce_s
             + self._link_s("all-reduce", replicate, trained / layout.dp_shard),
-            optimizer_s=trained / layout.dp_shard * update_s,
-            fixed_s=costs.fixed_s,
-        )
+            "optimizer_s": trained / layout.dp_shard * update_s,
+            "fixed_s": costs.fixed_s,
+        }
 
     def _memory(self, layout: Layout, mine: Sequence[Stage], worker: int) -> Memory:
         trained = sum(stage.trained_bytes for stage in mine)
@@ -396,6 +422,19 @@ class Forecaster:
         )
 
 
+@functools.lru_cache(maxsize=128)
+def _orders(schedule: str, pp: int, micro: int, stages: int | None) -> tuple[list[list[Coded]], list[int]]:
+    """What each worker does, in numbers; and the worker of each stage."""
+    made = make_schedule(schedule, pp, micro, stages)
+    return [coded(made.actions(w)) for w in range(pp)], [made.worker_of(s) for s in range(made.num_stages)]
+
+
+@functools.cache
+def _stages_of_workers(schedule: str, pp: int, stages: int | None) -> tuple[tuple[int, ...], ...]:
+    made = make_schedule(schedule, pp, 1, stages)
+    return tuple(tuple(made.stages_of(worker)) for worker in range(pp))
+
+
 @functools.cache
 def peak_stored(schedule: str, pp: int, micro: int, stages: int | None) -> tuple[int, ...]:
     """`Timeline.peak_stored` of a schedule, which does not depend on what its actions take."""
@@ -405,7 +444,10 @@ def peak_stored(schedule: str, pp: int, micro: int, stages: int | None) -> tuple
 
 def _join(pieces: Sequence[Stage]) -> Stage:
     """Blocks one after the other."""
-    total = functools.partial(_total, pieces)
+
+    def total(name: str) -> float:
+        return float(sum(getattr(piece, name) for piece in pieces))
+
     return Stage(
         forward_s=total("forward_s"),
         input_s=total("input_s"),
@@ -419,10 +461,6 @@ def _join(pieces: Sequence[Stage]) -> Stage:
         num_blocks=len(pieces),
         largest_bytes=max(piece.largest_bytes for piece in pieces),
     )
-
-
-def _total(pieces: Sequence[Stage], name: str) -> float:
-    return sum(getattr(piece, name) for piece in pieces)
 
 
 def partition(costs: Sequence[float], number: int) -> list[int]:

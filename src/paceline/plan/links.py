@@ -17,6 +17,7 @@ it is scaled by the formula's ratio.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Literal
@@ -97,12 +98,13 @@ def _shape(kind: str, workers: int) -> tuple[float, float]:
     raise ValueError(f"no collective {kind!r}")
 
 
-class Placement(Record):
+@dataclasses.dataclass(frozen=True)
+class Placement:
     """Where the members of one group are: `per_host` on each of `hosts` hosts."""
 
-    hosts: int = Field(ge=1)
-    per_host: int = Field(ge=1)
-    beside: int = Field(default=1, ge=1)
+    hosts: int
+    per_host: int
+    beside: int = 1
     """Groups of the same axis that have members on one host: they use its cable at the same time."""
 
     @property

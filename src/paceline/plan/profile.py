@@ -146,7 +146,7 @@ class Target(Record):
 
     def slowest(self, workers: int) -> float:
         """The speed of the slowest host that any of the first `workers` workers is on."""
-        return min((self.speeds[i] if self.speeds else 1.0) for i in range(self.hosts_of(workers)))
+        return min(self.speeds[: self.hosts_of(workers)]) if self.speeds else 1.0
 
     def hosts_of(self, workers: int) -> int:
         """How many hosts the first `workers` workers are on: hosts are filled one after the other."""
@@ -156,7 +156,7 @@ class Target(Record):
                 return number
         return len(self.cluster.hosts)
 
-    @property
+    @functools.cached_property
     def per_host(self) -> int:
         """Workers of a host: of the one that has fewest."""
         return min(host.workers for host in self.cluster.hosts)

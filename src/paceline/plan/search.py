@@ -1,8 +1,7 @@
 """The fastest layouts of a job on a target, found without forecasting all of them.
 
-Exact: what is left out cannot be faster than what is found. Layouts that differ only in how their state is sharded, or
-in what is computed again, have a bound in common (`Forecaster.least_s`); they are taken in its order until the bound
-itself is slower than what is wanted.
+Exact: what is left out cannot be faster than what is found. Each layout has a bound that is found quickly
+(`Forecaster.least_s`); they are forecast in its order, until the bound itself is slower than what is wanted.
 """
 
 from __future__ import annotations
@@ -36,10 +35,10 @@ class Found:
     """What a search has found."""
 
     fastest: tuple[Forecast, ...]
-    """The fastest layouts that fit, the fastest first; of those that differ in `recompute` alone, the first that fits."""
+    """Those that fit, the fastest first; of layouts that differ in `recompute` alone the first that fits."""
     num_forecast: int
     num_possible: int
-    """Groups of layouts that have one bound in common."""
+    """Layouts with a bound, recomputation aside."""
     smallest: Refused | None
     """Of those refused for memory on the way, the one that needs least."""
 
@@ -66,25 +65,22 @@ def search(
     if memory_bytes is None:
         memory_bytes = min(host.memory_bytes // host.workers for host in target.cluster.hosts)
     room = int(memory_bytes * (1 - margin))
-    bases = [
-        (forecaster.least_s(base), index, base) for index, base in enumerate(_bases(forecaster, workers))
-    ]
-    bases.sort()
+    possible = [layout for base in _bases(forecaster, workers) for layout in _sharded(forecaster, base)]
+    bounded = sorted((forecaster.least_s(layout), index) for index, layout in enumerate(possible))
     fastest: list[tuple[float, str, Forecast]] = []
     smallest: Refused | None = None
     num_forecast = 0
-    for least_s, _, base in bases:
+    for least_s, index in bounded:
         if len(fastest) >= number and least_s > fastest[number - 1][0]:
             break
-        for layout in _sharded(forecaster, base):
-            for recomputing in _recomputing(layout):
-                num_forecast += 1
-                found = forecaster.forecast(recomputing)
-                if found.memory.total <= room:
-                    bisect.insort(fastest, (found.step_s, str(recomputing), found), key=lambda f: f[:2])
-                    break  # computing more again takes longer
-                if smallest is None or found.memory.total < smallest.needed_bytes:
-                    smallest = Refused(recomputing, found.memory.total, room)
+        for layout in _recomputing(possible[index]):
+            num_forecast += 1
+            found = forecaster.forecast(layout)
+            if found.memory.total <= room:
+                bisect.insort(fastest, (found.step_s, str(layout), found), key=lambda f: f[:2])
+                break  # computing more again takes longer
+            if smallest is None or found.memory.total < smallest.needed_bytes:
+                smallest = Refused(layout, found.memory.total, room)
     if not fastest:
         assert smallest is not None
         raise LayoutError(
@@ -92,7 +88,7 @@ def search(
             f"worker, and there are {room / 2**20:,.0f} MiB ({margin:.0%} left free)",
             next_step="use more workers, workers with more memory, or a smaller model or batch",
         )
-    return Found(tuple(found for _, _, found in fastest[:number]), num_forecast, len(bases), smallest)
+    return Found(tuple(found for _, _, found in fastest[:number]), num_forecast, len(possible), smallest)
 
 
 def layouts(forecaster: Forecaster, workers: int | None = None) -> Iterator[Layout]:
