@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
 
@@ -228,6 +229,22 @@ def test_memory_is_used_again():
     for end, reserved in run_group(use_memory_again, 2).values():
         assert 1 << 20 < end < 6 << 20
         assert end <= reserved < end + (2 << 20)
+
+
+def under_a_limit(world: World) -> tuple[str, str, float]:
+    """The worker that makes the memory may have no file, and so no memory of this kind, above 1 MiB."""
+    if world.rank == 0:
+        _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, most))
+    group = world.group(2)
+    assert group is not None
+    return group.transport, group.why_no_memory, float(group.sum_(torch.ones(3), "a test")[0])
+
+
+@pytest.mark.shared_memory
+def test_a_limit_of_the_system_is_told_and_gloo_goes_on():
+    reason = "rank 0 cannot reserve shared memory: File too large"
+    assert run_group(under_a_limit, 2) == dict.fromkeys(range(2), ("gloo", reason, 2.0))
 
 
 @pytest.mark.parametrize("num_bytes", [1, 64, 65, 1000, 4096, 4097, (1 << 20) + 64, 123_456_789])

@@ -15,7 +15,7 @@ from paceline.plan.curves import Curve
 from paceline.plan.explain import limited_by, why_it_lost
 from paceline.plan.forecast import Forecast, Forecaster, Memory, Terms, partition
 from paceline.plan.links import KINDS, Link, MeasuredCollective, Placement
-from paceline.plan.profile import Profile
+from paceline.plan.profile import Block, Costs, Profile
 from paceline.plan.scaling import find_knee, scaling
 from paceline.plan.schedules import SCHEDULES, make_schedule
 from paceline.plan.search import layouts, search
@@ -333,3 +333,37 @@ def test_large_searches_come_to_an_end(blocks, batch, hosts, limit_s):
     assert time.monotonic() - begin_s < limit_s
     assert found.num_forecast < found.num_possible
     assert len(found.fastest) == 10
+
+
+def test_the_example_in_the_documentation_is_right():
+    """docs/planning.md computes these numbers by hand."""
+    layer = Block(
+        name="layer",
+        forward_s=Curve.line(0.0, 1e-3),
+        backward_s=Curve.line(0.0, 2e-3),
+        parameter_bytes=10_000_000,
+        trained_bytes=10_000_000,
+        output_bytes=1e6,
+    )
+    costs = Costs(
+        threads=1,
+        active=1,
+        blocks=(layer,),
+        row=(0,) * 4,
+        optimizer_s_per_byte=1e-10,
+        add_s_per_byte=5e-11,
+        fixed_s=1e-4,
+        meeting_s=1e-5,
+    )
+    job = Profile(job="example", batch_size=8, device="cpu", costs=(costs,), state_per_byte=2.0, base_bytes=0)
+    forecaster = Forecaster(job, target(1, 2))
+    steps_ms = {
+        text: 1e3 * forecaster.forecast(Layout.parse(text)).step_s
+        for text in ("dp_replicate=1", "dp_replicate=2", "pp=2,micro=4")
+    }
+    assert steps_ms == pytest.approx(
+        {"dp_replicate=1": 100.1, "dp_replicate=2": 53.12, "pp=2,micro=4": 63.74}
+    )
+    terms = forecaster.forecast(Layout.parse("pp=2,micro=4")).terms
+    assert terms.bubble_s == pytest.approx(12e-3)
+    assert terms.messages_s == pytest.approx(1.64e-3)
