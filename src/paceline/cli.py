@@ -129,6 +129,45 @@ def verify(
 
 
 @app.command()
+def plan(
+    job_file: JobFile,
+    number: Annotated[int, typer.Option(min=1, help="How many layouts to print.")] = 10,
+    memory: Annotated[
+        float | None, typer.Option(help="GiB that a worker may use; by default its share of the host's.")
+    ] = None,
+    seed: Seed = 0,
+    settings: Settings = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A new directory for what was measured and forecast, as JSON.")
+    ] = None,
+    transport: Transport = "auto",
+    timeout: Timeout = 300.0,
+    port: Port = None,
+) -> None:
+    """Measure a job on this machine, and forecast its layouts and what more workers would bring."""
+    console = Console()
+
+    def run() -> None:
+        from paceline.launch.spec import RunSpec
+        from paceline.run import plan as carry_out
+
+        spec = RunSpec(
+            purpose="plan",
+            job_file=str(job_file),
+            settings=_read_settings(settings or []),
+            out=str(out) if out else "",
+            seed=seed,
+            transport=transport,
+            timeout_s=timeout,
+            command=["paceline", *sys.argv[1:]],
+        )
+        memory_bytes = None if memory is None else int(memory * 2**30)
+        carry_out(spec, console, number=number, memory_bytes=memory_bytes, port=port)
+
+    _run_plainly(run)
+
+
+@app.command()
 def report(run_directory: Annotated[Path, typer.Argument(help="A run's directory.")]) -> None:
     """Write a run's report.html and figures again, from its events."""
 

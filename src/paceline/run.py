@@ -1,9 +1,10 @@
-"""`paceline train` from beginning to end: check, start workers, show progress, report."""
+"""`paceline train`, `verify` and `plan` from beginning to end: check, start workers, show progress, report."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import os
 import shutil
 import tempfile
@@ -18,12 +19,17 @@ from paceline.errors import LaunchError, LayoutError, PacelineError, RunError
 from paceline.events import EventWriter
 from paceline.launch.local import free_port, launch
 from paceline.launch.preflight import preflight
-from paceline.launch.spec import AUTO, RunSpec
+from paceline.launch.spec import AUTO, MEASURED_FILES, RunSpec
 from paceline.launch.worker import Worker
-from paceline.load import LoadedJob
+from paceline.load import LoadedJob, load_job_file
 from paceline.measure.machine import device_kind, local_workers
+from paceline.plan.forecast import Forecaster
+from paceline.plan.profile import LinkedCluster, Profile
+from paceline.plan.scaling import scaling
+from paceline.plan.search import search
 from paceline.records import Layout
 from paceline.report import write_report
+from paceline.report.plans import print_plan
 from paceline.report.proofs import print_proof
 from paceline.report.reader import follow, read_log
 from paceline.report.summary import print_summary
@@ -77,6 +83,45 @@ def verify(spec: RunSpec, console: Console, *, port: int | None = None) -> bool:
         return True  # a worker of torchrun other than the first: that one tells
     print_proof(console, log.proof)
     return log.proof.status == "equal"
+
+
+def plan(
+    spec: RunSpec,
+    console: Console,
+    *,
+    number: int,
+    memory_bytes: int | None = None,
+    port: int | None = None,
+) -> None:
+    """Measure the job on this machine, forecast its layouts, and print the fastest ones and the speed-up curve.
+
+    With `spec.out` the measured `profile.json` and `cluster.json` stay there, beside `plan.json`: what is printed.
+
+    Raises:
+        PacelineError: the job is wrong, a worker failed, or no layout fits.
+    """
+    if started_by_torchrun():
+        raise LaunchError(
+            "`paceline plan` was started by torchrun",
+            next_step="run it by itself: it plans for the workers of this host",
+        )
+    workers = local_workers(device_kind())
+    preflight(spec, device_kind(), workers)
+    directory = _new_directory(spec, load_job_file(spec.job_file, spec.settings)) if spec.out else None
+    place = directory or Path(tempfile.mkdtemp(prefix="paceline-plan-"))
+    spec = spec.model_copy(update={"out": str(place), "store_port": free_port(port)})
+    launch(spec, workers)
+    measured = [json.loads((place / name).read_text()) for name in MEASURED_FILES]
+    profile, linked = Profile.from_json(measured[0]), LinkedCluster.from_json(measured[1])
+    if directory is None:
+        shutil.rmtree(place)
+    forecaster = Forecaster(profile, linked)
+    found = search(forecaster, number=number, memory_bytes=memory_bytes)
+    curve = scaling(forecaster, memory_bytes=memory_bytes)
+    print_plan(console, found, curve)
+    if directory is not None:
+        told = {"layouts": [f.to_json() for f in found.fastest], "curve": curve.to_json()}
+        (directory / "plan.json").write_text(json.dumps(told, indent=2) + "\n")
 
 
 def _one_layout(spec: RunSpec) -> Layout:

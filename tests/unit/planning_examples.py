@@ -6,7 +6,7 @@ import random
 
 from paceline.plan.curves import Curve
 from paceline.plan.links import Link
-from paceline.plan.profile import Block, Costs, Division, Profile, Target
+from paceline.plan.profile import Block, Costs, Division, LinkedCluster, Profile
 from paceline.records import Cluster, Host
 
 GIB = 1 << 30
@@ -82,7 +82,7 @@ MEMORY = Link(name="shared memory", latency_s=1e-5, bytes_per_s=5e9, is_shared=T
 CABLE = Link(name="gloo", latency_s=1e-4, bytes_per_s=1.25e8)
 
 
-def target(
+def linked(
     hosts: int = 1,
     per_host: int = 4,
     *,
@@ -90,7 +90,7 @@ def target(
     between: Link = CABLE,
     worker_bytes: int = 16 * GIB,
     speeds: tuple[float, ...] = (),
-) -> Target:
+) -> LinkedCluster:
     made = tuple(
         Host(
             name=f"host{number}",
@@ -102,7 +102,7 @@ def target(
         )
         for number in range(hosts)
     )
-    return Target(
+    return LinkedCluster(
         cluster=Cluster(hosts=made), within=within, between=between if hosts > 1 else None, speeds=speeds
     )
 
@@ -115,9 +115,9 @@ def random_profile(random: random.Random) -> Profile:
     )
 
 
-def random_target(random: random.Random) -> Target:
+def random_linked(random: random.Random) -> LinkedCluster:
     hosts = random.choice((1, 1, 2, 3))
-    return target(
+    return linked(
         hosts,
         random.choice((1, 2, 4)) if hosts == 1 else random.choice((1, 2)),
         within=MEMORY if random.random() < 0.5 else CABLE,

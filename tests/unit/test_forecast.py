@@ -7,7 +7,7 @@ import random
 import time
 
 import pytest
-from planning_examples import CABLE, GIB, MEMORY, profile, random_profile, random_target, target
+from planning_examples import CABLE, GIB, MEMORY, linked, profile, random_linked, random_profile
 
 from paceline.errors import LayoutError
 from paceline.plan import links
@@ -98,7 +98,7 @@ def test_a_row_is_cut_where_the_largest_part_is_smallest(seed):
 
 
 def test_one_process_is_the_sum_of_its_blocks():
-    found = Forecaster(profile(), target()).forecast(Layout())
+    found = Forecaster(profile(), linked()).forecast(Layout())
     # Six blocks of 6.5 times 1 + 2 ms a sample, and 0.1 + 0.2 ms a micro-batch.
     assert found.terms.compute_s == pytest.approx(6.5 * (16 * 3e-3 + 3e-4))
     assert found.terms.optimizer_s == pytest.approx(6.5 * 4e7 * 1e-10)
@@ -117,7 +117,7 @@ def test_one_process_is_the_sum_of_its_blocks():
 
 def test_workers_of_a_host_share_the_update():
     both = [
-        Forecaster(profile(shares_update=shares), target()).forecast(Layout(dp_replicate=4))
+        Forecaster(profile(shares_update=shares), linked()).forecast(Layout(dp_replicate=4))
         for shares in (True, False)
     ]
     b = 6.5 * 4e7
@@ -134,7 +134,7 @@ def test_pipelines_without_messages_take_what_the_closed_forms_say():
     """Even stages: idle are (p-1)/m of the work, (p-1)/(v m) with v stages a worker (Narayanan et al. 2021)."""
     free = Link(name="free", latency_s=0.0, bytes_per_s=1e30)
     job = profile((1.0,) * 8, 32, ())
-    forecaster = Forecaster(job, target(within=free))
+    forecaster = Forecaster(job, linked(within=free))
     for pp, micro in ((2, 4), (4, 8), (4, 16)):
         for schedule, stages, v in (("gpipe", None, 1), ("1f1b", None, 1), ("interleaved", 2, 2)):
             layout = Layout(pp=pp, micro=micro, schedule=schedule, stages=stages)
@@ -162,7 +162,7 @@ def test_the_quick_makespan_is_that_of_the_whole_timeline(seed):
 
 
 def test_what_is_computed_again_takes_the_time_of_its_forward_pass():
-    forecaster = Forecaster(profile(), target())
+    forecaster = Forecaster(profile(), linked())
     plain, full, part = (forecaster.forecast(Layout(recompute=r)) for r in ("none", "full", "selective"))
     forward_s = 6.5 * (16e-3 + 1e-4)
     assert full.terms.compute_s - plain.terms.compute_s == pytest.approx(forward_s)
@@ -172,7 +172,7 @@ def test_what_is_computed_again_takes_the_time_of_its_forward_pass():
 
 def drawn_case(seed: int) -> tuple[Forecaster, list[Layout]]:
     drawn = random.Random(seed)
-    forecaster = Forecaster(random_profile(drawn), random_target(drawn))
+    forecaster = Forecaster(random_profile(drawn), random_linked(drawn))
     return forecaster, list(layouts(forecaster))
 
 
@@ -192,7 +192,7 @@ def test_terms_add_up_and_no_bound_is_above_its_forecast(seed):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_search_finds_what_looking_at_everything_finds(seed):
     forecaster, every = drawn_case(seed)
-    host = forecaster.target.cluster.hosts[0]
+    host = forecaster.linked.cluster.hosts[0]
     room = int(host.memory_bytes // host.workers * 0.9)
     fitting: dict[Layout, Forecast] = {}
     for forecast in map(forecaster.forecast, every):
@@ -224,7 +224,7 @@ def test_more_memory_never_shrinks_the_choice(seed):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_faster_link_makes_nothing_slower(seed):
     forecaster, every = drawn_case(seed)
-    there = forecaster.target
+    there = forecaster.linked
     for name in ("within", "between"):
         link: Link | None = getattr(there, name)
         if link is None:
@@ -249,7 +249,7 @@ def test_a_collective_of_more_bytes_never_takes_less():
 
 
 def test_groups_are_where_the_ranks_of_the_mesh_are():
-    forecaster = Forecaster(profile(batch_size=16), target(2, 4))
+    forecaster = Forecaster(profile(batch_size=16), linked(2, 4))
     layout = Layout(pp=2, dp_replicate=2, tp=2)
     # Outermost first: pp apart by 4, data by 2, tp by 1; a host has 4.
     assert forecaster.place(layout, "tp") == Placement(hosts=1, per_host=2, beside=2)
@@ -259,12 +259,12 @@ def test_groups_are_where_the_ranks_of_the_mesh_are():
 
 
 def test_an_unequal_host_slows_all_down():
-    even = Forecaster(profile(), target(2, 2)).forecast(Layout(dp_replicate=4))
-    slow = Forecaster(profile(), target(2, 2, speeds=(1.0, 0.5))).forecast(Layout(dp_replicate=4))
+    even = Forecaster(profile(), linked(2, 2)).forecast(Layout(dp_replicate=4))
+    slow = Forecaster(profile(), linked(2, 2, speeds=(1.0, 0.5))).forecast(Layout(dp_replicate=4))
     assert slow.terms.compute_s == pytest.approx(2 * even.terms.compute_s)
     # Two workers are both on the first host.
     first, two = (
-        Forecaster(profile(), target(2, 2, speeds=speeds)).forecast(Layout(dp_replicate=2))
+        Forecaster(profile(), linked(2, 2, speeds=speeds)).forecast(Layout(dp_replicate=2))
         for speeds in ((1.0, 0.5), ())
     )
     assert first == two
@@ -281,11 +281,11 @@ def test_an_unequal_host_slows_all_down():
 )
 def test_what_cannot_be_is_said(layout, words):
     with pytest.raises(LayoutError, match=words):
-        Forecaster(profile(), target()).forecast(layout)
+        Forecaster(profile(), linked()).forecast(layout)
 
 
 def test_records_go_to_json_and_back():
-    job, there = profile(), target(2, 2)
+    job, there = profile(), linked(2, 2)
     assert Profile.from_json(job.to_json()) == job
     assert type(there).from_json(there.to_json()) == there
 
@@ -299,7 +299,7 @@ def test_the_knee_and_the_turn_of_a_curve():
 
 
 def test_a_curve_says_where_the_ideal_went():
-    curve = scaling(Forecaster(profile((1.0,) * 4, 16, ()), target(4, 1)))
+    curve = scaling(Forecaster(profile((1.0,) * 4, 16, ()), linked(4, 1)))
     assert [p.workers for p in curve.points] == [1, 2, 3, 4] or [p.workers for p in curve.points] == [1, 2, 4]
     alone = curve.points[0]
     assert alone.speedup == 1.0
@@ -312,7 +312,7 @@ def test_a_curve_says_where_the_ideal_went():
 
 
 def test_words_for_what_limits_and_why_a_layout_lost():
-    forecaster = Forecaster(profile((1.0,) * 4, 16, (2,)), target(2, 1))
+    forecaster = Forecaster(profile((1.0,) * 4, 16, (2,)), linked(2, 1))
     alone, split, batch = (
         forecaster.forecast(layout) for layout in (Layout(), Layout(tp=2), Layout(dp_replicate=2))
     )
@@ -329,7 +329,7 @@ def test_large_searches_come_to_an_end(blocks, batch, hosts, limit_s):
     """A generous limit: what it takes is measured elsewhere."""
     job = profile((0.5, *((1.0,) * (blocks - 2)), 2.0), batch, (2, 4, 8))
     begin_s = time.monotonic()
-    found = search(Forecaster(job, target(hosts, 8, worker_bytes=80 * GIB)))
+    found = search(Forecaster(job, linked(hosts, 8, worker_bytes=80 * GIB)))
     assert time.monotonic() - begin_s < limit_s
     assert found.num_forecast < found.num_possible
     assert len(found.fastest) == 10
@@ -356,7 +356,7 @@ def test_the_example_in_the_documentation_is_right():
         meeting_s=1e-5,
     )
     job = Profile(job="example", batch_size=8, device="cpu", costs=(costs,), state_per_byte=2.0, base_bytes=0)
-    forecaster = Forecaster(job, target(1, 2))
+    forecaster = Forecaster(job, linked(1, 2))
     steps_ms = {
         text: 1e3 * forecaster.forecast(Layout.parse(text)).step_s
         for text in ("dp_replicate=1", "dp_replicate=2", "pp=2,micro=4")

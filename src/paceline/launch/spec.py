@@ -10,12 +10,14 @@ from typing import Literal
 from paceline.records import Record
 
 AUTO = "auto"
+MEASURED_FILES = ("profile.json", "cluster.json")
+"""What workers that measure for the planner leave in the run's directory: a `Profile` and a `LinkedCluster`."""
 
 
 class RunSpec(Record):
     """One run, as the command line asked for it."""
 
-    purpose: Literal["train", "verify"] = "train"
+    purpose: Literal["train", "verify", "plan"] = "train"
     job_file: str
     settings: dict[str, str] = {}
     """Values of the job's own options, as text."""

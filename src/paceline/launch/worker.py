@@ -25,7 +25,7 @@ from paceline.errors import LayoutError, PacelineError
 from paceline.events import SCHEMA, EventWriter
 from paceline.job import Job
 from paceline.launch.failure import record
-from paceline.launch.spec import AUTO, RunSpec
+from paceline.launch.spec import AUTO, MEASURED_FILES, RunSpec
 from paceline.load import LoadedJob, load_job_file
 from paceline.measure.machine import describe_host, device_kind, peak_memory_bytes, versions
 from paceline.plan.candidates import candidates, further_candidates
@@ -35,6 +35,7 @@ from paceline.split.finding import Found
 from paceline.train.allocator import keep_freed_memory
 from paceline.train.data import num_batches, num_samples
 from paceline.train.loop import Outcome, TrainingLoop, save, showcase
+from paceline.train.planning import measure_all
 from paceline.train.precision import choose_precision
 from paceline.train.proof import prove_and_find, require
 from paceline.train.room import PROOF_BYTES, why_no_room
@@ -77,6 +78,8 @@ class Worker:
                 self._writer = EventWriter(spec.directory / "events.jsonl")
             if spec.purpose == "verify":
                 self._verify(loaded, world)
+            elif spec.purpose == "plan":
+                self._measure(loaded, world)
             else:
                 self._train(loaded, world)
         finally:
@@ -88,6 +91,18 @@ class Worker:
         mesh = make_mesh(world, layout)
         if mesh is not None:
             self._prove(loaded.job, world, mesh, Datasets(loaded.job, self._spec.seed))
+
+    def _measure(self, loaded: LoadedJob, world: World) -> None:
+        """Leave what the planner has to know in the run's directory."""
+        everyone = world.group(world.size)
+        assert everyone is not None
+        keep_freed_memory()
+        cluster = _gather_cluster(everyone, world)
+        datasets = Datasets(loaded.job, self._spec.seed)
+        found = measure_all(loaded.job, datasets, world, everyone, cluster, seed=self._spec.seed)
+        if found is not None:
+            for name, record in zip(MEASURED_FILES, found, strict=True):
+                (self._spec.directory / name).write_text(json.dumps(record.to_json(), indent=2) + "\n")
 
     def _prove(self, job: Job, world: World, mesh: Mesh, datasets: Datasets) -> tuple[Proof, Found | None]:
         layout = mesh.layout

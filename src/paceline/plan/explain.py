@@ -18,10 +18,10 @@ _WORDS = {
 
 
 def limited_by(forecast: Forecast) -> str:
-    """What takes most of a step beside computation; computation, where that is next to nothing."""
+    """What takes most of a step beside computation; computation, where that is less than a tenth."""
     terms = {name: getattr(forecast.terms, name) for name in _WORDS if name != "compute_s"}
     name = max(terms, key=lambda n: terms[n])
-    return _WORDS[name] if terms[name] >= 0.02 * forecast.step_s else _WORDS["compute_s"]
+    return _WORDS[name] if terms[name] >= 0.1 * forecast.step_s else _WORDS["compute_s"]
 
 
 def why_it_lost(loser: Forecast, winner: Forecast) -> str:

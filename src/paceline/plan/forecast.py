@@ -15,7 +15,7 @@ from typing import Any
 from paceline.errors import LayoutError
 from paceline.plan import links
 from paceline.plan.links import Placement
-from paceline.plan.profile import Block, Costs, Division, Profile, Target
+from paceline.plan.profile import Block, Costs, Division, LinkedCluster, Profile
 from paceline.plan.schedules import SCHEDULES, make_schedule
 from paceline.plan.timeline import Coded, Timeline, coded, makespan_s, peak_of, simulate
 from paceline.records import AXES, Layout, Record
@@ -111,10 +111,10 @@ class Stage:
 
 
 class Forecaster:
-    """Forecasts layouts of one job on one target. What several layouts have in common is computed once."""
+    """Forecasts layouts of one job on one cluster. What several layouts have in common is computed once."""
 
-    def __init__(self, profile: Profile, target: Target) -> None:
-        self.profile, self.target = profile, target
+    def __init__(self, profile: Profile, linked: LinkedCluster) -> None:
+        self.profile, self.linked = profile, linked
         self._stages: dict[Any, tuple[Stage, ...]] = {}
         self._played: dict[Any, tuple[float, float]] = {}
         self._places: dict[Any, Placement] = {}
@@ -124,7 +124,7 @@ class Forecaster:
         """The forecast of a layout.
 
         Raises:
-            LayoutError: the batch, the model or the target does not allow it.
+            LayoutError: the batch, the model or the cluster does not allow it.
         """
         self.check(layout)
         costs, stages = self.costs_of(layout), self.stages_of(layout)
@@ -176,9 +176,9 @@ class Forecaster:
     def check(self, layout: Layout) -> None:
         """Raise `LayoutError` unless there is what the layout needs."""
         layout.check_batch(self.profile.batch_size)
-        if layout.workers > self.target.cluster.workers:
+        if layout.workers > self.linked.cluster.workers:
             raise LayoutError(
-                f"layout {layout} needs {layout.workers} workers, and there are {self.target.cluster.workers}",
+                f"layout {layout} needs {layout.workers} workers, and there are {self.linked.cluster.workers}",
                 next_step="give it fewer, or more hosts",
             )
         costs = self.costs_of(layout)
@@ -196,7 +196,7 @@ class Forecaster:
 
     def costs_of(self, layout: Layout) -> Costs:
         """What was measured with as many threads, and workers at a time, as the layout has."""
-        key = layout.threads, min(layout.workers, self.target.per_host)
+        key = layout.threads, min(layout.workers, self.linked.per_host)
         if key not in self._costs:
             self._costs[key] = self.profile.of(*key)
         return self._costs[key]
@@ -222,8 +222,8 @@ class Forecaster:
 
     def _find_place(self, size: int, stride: int, workers: int) -> Placement:
         """Of a group of `size` members whose ranks are `stride` apart, among the first `workers`."""
-        per_host = self.target.per_host
-        if workers <= self.target.cluster.hosts[0].workers:
+        per_host = self.linked.per_host
+        if workers <= self.linked.cluster.hosts[0].workers:
             return Placement(hosts=1, per_host=size)
         together = max(1, min(size, per_host // stride))
         while size % together:
@@ -237,13 +237,13 @@ class Forecaster:
         number = sum(map(len, _stages_of_workers(layout.schedule, layout.pp, layout.stages)))
         key: tuple[Any, ...] = (
             layout.threads,
-            min(layout.workers, self.target.per_host),
+            min(layout.workers, self.linked.per_host),
             layout.tp,
             micro,
             number,
             layout.recompute,
         )
-        key += (self.target.slowest(layout.workers), self.place(layout, "tp"))
+        key += (self.linked.slowest(layout.workers), self.place(layout, "tp"))
         if key not in self._stages:
             costs = self.costs_of(layout)
             computed = {id(b): self._compute(layout, b, micro) for b in costs.blocks}
@@ -257,7 +257,7 @@ class Forecaster:
         """One block as a stage of its own."""
         part = block.divided(layout.tp)
         assert part is not None
-        speed = self.target.slowest(layout.workers)
+        speed = self.linked.slowest(layout.workers)
         forward_s, backward_s = part.forward_s(micro) / speed, part.backward_s(micro) / speed
         again = {"none": 0.0, "selective": block.selective_share, "full": 1.0}[layout.recompute]
         forward_x, backward_x = 0.0, 0.0
@@ -293,7 +293,7 @@ class Forecaster:
         return sum(self._link_s(kind, place, num_bytes * micro) for kind, num_bytes in exchanges)
 
     def _link_s(self, kind: str, place: Placement, num_bytes: float) -> float:
-        return links.seconds(self.target.within, self.target.between, kind, place, num_bytes)
+        return links.seconds(self.linked.within, self.linked.between, kind, place, num_bytes)
 
     def _computing(self, layout: Layout, stages: tuple[Stage, ...], held: Sequence[Sequence[Stage]]) -> Terms:
         busy = [
@@ -347,7 +347,7 @@ class Forecaster:
         return (
             layout.dp_shard == 1
             and self.profile.shares_update
-            and self.target.within.name == SHARED_MEMORY
+            and self.linked.within.name == SHARED_MEMORY
             and self.place(layout, "data").per_host > 1
         )
 
@@ -355,7 +355,7 @@ class Forecaster:
         """From a worker's gradients to its updated parameters."""
         trained = sum(stage.trained_bytes for stage in mine)
         whole = sum(stage.parameter_bytes for stage in mine)
-        speed = self.target.slowest(layout.workers)
+        speed = self.linked.slowest(layout.workers)
         update_s, add_s = costs.optimizer_s_per_byte / speed, costs.add_s_per_byte / speed
         n = layout.data_parallel
         if n == 1:

@@ -123,8 +123,8 @@ class Profile(Record):
         )
 
 
-class Target(Record):
-    """What a plan is made for: hosts, and what connects them."""
+class LinkedCluster(Record):
+    """A cluster with what connects its hosts, and its workers within them: what a plan is made for."""
 
     cluster: Cluster
     within: Link

@@ -29,7 +29,7 @@ class Point(Record):
 
 
 class ScalingCurve(Record):
-    """Of one job on one target."""
+    """Of one job on one cluster."""
 
     points: tuple[Point, ...]
     """By number of workers, ascending; numbers on which the job does not fit, or cannot be divided, are left out."""
@@ -51,14 +51,14 @@ def scaling(
     """The fastest step with each of several numbers of workers.
 
     Args:
-        workers: the numbers; None: all up to 16, and doublings up to what the target has.
+        workers: the numbers; None: all up to 16, and doublings up to what the cluster has.
 
     Raises:
         LayoutError: the job fits none of them.
     """
     found: list[tuple[int, Forecast]] = []
     failure: LayoutError | None = None
-    for number in workers or _grid(forecaster.target.cluster.workers):
+    for number in workers or _grid(forecaster.linked.cluster.workers):
         try:
             (best,) = search(
                 forecaster, number=1, workers=number, memory_bytes=memory_bytes, margin=margin

@@ -1,4 +1,4 @@
-"""The fastest layouts of a job on a target, found without forecasting all of them.
+"""The fastest layouts of a job on a cluster, found without forecasting all of them.
 
 Exact: what is left out cannot be faster than what is found. Each layout has a bound that is found quickly
 (`Forecaster.least_s`); they are forecast in its order, until the bound itself is slower than what is wanted.
@@ -54,16 +54,16 @@ def search(
     """The `number` fastest layouts.
 
     Args:
-        workers: exactly so many workers; None: any number up to what the target has.
+        workers: exactly so many workers; None: any number up to what the cluster has.
         memory_bytes: what a worker may use; None: its share of its host's memory.
         margin: share of it that is left free.
 
     Raises:
         LayoutError: nothing fits; the layout that needs least is named.
     """
-    target = forecaster.target
+    linked = forecaster.linked
     if memory_bytes is None:
-        memory_bytes = min(host.memory_bytes // host.workers for host in target.cluster.hosts)
+        memory_bytes = min(host.memory_bytes // host.workers for host in linked.cluster.hosts)
     room = int(memory_bytes * (1 - margin))
     possible = [layout for base in _bases(forecaster, workers) for layout in _sharded(forecaster, base)]
     bounded = sorted((forecaster.least_s(layout), index) for index, layout in enumerate(possible))
@@ -106,14 +106,14 @@ def _recomputing(layout: Layout) -> Iterator[Layout]:
 
 def _bases(forecaster: Forecaster, workers: int | None) -> Iterator[Layout]:
     """Layouts with plain data parallelism and without recomputation: each stands for all that differ in these."""
-    profile, target = forecaster.profile, forecaster.target
-    most = target.cluster.workers
+    profile, linked = forecaster.profile, forecaster.linked
+    most = linked.cluster.workers
     batch = profile.batch_size
     threads = sorted({costs.threads for costs in profile.costs})
     num_blocks = len(profile.costs[0].model)
     splits = {1, *(d.tp for block in profile.costs[0].blocks for d in block.divisions)}
     sizes = [n for n in range(1, most + 1) if most <= FEW or most % n == 0]
-    for tp in sorted(t for t in splits if t <= target.per_host):
+    for tp in sorted(t for t in splits if t <= linked.per_host):
         for pp in (p for p in sizes if p * tp <= most and p <= num_blocks):
             for dp in _divisors(batch, most // (pp * tp)):
                 used = pp * tp * dp
@@ -130,10 +130,10 @@ def _bases(forecaster: Forecaster, workers: int | None) -> Iterator[Layout]:
 
 
 def _is_possible(forecaster: Forecaster, layout: Layout) -> bool:
-    cluster = forecaster.target.cluster
+    cluster = forecaster.linked.cluster
     threads = layout.threads or 1
     if cluster.device == "cpu":
-        here = min(layout.workers, forecaster.target.per_host)
+        here = min(layout.workers, forecaster.linked.per_host)
         if threads > 1 and threads * here > min(host.cores for host in cluster.hosts):
             return False
     try:

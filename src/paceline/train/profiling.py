@@ -26,7 +26,7 @@ from paceline.split.stages import PieceCalls
 from paceline.split.trees import tensors_in
 from paceline.train.calling import caller
 from paceline.train.data import ShareLoader, num_samples, to_device
-from paceline.train.replica import Replica
+from paceline.train.replica import Replica, StepResult
 from paceline.train.session import Datasets
 
 _ADDED_BYTES = 32 << 20
@@ -142,7 +142,7 @@ class _Steps:
         """Seconds of a step, of reading its data, and of the optimizer: medians over whole batches."""
         for _ in range(2):
             self._replica.step(next(self._batches))
-        results = []
+        results: list[StepResult] = []
         end_s = time.perf_counter() + budget_s
         while len(results) < _FEWEST or (len(results) < 2 * _MOST and time.perf_counter() < end_s):
             batch = next(self._batches)
@@ -282,8 +282,9 @@ class _Passes:
         return found
 
     def _loss(self, batch: Any) -> torch.Tensor:
-        loss = self._job.loss(self._call_model(self._images.arrange(batch)), batch)
-        return loss[0] / loss[1] if isinstance(loss, tuple) else loss
+        loss: Any = self._job.loss(self._call_model(self._images.arrange(batch)), batch)
+        whole: torch.Tensor = loss[0] / loss[1] if isinstance(loss, tuple) else loss
+        return whole
 
     def _now_s(self) -> float:
         if self._device.type == "cuda":

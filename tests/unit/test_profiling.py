@@ -1,0 +1,113 @@
+"""What is measured of a job for the planner: everything counted once, and the blocks add up to the whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from command import TOY
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import paceline
+from paceline.train.profiling import Measured, measure_costs
+from paceline.train.session import Datasets
+
+WIDTH, SAMPLES = 16, 64
+
+
+class Layered(nn.Module):
+    """Three blocks between a table and a head, one parameter read beside them, and one block that is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(10, WIDTH)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(3))
+        self.scale = nn.Parameter(torch.ones(WIDTH))
+        self.frozen = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+        self.head = nn.Linear(WIDTH, 10)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.table(tokens)
+        for block in self.blocks:
+            x = block(x) * self.scale
+        return self.head(self.frozen(x))
+
+
+def data(split: str) -> TensorDataset:
+    tokens = torch.randint(10, (SAMPLES,), generator=torch.Generator().manual_seed(0))
+    return TensorDataset(tokens, tokens)
+
+
+def job() -> paceline.Job:
+    return paceline.Job(
+        model=Layered,
+        data=data,
+        loss=lambda outputs, batch: nn.functional.cross_entropy(outputs, batch[1]),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, 1e-3),
+        batch_size=16,
+    )
+
+
+@pytest.fixture(scope="module")
+def measured() -> Measured:
+    return measure_costs(
+        job(),
+        Datasets(job(), 1),
+        seed=1,
+        device=torch.device("cpu"),
+        sizes=[4, 16],
+        threads=1,
+        budget_s=0.3,
+    )
+
+
+def test_blocks_are_found_once_and_stand_in_the_models_order(measured):
+    costs = measured.costs
+    names = [costs.blocks[at].name for at in costs.row]
+    assert names == ["table", *["blocks.0"] * 3, "frozen", "head", "loss"]
+    assert len(costs.blocks) == 5
+
+
+def test_every_parameter_is_counted_once(measured):
+    model = Layered()
+    row = measured.costs.model
+    assert sum(block.parameter_bytes for block in row) == sum(p.nbytes for p in model.parameters())
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    assert sum(block.trained_bytes for block in row) == trained
+    frozen = next(block for block in row if block.name == "frozen")
+    assert frozen.trained_bytes == 0
+    # AdamW's two moments, and a count of steps for each parameter.
+    assert 2.0 <= measured.state_per_byte < 2.1
+
+
+def test_bytes_are_those_of_the_tensors(measured):
+    block = next(block for block in measured.costs.model if block.name == "blocks.0")
+    assert block.output_bytes == WIDTH * 4
+    assert block.saved_full_bytes == WIDTH * 4
+    # Of a linear layer its inputs, of the hyperbolic tangent its outputs.
+    assert WIDTH * 4 <= block.saved_bytes <= 3 * WIDTH * 4
+
+
+def test_costs_grow_with_the_samples_and_are_all_there(measured):
+    costs = measured.costs
+    for block in costs.blocks:
+        assert [size for size, _ in block.forward_s.points] == [4.0, 16.0]
+        assert block.forward_s(16) > 0
+    passes_s = sum(block.forward_s(16) + block.backward_s(16) for block in costs.model)
+    # With what every step costs they make up the step that was timed as a whole.
+    whole_s = (
+        passes_s
+        + costs.fixed_s
+        + costs.data_s(16)
+        + costs.optimizer_s_per_byte * sum(block.trained_bytes for block in costs.model)
+    )
+    assert whole_s >= measured.step_s * 0.999
+    assert costs.add_s_per_byte > 0
+
+
+def test_measuring_leaves_the_users_module_tree_as_it_is(measured):
+    toy = paceline.load_job(TOY)
+    found = measure_costs(
+        toy, Datasets(toy, 1), seed=1, device=torch.device("cpu"), sizes=[12], threads=1, budget_s=0.1
+    )
+    assert found.costs.model[-1].name == "loss"
