@@ -45,10 +45,3 @@ def test_what_was_measured_is_kept_and_gives_the_same_forecasts(planned, default
     assert steps_s == sorted(steps_s)
     again = Forecaster(profile, linked).forecast(Layout.from_json(plan["layouts"][0]["layout"]))
     assert again.step_s == pytest.approx(steps_s[0])
-
-
-def test_too_little_memory_is_an_error_that_names_the_smallest(tmp_path):
-    process = paceline("plan", str(TOY), "--memory=0.01", f"--out={tmp_path / 'run'}")
-    assert process.returncode == 1
-    assert "no layout fits: the smallest, " in process.stderr
-    assert "Next step:" in process.stderr

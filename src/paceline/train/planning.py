@@ -57,7 +57,7 @@ def measure_all(
                     sizes=_micro_batches(job.batch_size, cluster.workers),
                     threads=threads,
                     active=active,
-                    meet=functools.partial(group.barrier, "a measured pass"),
+                    go_on=functools.partial(_as_rank_0, group),
                 )
             )
         everyone.barrier("after measuring")
@@ -75,6 +75,12 @@ def measure_all(
         spread=max(m.spread for m in found),
     )
     return profile, LinkedCluster(cluster=cluster, within=within, between=between)
+
+
+def _as_rank_0(group: Group, wish: bool) -> bool:
+    """Whether the group's rank 0 goes on; told when all have come."""
+    own = torch.tensor([float(wish and group.rank == 0)], device=group.device)
+    return bool(group.sum_(own, "a measured pass") > 0)
 
 
 def _conditions(cluster: Cluster) -> Iterator[tuple[int, int]]:

@@ -34,6 +34,9 @@ _ADDED_BYTES = 32 << 20
 _FEWEST, _MOST = 3, 15
 """Passes of each size."""
 
+GoOn = Callable[[bool], bool]
+"""Called before each pass, with whether this worker would make one more: what all of them do, once all have called."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
@@ -58,7 +61,7 @@ def measure_costs(
     threads: int,
     active: int = 1,
     budget_s: float = 10.0,
-    meet: Callable[[], object] = lambda: None,
+    go_on: GoOn = bool,
 ) -> Measured:
     """Measure in this process, which has its threads and its cores already.
 
@@ -66,14 +69,14 @@ def measure_costs(
         sizes: samples of a micro-batch, ascending; each is measured, what is between follows the line through them.
         active: how many workers of this host do the same at the same time.
         budget_s: about how long the passes may take together.
-        meet: called before each pass: returns when all of them have called it.
+        go_on: lets all of them make as many passes, and begin each together.
 
     Raises:
         PacelineError: the job fails on its first steps.
     """
     replica = Replica(job, seed=seed, device=device, precision="fp32", total_steps=job.steps or 1000)
     steps = _Steps(job, datasets, replica, seed, device)
-    step_s, data_s, optimizer_s = steps.measure(budget_s / 4, meet)
+    step_s, data_s, optimizer_s = steps.measure(budget_s / 4, go_on)
     trained = [p for p in replica.model.parameters() if p.requires_grad]
     trained_bytes = sum(p.nbytes for p in trained)
     state = [v for s in replica.optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
@@ -81,7 +84,7 @@ def measure_costs(
     of_size = {}
     for size in sizes:
         batch = _first_samples(job, datasets["train"], size, device)
-        of_size[size] = passes.measure(batch, budget_s * 3 / 4 / len(sizes), meet)
+        of_size[size] = passes.measure(batch, budget_s * 3 / 4 / len(sizes), go_on)
     calls = passes.describe(_first_samples(job, datasets["train"], sizes[-1], device), sizes[-1])
     blocks, row = _blocks(calls, of_size)
     whole_s = sum(blocks[at].forward_s(job.batch_size) + blocks[at].backward_s(job.batch_size) for at in row)
@@ -91,7 +94,7 @@ def measure_costs(
         blocks=blocks,
         row=row,
         optimizer_s_per_byte=optimizer_s / trained_bytes,
-        add_s_per_byte=_addition_s(device, meet) / _ADDED_BYTES,
+        add_s_per_byte=_addition_s(device, go_on) / _ADDED_BYTES,
         data_s=Curve(points=((float(job.batch_size), data_s),)),
         fixed_s=max(0.0, step_s - whole_s - optimizer_s - data_s),
     )
@@ -136,19 +139,18 @@ class _Steps:
         self._replica = replica
         loader = ShareLoader(job, datasets["train"], seed=seed, micro=1, size=1, rank=0, device=device)
         self._batches = _endless(loader)
-        self._batch_size = job.batch_size
 
-    def measure(self, budget_s: float, meet: Callable[[], object]) -> tuple[float, float, float]:
+    def measure(self, budget_s: float, go_on: GoOn) -> tuple[float, float, float]:
         """Seconds of a step, of reading its data, and of the optimizer: medians over whole batches."""
-        for _ in range(2):
-            self._replica.step(next(self._batches))
+        # The first batch of an epoch is as large as there are samples for; its last one may be smaller.
+        whole = self._replica.step(next(self._batches)).samples
+        self._replica.step(next(self._batches))
         results: list[StepResult] = []
         end_s = time.perf_counter() + budget_s
-        while len(results) < _FEWEST or (len(results) < 2 * _MOST and time.perf_counter() < end_s):
+        while go_on(len(results) < _FEWEST or (len(results) < 2 * _MOST and time.perf_counter() < end_s)):
             batch = next(self._batches)
-            meet()
             result = self._replica.step(batch)
-            if result.samples == self._batch_size:
+            if result.samples == whole:
                 results.append(result)
         return (
             median(r.step_s for r in results),
@@ -166,21 +168,17 @@ class _Passes:
         self._calls = PieceCalls(self._model, find_pieces(self._model))
         self._call_model = caller(job, self._model)
 
-    def measure(self, batch: Any, budget_s: float, meet: Callable[[], object]) -> _Timing:
+    def measure(self, batch: Any, budget_s: float, go_on: GoOn) -> _Timing:
         timing = _Timing([], [], [])
-        end_s = None
-        while end_s is None or len(timing.whole_s) < _FEWEST or time.perf_counter() < end_s:
-            meet()
+        self._timed(batch)  # warms up
+        end_s = time.perf_counter() + budget_s
+        while go_on(
+            len(timing.whole_s) < _FEWEST or (len(timing.whole_s) < _MOST and time.perf_counter() < end_s)
+        ):
             forward_s, backward_s = self._timed(batch)
-            if end_s is None:
-                # The first one only warms up.
-                end_s = time.perf_counter() + budget_s
-                continue
             timing.forward_s.append(forward_s)
             timing.backward_s.append(backward_s)
             timing.whole_s.append(sum(forward_s) + sum(backward_s))
-            if len(timing.whole_s) >= _MOST:
-                break
         return timing
 
     def _timed(self, batch: Any) -> tuple[list[float], list[float]]:
@@ -326,12 +324,12 @@ def _mean_of_medians(passes: list[list[float]], numbers: list[int]) -> float:
     return sum(median(seconds[n] for seconds in passes) for n in numbers) / len(numbers)
 
 
-def _addition_s(device: torch.device, meet: Callable[[], object]) -> float:
+def _addition_s(device: torch.device, go_on: GoOn) -> float:
     """Seconds to add two tensors of `_ADDED_BYTES`, in place."""
     one, other = (torch.ones(_ADDED_BYTES // 4, device=device) for _ in range(2))
     found = []
     for _ in range(7):
-        meet()
+        go_on(True)
         begin_s = time.perf_counter()
         one.add_(other)
         if device.type == "cuda":

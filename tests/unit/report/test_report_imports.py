@@ -22,7 +22,7 @@ write_report(run)
 print(sorted(name for name in sys.modules if name.split(".")[0] == "torch"))
 foreign = {name for name in sys.modules if name.startswith("paceline.")} - {
     "paceline._version", "paceline.errors", "paceline.records", "paceline.events"}
-print(sorted(name for name in foreign if not name.startswith("paceline.report")))
+print(sorted(name for name in foreign if not name.startswith(("paceline.report", "paceline.plan"))))
 """
 
 
