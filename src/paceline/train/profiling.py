@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from statistics import median
@@ -342,11 +343,12 @@ def _first_samples(job: Job, dataset: Any, count: int, device: torch.device) -> 
     collate: Callable[[list[Any]], Any] = job.collate or default_collate
     length = num_samples(dataset, "train")
     if length is None:
-        stream = iter(dataset)
-        samples = [next(stream) for _ in range(count)]
+        samples = list(itertools.islice(dataset, count))
     else:
-        samples = [dataset[number % length] for number in range(count)]
-    return to_device(collate(samples), device)
+        samples = [dataset[number] for number in range(min(count, length))]
+    # Of fewer than are wanted some are taken again.
+    repeated = list(itertools.islice(itertools.cycle(samples), count))
+    return to_device(collate(repeated), device)
 
 
 def _endless(loader: ShareLoader) -> Iterator[Any]:
