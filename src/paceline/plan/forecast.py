@@ -5,8 +5,6 @@ docs/planning.md computes an example by hand.
 
 from __future__ import annotations
 
-import bisect
-import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
@@ -17,6 +15,7 @@ from paceline.plan import links
 from paceline.plan.links import Placement
 from paceline.plan.profile import Block, Costs, Division, LinkedCluster, Profile
 from paceline.plan.schedules import SCHEDULES, make_schedule
+from paceline.plan.stages import Stage, join, partition
 from paceline.plan.timeline import Coded, Timeline, coded, makespan_s, peak_of, simulate
 from paceline.records import AXES, Layout, Record
 
@@ -84,30 +83,6 @@ class Forecast(Record):
     @property
     def samples_per_s(self) -> float:
         return self.samples / self.step_s
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """What one worker computes of one pipeline stage for one micro-batch; seconds and bytes."""
-
-    forward_s: float
-    input_s: float
-    weight_s: float
-    tensor_s: float
-    """Of these three together: what tensor parallelism exchanges."""
-    parameter_bytes: int
-    trained_bytes: int
-    saved_bytes: float
-    peak_bytes: float
-    output_bytes: float
-    """What crosses the cut after it."""
-    num_blocks: int
-    largest_bytes: int
-    """Parameters of the largest block."""
-
-    @property
-    def busy_s(self) -> float:
-        return self.forward_s + self.input_s + self.weight_s
 
 
 class Forecaster:
@@ -250,7 +225,7 @@ class Forecaster:
             row = [computed[id(b)] for b in costs.model]
             # By computation alone: a faster link does not move the cuts, and so never makes a forecast slower.
             cuts = partition([piece.busy_s - piece.tensor_s for piece in row], number)
-            self._stages[key] = tuple(_join(row[a:b]) for a, b in itertools.pairwise(cuts))
+            self._stages[key] = tuple(join(row[a:b]) for a, b in itertools.pairwise(cuts))
         return self._stages[key]
 
     def _compute(self, layout: Layout, block: Block, micro: float) -> Stage:
@@ -440,62 +415,3 @@ def peak_stored(schedule: str, pp: int, micro: int, stages: int | None) -> tuple
     """`Timeline.peak_stored` of a schedule, which does not depend on what its actions take."""
     made = make_schedule(schedule, pp, micro, stages)
     return tuple(peak_of(made.actions(worker)) for worker in range(pp))
-
-
-def _join(pieces: Sequence[Stage]) -> Stage:
-    """Blocks one after the other."""
-
-    def total(name: str) -> float:
-        return float(sum(getattr(piece, name) for piece in pieces))
-
-    return Stage(
-        forward_s=total("forward_s"),
-        input_s=total("input_s"),
-        weight_s=total("weight_s"),
-        tensor_s=total("tensor_s"),
-        parameter_bytes=int(total("parameter_bytes")),
-        trained_bytes=int(total("trained_bytes")),
-        saved_bytes=total("saved_bytes"),
-        peak_bytes=max(piece.peak_bytes for piece in pieces),
-        output_bytes=pieces[-1].output_bytes,
-        num_blocks=len(pieces),
-        largest_bytes=max(piece.largest_bytes for piece in pieces),
-    )
-
-
-def partition(costs: Sequence[float], number: int) -> list[int]:
-    """Where to cut a row into `number` parts, none empty, so that the largest sum is smallest: `number + 1` bounds.
-
-    By bisection on the largest sum; each part takes as much as it may, so long as enough is left for the others.
-
-    Raises:
-        ValueError: there is less in the row.
-    """
-    if number > len(costs):
-        raise ValueError(f"{len(costs)} costs cannot be cut into {number} parts")
-    sums = [0.0, *itertools.accumulate(costs)]
-
-    def cut(most: float) -> list[int] | None:
-        bounds = [0]
-        for left in range(number - 1, -1, -1):
-            begin = bounds[-1]
-            end = bisect.bisect_right(sums, sums[begin] + most * (1 + 1e-12)) - 1
-            end = min(end, len(costs) - left)
-            if end <= begin:
-                return None
-            bounds.append(end)
-        return bounds if bounds[-1] == len(costs) else None
-
-    low, high = max(max(costs), sums[-1] / number), sums[-1]
-    best = cut(high)
-    assert best is not None
-    for _ in range(60):
-        middle = (low + high) / 2
-        found = cut(middle)
-        if found is None:
-            low = middle
-        else:
-            best, high = found, middle
-        if high - low <= 1e-9 * high:
-            break
-    return best

@@ -1,0 +1,91 @@
+"""Blocks joined to pipeline stages: where the row of them is cut, and what a stage takes."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What one worker computes of one pipeline stage for one micro-batch; seconds and bytes."""
+
+    forward_s: float
+    input_s: float
+    weight_s: float
+    tensor_s: float
+    """Of these three together: what tensor parallelism exchanges."""
+    parameter_bytes: int
+    trained_bytes: int
+    saved_bytes: float
+    peak_bytes: float
+    output_bytes: float
+    """What crosses the cut after it."""
+    num_blocks: int
+    largest_bytes: int
+    """Parameters of the largest block."""
+
+    @property
+    def busy_s(self) -> float:
+        return self.forward_s + self.input_s + self.weight_s
+
+
+def join(pieces: Sequence[Stage]) -> Stage:
+    """Blocks one after the other."""
+
+    def total(name: str) -> float:
+        return float(sum(getattr(piece, name) for piece in pieces))
+
+    return Stage(
+        forward_s=total("forward_s"),
+        input_s=total("input_s"),
+        weight_s=total("weight_s"),
+        tensor_s=total("tensor_s"),
+        parameter_bytes=int(total("parameter_bytes")),
+        trained_bytes=int(total("trained_bytes")),
+        saved_bytes=total("saved_bytes"),
+        peak_bytes=max(piece.peak_bytes for piece in pieces),
+        output_bytes=pieces[-1].output_bytes,
+        num_blocks=len(pieces),
+        largest_bytes=max(piece.largest_bytes for piece in pieces),
+    )
+
+
+def partition(costs: Sequence[float], number: int) -> list[int]:
+    """Where to cut a row into `number` parts, none empty, so that the largest sum is smallest: `number + 1` bounds.
+
+    By bisection on the largest sum; each part takes as much as it may, so long as enough is left for the others.
+
+    Raises:
+        ValueError: there is less in the row.
+    """
+    if number > len(costs):
+        raise ValueError(f"{len(costs)} costs cannot be cut into {number} parts")
+    sums = [0.0, *itertools.accumulate(costs)]
+
+    def cut(most: float) -> list[int] | None:
+        bounds = [0]
+        for left in range(number - 1, -1, -1):
+            begin = bounds[-1]
+            end = bisect.bisect_right(sums, sums[begin] + most * (1 + 1e-12)) - 1
+            end = min(end, len(costs) - left)
+            if end <= begin:
+                return None
+            bounds.append(end)
+        return bounds if bounds[-1] == len(costs) else None
+
+    low, high = max(max(costs), sums[-1] / number), sums[-1]
+    best = cut(high)
+    assert best is not None
+    for _ in range(60):
+        middle = (low + high) / 2
+        found = cut(middle)
+        if found is None:
+            low = middle
+        else:
+            best, high = found, middle
+        if high - low <= 1e-9 * high:
+            break
+    return best
