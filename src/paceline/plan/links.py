@@ -20,7 +20,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Literal
 
 from pydantic import Field
 
@@ -48,9 +47,6 @@ class Link(Record):
     """1/β."""
     is_shared: bool = False
     """All workers' bytes go through one medium."""
-    hidden_share: float = Field(default=0.0, ge=0, le=1)
-    """Of what is exchanged beside computation: how much of its time costs nothing. On a CPU it takes cores: 0."""
-    source: Literal["measured", "described", "datasheet"] = "described"
     measured: tuple[MeasuredCollective, ...] = ()
 
     def seconds(self, kind: str, workers: int, num_bytes: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import Field, model_validator
 
@@ -133,7 +133,6 @@ class LinkedCluster(Record):
     """Of each host with all others."""
     speeds: tuple[float, ...] = ()
     """Of each host, relative to the device of the profile; empty: all 1."""
-    source: Literal["measured", "described"] = "measured"
 
     @model_validator(mode="after")
     def _speeds_fit(self) -> Self:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -167,6 +168,11 @@ class ShareLoader:
                 return
             batch.data_s = time.perf_counter() - begin_s
             yield batch
+
+    def endless(self) -> Iterator[GlobalBatch]:
+        """The global batches of one epoch after the other. Raises as `epoch`."""
+        for number in itertools.count():
+            yield from self.epoch(number)
 
     def _map_epoch(self, epoch: int) -> Iterator[GlobalBatch]:
         assert self._num_samples is not None

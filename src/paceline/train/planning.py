@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -14,6 +13,7 @@ from paceline.comm.group import Group
 from paceline.comm.threads import take_cores
 from paceline.comm.world import World
 from paceline.job import Job
+from paceline.measure.machine import peak_memory_bytes
 from paceline.plan.curves import Curve
 from paceline.plan.links import Link, MeasuredCollective
 from paceline.plan.profile import LinkedCluster, Profile
@@ -27,7 +27,6 @@ _SIZES = (4, 64 << 10, 1 << 20, 16 << 20)
 """Bytes of what is exchanged."""
 _CALLS_S = 0.05
 """About how long one size of one collective is repeated."""
-_PAGE_BYTES = 4096
 
 
 def measure_all(
@@ -41,7 +40,7 @@ def measure_all(
     Raises:
         PacelineError: the job fails on its first steps.
     """
-    base_bytes = _resident_bytes()
+    base_bytes = peak_memory_bytes(world.device.type)
     found = []
     for threads, active in _conditions(cluster):
         group = world.group(active)
@@ -104,7 +103,7 @@ def _micro_batches(batch_size: int, workers: int) -> list[int]:
 
 def _measure_links(world: World, everyone: Group, cluster: Cluster) -> tuple[Link, Link | None, float]:
     """Within the first host, between the hosts' first workers; and how long a meeting takes within a host."""
-    none = Link(name="none", latency_s=0.0, bytes_per_s=1e12, source="measured")
+    none = Link(name="none", latency_s=0.0, bytes_per_s=1e12)
     within, between, meeting_s = none, None, 0.0
     firsts = tuple(sum(h.workers for h in cluster.hosts[:number]) for number in range(len(cluster.hosts)))
     here = tuple(range(cluster.hosts[0].workers))
@@ -136,7 +135,6 @@ def _measure_link(group: Group) -> Link:
         latency_s=least_s,
         bytes_per_s=most_bytes / max(most_s - least_s, 1e-9),
         is_shared=group.device.type == "cpu",
-        source="measured",
         measured=tuple(found),
     )
 
@@ -179,10 +177,3 @@ def _shares_update(job: Job, seed: int, device: torch.device) -> bool:
     model, deferred = build_model(job, seed, device, None, in_parts=False)
     trained = [p for p in model.parameters() if p.requires_grad]
     return granularity(build_optimizer(job, trained, deferred)) in (NUMBERS, TENSORS)
-
-
-def _resident_bytes() -> int:
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE_BYTES
-    except (OSError, IndexError, ValueError):
-        return 0

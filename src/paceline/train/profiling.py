@@ -12,7 +12,7 @@ import collections
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
@@ -139,7 +139,7 @@ class _Steps:
     ) -> None:
         self._replica = replica
         loader = ShareLoader(job, datasets["train"], seed=seed, micro=1, size=1, rank=0, device=device)
-        self._batches = _endless(loader)
+        self._batches = loader.endless()
 
     def measure(self, budget_s: float, go_on: GoOn) -> tuple[float, float, float]:
         """Seconds of a step, of reading its data, and of the optimizer: medians over whole batches."""
@@ -349,13 +349,6 @@ def _first_samples(job: Job, dataset: Any, count: int, device: torch.device) -> 
     # Of fewer than are wanted some are taken again.
     repeated = list(itertools.islice(itertools.cycle(samples), count))
     return to_device(collate(repeated), device)
-
-
-def _endless(loader: ShareLoader) -> Iterator[Any]:
-    epoch = 0
-    while True:
-        yield from loader.epoch(epoch)
-        epoch += 1
 
 
 def _spread(values: list[float]) -> float:

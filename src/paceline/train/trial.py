@@ -160,7 +160,7 @@ class LayoutTimer:
         return self._replicas[key]
 
     def _endless(self, layout: Layout, group: Group) -> Iterator[GlobalBatch]:
-        loader = ShareLoader(
+        return ShareLoader(
             self._job,
             self._datasets["train"],
             seed=self._seed,
@@ -168,11 +168,7 @@ class LayoutTimer:
             size=group.size,
             rank=group.rank,
             device=self._world.device,
-        )
-        epoch = 0
-        while True:
-            yield from loader.epoch(epoch)
-            epoch += 1
+        ).endless()
 
     def _trial(self, candidate: _Candidate) -> Trial:
         layout, results = candidate.layout, candidate.results
