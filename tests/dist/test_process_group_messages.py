@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from shm_groups import run_shm
 
+from paceline.comm.mailbox import Mailbox
 from paceline.errors import CollectiveError
 
 pytestmark = pytest.mark.shared_memory
@@ -79,6 +80,36 @@ def matching(rank: int, size: int) -> list[float]:
 
 def test_a_message_goes_to_the_receive_that_was_posted_first():
     assert run_shm(matching, 2)[1] == [0, 2, 4, 1, 3, 99]
+
+
+def between_attempts(rank: int, size: int, folder: str) -> list[float]:
+    """All messages come after the first of two receives was tried, and before the second is."""
+    both = dist.FileStore(f"{folder}/both", size)
+    if rank == 0:
+        both.wait(["tried"])
+        for tag in (1, 2):
+            dist.send(numbered(tag), 1, tag=tag)
+        both.set("sent", "")
+        return []
+    take_ = Mailbox.take_
+
+    def slowly(mailbox, tensor, source, what, channel):
+        is_taken = take_(mailbox, tensor, source, what, channel)
+        if not both.check(["sent"]):
+            both.set("tried", "")
+            both.wait(["sent"])
+        return is_taken
+
+    Mailbox.take_ = slowly
+    tensors = [numbered(-1), numbered(-1)]
+    works = [dist.irecv(tensor, 0, tag=tag) for tag, tensor in enumerate(tensors, start=1)]
+    for work in works:
+        work.wait()
+    return [float(t[0]) for t in tensors]
+
+
+def test_a_message_that_comes_while_receives_are_tried_is_not_passed_over(tmp_path):
+    assert run_shm(between_attempts, 2, str(tmp_path))[1] == [1, 2]
 
 
 def from_anyone(rank: int, size: int) -> list[int]:

@@ -122,7 +122,7 @@ class Mailbox:
         position = self._take_block(num_bytes, name)
         self._bytes[self._rank][position : position + num_bytes].copy_(_as_bytes(tensor))
         self._unannounced[to].append(_Letter(position, tensor.numel(), tensor.dtype, channel))
-        self._see_all()
+        self.look()
         self._announce_all()
 
     def receive_(self, tensor: torch.Tensor, source: int, what: str, channel: int) -> None:
@@ -132,18 +132,37 @@ class Mailbox:
             CollectiveError: that worker has ended or did not send in time, or sent something else.
         """
         deadline_s = time.perf_counter() + self.timeout_s
-        while not self.try_receive_(tensor, source, what, channel):
+        self.look()
+        while not self.take_(tensor, source, what, channel):
             self.wait_for_news(source, what, deadline_s)
+            self.look()
 
-    def try_receive_(self, tensor: torch.Tensor, source: int, what: str, channel: int) -> bool:
-        """`receive_` if the message has come already: whether it has.
+    def look(self) -> None:
+        """Read the announcements that have come, from all workers; the messages stay where they are.
+
+        Take all that is wanted of it before the next wait, which is for what comes later.
+        """
+        for source, seen in self._num_seen.items():
+            counters, first = self._counters[source], _ring(self._rank)
+            words = counters.words
+            announced = words[first]
+            if announced == seen:
+                continue
+            for number in range(seen, announced):
+                at = _letter(first, number)
+                dtype, channel = DTYPES[words[at + 2]], words[at + 3]
+                self._arrived[source, channel].append(_Letter(words[at], words[at + 1], dtype, channel))
+            self._num_seen[source] = announced
+            words[first + _TAKEN] = announced
+
+    def take_(self, tensor: torch.Tensor, source: int, what: str, channel: int) -> bool:
+        """`receive_` if the message was there at the last `look`: whether it was.
 
         Raises:
             CollectiveError: it is of another type or number of elements.
         """
         name = self._receiving(what, source)
         self._begin(name, tensor)
-        self._see_all()
         letters = self._arrived[source, channel]
         if not letters:
             return False
@@ -162,7 +181,7 @@ class Mailbox:
         return True
 
     def wait_for_news(self, source: int, what: str, deadline_s: float) -> None:
-        """Return when `source` has announced something new, or after a while.
+        """Return when `source` has announced something since the last `look`, or after a while.
 
         Args:
             deadline_s: by `time.perf_counter`.
@@ -188,7 +207,7 @@ class Mailbox:
             CollectiveError: all other workers have ended, or the time is up.
         """
         dead = self._memory.ended()
-        self._see_all()
+        self.look()
         self._announce_all()
         name = f"receiving {what} from any rank"
         if dead and len(dead) == len(self._num_seen) and not any(self._arrived.values()):
@@ -203,7 +222,7 @@ class Mailbox:
         deadline_s = time.perf_counter() + self.timeout_s
         self._announce_all()
         while any(self._unannounced.values()):
-            self._see_all()
+            self.look()
             self._announce_all()
             for to, letters in self._unannounced.items():
                 if letters:
@@ -234,21 +253,6 @@ class Mailbox:
             silent = self._memory.why_silent(rank)
             cause = f"rank {self._ranks[rank]} did not answer within {self.timeout_s:g} s{silent}"
             raise self._fail(name, cause, timed_out=True)
-
-    def _see_all(self) -> None:
-        """Read the announcements that have come, from all workers; the messages stay where they are."""
-        for source, seen in self._num_seen.items():
-            counters, first = self._counters[source], _ring(self._rank)
-            words = counters.words
-            announced = words[first]
-            if announced == seen:
-                continue
-            for number in range(seen, announced):
-                at = _letter(first, number)
-                dtype, channel = DTYPES[words[at + 2]], words[at + 3]
-                self._arrived[source, channel].append(_Letter(words[at], words[at + 1], dtype, channel))
-            self._num_seen[source] = announced
-            words[first + _TAKEN] = announced
 
     def _announce_all(self) -> None:
         """Announce what was sent, as far as the rings have room."""

@@ -150,6 +150,8 @@ class Inbox:
 
     def progress(self) -> None:
         """Fill what can be filled without waiting."""
+        # Once: a message that came between two attempts might be passed over, and then nobody would wake for it.
+        self._mailbox.look()
         blocked: set[tuple[int, int]] = set()
         for work in list(self._posted):
             sources = self._others if work.source == ANY_SOURCE else [work.source]
@@ -181,7 +183,7 @@ class Inbox:
         tensor = work.tensor
         whole = tensor.detach() if tensor.is_contiguous() else tensor.new_empty(tensor.shape)
         try:
-            if not self._mailbox.try_receive_(whole, source, _WHAT, work.tag):
+            if not self._mailbox.take_(whole, source, _WHAT, work.tag):
                 return False
         except CollectiveError as error:
             work.error = error
