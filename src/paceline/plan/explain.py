@@ -14,6 +14,8 @@ _WORDS = {
     "optimizer_s": "the optimizer",
     "data_s": "reading the data",
     "fixed_s": "what every step costs",
+    "overhead_s": "running a pipeline's actions",
+    "unexplained_s": "more than the sum of its parts, as a timed step has shown",
 }
 
 

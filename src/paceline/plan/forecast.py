@@ -13,12 +13,25 @@ from typing import Any
 from paceline.errors import LayoutError
 from paceline.plan import links
 from paceline.plan.links import Placement
-from paceline.plan.profile import Block, Costs, Division, LinkedCluster, Profile
+from paceline.plan.profile import (
+    DATA,
+    GATHERED,
+    PIPELINE,
+    SHARDED,
+    TENSOR,
+    Block,
+    Costs,
+    Division,
+    LinkedCluster,
+    Profile,
+)
 from paceline.plan.schedules import SCHEDULES, make_schedule
 from paceline.plan.stages import Stage, join, partition
 from paceline.plan.timeline import Coded, coded, makespan_s, peak_of
 from paceline.records import AXES, Layout, Record
 
+_MOST_TAKEN_OFF = 0.5
+"""Share of a forecast that what is unexplained may take off it."""
 SHARED_MEMORY = "shared memory"
 """Name of the link within a host over which workers can have one copy of the parameters."""
 
@@ -42,6 +55,10 @@ class Terms(Record):
     data_s: float = 0.0
     fixed_s: float = 0.0
     """Of every step, and meetings of workers."""
+    overhead_s: float = 0.0
+    """Running a pipeline's actions, beside their blocks."""
+    unexplained_s: float = 0.0
+    """What a measured step of this way of splitting took beyond the other terms; negative where they are too much."""
 
     @property
     def step_s(self) -> float:
@@ -113,6 +130,8 @@ class Forecaster:
         slowest = max(updating, key=lambda terms: sum(terms.values()))
         data_s = costs.data_s(self.profile.batch_size / layout.data_parallel)
         terms = computing.model_copy(update={**slowest, "data_s": data_s})
+        unexplained_s = self._with_unexplained(layout, terms.step_s) - terms.step_s
+        terms = terms.model_copy(update={"unexplained_s": unexplained_s})
         memory = max((self._memory(layout, mine, w) for w, mine in enumerate(held)), key=lambda m: m.total)
         return Forecast(layout=layout, terms=terms, memory=memory, samples=self.profile.batch_size)
 
@@ -125,7 +144,18 @@ class Forecaster:
         costs, stages = self.costs_of(layout), self.stages_of(layout)
         updating = self._updating(layout, costs, self._heaviest(layout, stages))
         data_s = costs.data_s(self.profile.batch_size / layout.data_parallel)
-        return self._least_computing_s(layout, stages) + sum(updating.values()) + data_s
+        least_s = self._least_computing_s(layout, stages) + sum(updating.values()) + data_s
+        return self._with_unexplained(layout, least_s)
+
+    def _with_unexplained(self, layout: Layout, step_s: float) -> float:
+        """A step with what its ways of splitting took beyond the sum of the terms, when they were tried."""
+        more_s = 0.0
+        for way in ways_of(layout):
+            blocks = len(self.profile.costs[0].model) if way == GATHERED else 1
+            times = layout.micro * blocks if way in (GATHERED, TENSOR) else 1
+            more_s += self.profile.unexplained_s.get(way, 0.0) * times
+        more_s /= self.linked.slowest(layout.workers)
+        return max(step_s + more_s, step_s * (1 - _MOST_TAKEN_OFF))
 
     def _heaviest(self, layout: Layout, stages: Sequence[Stage]) -> list[Stage]:
         """The stages of the worker that has most parameters to update."""
@@ -218,14 +248,21 @@ class Forecaster:
             number,
             layout.recompute,
         )
-        key += (self.linked.slowest(layout.workers), self.place(layout, "tp"))
+        key += (self.linked.slowest(layout.workers), self.place(layout, "tp"), self.place(layout, "data"))
+        action_s, in_parts = 0.0, False
+        if layout.pp > 1:
+            action_s = self.profile.action_s / self.linked.slowest(layout.workers)
+            in_parts = SCHEDULES[layout.schedule].in_parts
+        key += (action_s, in_parts)
         if key not in self._stages:
             costs = self.costs_of(layout)
             computed = {id(b): self._compute(layout, b, micro) for b in costs.blocks}
             row = [computed[id(b)] for b in costs.model]
             # By computation alone: a faster link does not move the cuts, and so never makes a forecast slower.
             cuts = partition([piece.busy_s - piece.tensor_s for piece in row], number)
-            self._stages[key] = tuple(join(row[a:b]) for a, b in itertools.pairwise(cuts))
+            self._stages[key] = tuple(
+                join(row[a:b], action_s, in_parts=in_parts) for a, b in itertools.pairwise(cuts)
+            )
         return self._stages[key]
 
     def _compute(self, layout: Layout, block: Block, micro: float) -> Stage:
@@ -233,7 +270,8 @@ class Forecaster:
         part = block.divided(layout.tp)
         assert part is not None
         speed = self.linked.slowest(layout.workers)
-        forward_s, backward_s = part.forward_s(micro) / speed, part.backward_s(micro) / speed
+        forward_s, backward_s = self._block_s(layout, block, part, micro)
+        forward_s, backward_s = forward_s / speed, backward_s / speed
         again = {"none": 0.0, "selective": block.selective_share, "full": 1.0}[layout.recompute]
         forward_x, backward_x = 0.0, 0.0
         if isinstance(part, Division):
@@ -264,6 +302,21 @@ class Forecaster:
             largest_bytes=part.parameter_bytes,
         )
 
+    def _block_s(
+        self, layout: Layout, block: Block, part: Block | Division, micro: float
+    ) -> tuple[float, float]:
+        """Forward and backward of one worker, on the device that was measured; statistics over all workers included."""
+        if part is not block or layout.data_parallel == 1 or block.forward_among_s is None:
+            return part.forward_s(micro), part.backward_s(micro)
+        assert block.backward_among_s is not None
+        # Measured among the workers of one host; over a cable their messages take longer.
+        here, there = self.place(layout, "data"), self.costs_of(layout).active
+        measured = Placement(hosts=1, per_host=max(2, there))
+        more_s = 0.0
+        for kind, num_bytes in block.statistics:
+            more_s += max(0.0, self._link_s(kind, here, num_bytes) - self._link_s(kind, measured, num_bytes))
+        return block.forward_among_s(micro) + more_s / 2, block.backward_among_s(micro) + more_s / 2
+
     def _exchange_s(self, exchanges: Sequence[tuple[str, float]], place: Placement, micro: float) -> float:
         return sum(self._link_s(kind, place, num_bytes * micro) for kind, num_bytes in exchanges)
 
@@ -272,16 +325,21 @@ class Forecaster:
 
     def _computing(self, layout: Layout, stages: tuple[Stage, ...], held: Sequence[Sequence[Stage]]) -> Terms:
         busy = [
-            (layout.micro * sum(s.busy_s for s in mine), layout.micro * sum(s.tensor_s for s in mine))
+            (
+                layout.micro * sum(s.busy_s for s in mine),
+                layout.micro * sum(s.tensor_s for s in mine),
+                layout.micro * sum(s.overhead_s for s in mine),
+            )
             for mine in held
         ]
-        busy_s, tensor_s = max(busy)
+        busy_s, tensor_s, overhead_s = max(busy)
         if layout.pp == 1:
             return Terms(compute_s=busy_s - tensor_s, tensor_s=tensor_s)
         whole_s, without_s = self._makespans(layout, stages)
         return Terms(
-            compute_s=busy_s - tensor_s,
+            compute_s=busy_s - tensor_s - overhead_s,
             tensor_s=tensor_s,
+            overhead_s=overhead_s,
             bubble_s=without_s - busy_s,
             messages_s=whole_s - without_s,
         )
@@ -386,6 +444,20 @@ class Forecaster:
             saved=round(saved),
             temporary=round(temporary),
         )
+
+
+def ways_of(layout: Layout) -> tuple[str, ...]:
+    """The ways in which a layout splits a job, as `Profile.unexplained_s` counts them."""
+    found = []
+    if layout.dp_shard > 1:
+        found.append(GATHERED if layout.zero_stage == 3 else SHARDED)
+    elif layout.dp_replicate > 1:
+        found.append(DATA)
+    if layout.tp > 1:
+        found.append(TENSOR)
+    if layout.pp > 1:
+        found.append(PIPELINE)
+    return tuple(found)
 
 
 @functools.lru_cache(maxsize=128)

@@ -9,10 +9,13 @@ from pydantic import Field, model_validator
 
 from paceline.plan.curves import Curve
 from paceline.plan.links import Link
-from paceline.records import Cluster, Record
+from paceline.records import Cluster, Layout, Record
 
 Exchange = tuple[str, float]
 """A collective and its bytes for one sample."""
+DATA, SHARDED, GATHERED, TENSOR, PIPELINE = "data", "sharded", "gathered", "tensor", "pipeline"
+"""Ways of splitting, each of which may take longer than the sum of its parts: with one copy of the parameters or an
+all-reduce; ZeRO-1 and 2; ZeRO-3, for each block and micro-batch; for each micro-batch; and in a step."""
 
 
 class Division(Record):
@@ -58,6 +61,13 @@ class Block(Record):
     output_bytes: float = Field(default=0.0, ge=0)
     """Of one sample: what crosses a cut after this block, in one direction."""
     divisions: tuple[Division, ...] = ()
+    forward_among_s: Curve | None = None
+    """Forward where a micro-batch is split among workers and the block takes statistics over all of them (batch
+    norm); None: that makes no difference to it."""
+    backward_among_s: Curve | None = None
+    statistics: tuple[Exchange, ...] = ()
+    """What it exchanges for that in each micro-batch, whatever the number of samples: in the two curves for the
+    measured number of workers on one host."""
 
     def divided(self, tp: int) -> Block | Division | None:
         """What one of `tp` workers computes; None where that is not known."""
@@ -98,6 +108,14 @@ class Costs(Record):
         return tuple(self.blocks[at] for at in self.row) if self.row else self.blocks
 
 
+class Tried(Record):
+    """A layout whose steps were timed, some of them, while the job was measured."""
+
+    layout: Layout
+    step_s: float = Field(gt=0)
+    """Median."""
+
+
 class Profile(Record):
     """What was measured of a job on one kind of device."""
 
@@ -111,6 +129,13 @@ class Profile(Record):
     """The optimizer's work can be shared out among a host's workers, which then have one copy of the parameters."""
     base_bytes: int = Field(ge=0)
     """Of a worker, before there is a model."""
+    tried: tuple[Tried, ...] = ()
+    """One layout of each way of splitting, timed for a moment: what `action_s` and `unexplained_s` were taken from."""
+    action_s: float = Field(default=0.0, ge=0)
+    """What an action of a pipeline's schedule takes beside its blocks."""
+    unexplained_s: dict[str, float] = {}
+    """By way of splitting: what its measured step took beyond the sum of the terms; less than nothing where those are
+    too much."""
     spread: float = Field(default=0.0, ge=0)
     """Relative, of the measurements: half the middle half of a quantity's values over its median."""
 

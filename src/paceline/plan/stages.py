@@ -26,22 +26,29 @@ class Stage:
     num_blocks: int
     largest_bytes: int
     """Parameters of the largest block."""
+    overhead_s: float = 0.0
+    """Of the three together: what running them as actions of a schedule takes beside the blocks."""
 
     @property
     def busy_s(self) -> float:
         return self.forward_s + self.input_s + self.weight_s
 
 
-def join(pieces: Sequence[Stage]) -> Stage:
-    """Blocks one after the other."""
+def join(pieces: Sequence[Stage], action_s: float = 0.0, *, in_parts: bool = False) -> Stage:
+    """Blocks one after the other.
+
+    Args:
+        action_s: what each action takes beside them.
+        in_parts: the gradients of weights are an action of their own.
+    """
 
     def total(name: str) -> float:
         return float(sum(getattr(piece, name) for piece in pieces))
 
     return Stage(
-        forward_s=total("forward_s"),
-        input_s=total("input_s"),
-        weight_s=total("weight_s"),
+        forward_s=total("forward_s") + action_s,
+        input_s=total("input_s") + action_s,
+        weight_s=total("weight_s") + action_s * in_parts,
         tensor_s=total("tensor_s"),
         parameter_bytes=int(total("parameter_bytes")),
         trained_bytes=int(total("trained_bytes")),
@@ -50,6 +57,7 @@ def join(pieces: Sequence[Stage]) -> Stage:
         output_bytes=pieces[-1].output_bytes,
         num_blocks=len(pieces),
         largest_bytes=max(piece.largest_bytes for piece in pieces),
+        overhead_s=action_s * (3 if in_parts else 2),
     )
 
 

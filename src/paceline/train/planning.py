@@ -10,19 +10,25 @@ from statistics import median
 import torch
 
 from paceline.comm.group import Group
+from paceline.comm.mesh import make_mesh
 from paceline.comm.threads import take_cores
 from paceline.comm.world import World
+from paceline.errors import LayoutError
 from paceline.job import Job
 from paceline.measure.machine import peak_memory_bytes
+from paceline.plan.corrections import corrected
 from paceline.plan.curves import Curve
 from paceline.plan.links import Link, MeasuredCollective
-from paceline.plan.profile import LinkedCluster, Profile
-from paceline.records import Cluster
+from paceline.plan.profile import Costs, LinkedCluster, Profile, Tried
+from paceline.records import Cluster, Layout
 from paceline.split.granularity import NUMBERS, TENSORS, granularity
 from paceline.train.build import build_model, build_optimizer
-from paceline.train.profiling import measure_costs
+from paceline.train.profiling import Measured, measure_costs, measure_division
 from paceline.train.session import Datasets
+from paceline.train.trial import LayoutTimer
 
+BUDGET_S = 12.0
+"""What measuring a job takes, about."""
 _SIZES = (4, 64 << 10, 1 << 20, 16 << 20)
 """Bytes of what is exchanged."""
 _CALLS_S = 0.05
@@ -30,50 +36,151 @@ _CALLS_S = 0.05
 
 
 def measure_all(
-    job: Job, datasets: Datasets, world: World, everyone: Group, cluster: Cluster, *, seed: int
+    job: Job,
+    datasets: Datasets,
+    world: World,
+    everyone: Group,
+    cluster: Cluster,
+    *,
+    seed: int,
+    precision: str = "fp32",
+    budget_s: float = BUDGET_S,
 ) -> tuple[Profile, LinkedCluster] | None:
     """What the planner has to know, on rank 0; None on the others. A collective call of all workers.
 
     Costs are measured with one worker alone (with one thread, and on a CPU with all of its host), and with all workers
-    of a host at once, each by itself.
+    of a host at once; then blocks divided among those, and links; and last a layout of each way of splitting is timed.
+
+    Args:
+        budget_s: about how long all that may take, without building models and finding out where they can be split.
 
     Raises:
         PacelineError: the job fails on its first steps.
     """
     base_bytes = peak_memory_bytes(world.device.type)
+    conditions = list(_conditions(cluster))
+    sizes = _micro_batches(job.batch_size, cluster.workers)
+    parts = len(conditions) + 2
     found = []
-    for threads, active in _conditions(cluster):
+    for threads, active in conditions:
         group = world.group(active)
         everyone.barrier("before measuring")
         if group is not None:
             take_cores(world.local_rank, active, threads)
-            found.append(
-                measure_costs(
-                    job,
-                    datasets,
-                    seed=seed,
-                    device=world.device,
-                    sizes=_micro_batches(job.batch_size, cluster.workers),
-                    threads=threads,
-                    active=active,
-                    go_on=functools.partial(_as_rank_0, group),
-                )
+            measured = measure_costs(
+                job,
+                datasets,
+                seed=seed,
+                device=world.device,
+                sizes=sizes,
+                threads=threads,
+                group=group if active > 1 else None,
+                precision=precision,
+                budget_s=budget_s / parts,
+                go_on=functools.partial(_as_rank_0, group),
             )
+            found.append(measured)
         everyone.barrier("after measuring")
+    divided = None
+    if conditions[-1][1] > 1:
+        divided = _divide(
+            job, datasets, world, found, conditions[-1], sizes, seed, precision, budget_s / parts / 2
+        )
+        everyone.barrier("after measuring divided blocks")
     within, between, meeting_s = _measure_links(world, everyone, cluster)
+    layouts = _ways_of_splitting(job.batch_size, cluster, conditions[-1], can_divide=divided is not None)
+    layouts = [Layout.parse(t) for t in everyone.gather_json([str(x) for x in layouts], "layouts to try")[0]]
+    timer = LayoutTimer(
+        job,
+        layouts,
+        world,
+        datasets,
+        seed=seed,
+        precision=precision,
+        budget_s=budget_s / parts * 3 / 2,
+        rounds=(2, 5),
+    )
+    trials = timer.run() if layouts else []
     if world.rank != 0:
         return None
+    costs = [m.costs.model_copy(update={"meeting_s": meeting_s}) for m in found]
+    if divided is not None:
+        costs = [_with_divisions(one, divided) for one in costs]
     profile = Profile(
         job=job.name or "job",
         batch_size=job.batch_size,
         device=world.device.type,
-        costs=tuple(m.costs.model_copy(update={"meeting_s": meeting_s}) for m in found),
+        costs=tuple(costs),
         state_per_byte=max(m.state_per_byte for m in found),
         shares_update=_shares_update(job, seed, world.device),
         base_bytes=base_bytes,
         spread=max(m.spread for m in found),
     )
-    return profile, LinkedCluster(cluster=cluster, within=within, between=between)
+    linked = LinkedCluster(cluster=cluster, within=within, between=between)
+    tried = [Tried(layout=t.layout, step_s=median(t.step_s)) for t in trials if t.step_s]
+    return corrected(profile, linked, tried), linked
+
+
+def _divide(
+    job: Job,
+    datasets: Datasets,
+    world: World,
+    found: list[Measured],
+    condition: tuple[int, int],
+    sizes: list[int],
+    seed: int,
+    precision: str,
+    budget_s: float,
+) -> Costs | None:
+    """The costs of all workers of a host at once, with blocks divided among them; None where that cannot be."""
+    threads, active = condition
+    mesh = make_mesh(world, Layout(tp=active, threads=threads))
+    if mesh is None:
+        return None
+    try:
+        return measure_division(
+            job,
+            datasets,
+            mesh,
+            found[-1].costs,
+            seed=seed,
+            device=world.device,
+            sizes=sizes,
+            precision=precision,
+            budget_s=budget_s,
+            go_on=functools.partial(_as_rank_0, mesh.everyone),
+        )
+    except LayoutError:
+        # All of them find this out, before the first pass.
+        return None
+
+
+def _with_divisions(costs: Costs, divided: Costs) -> Costs:
+    """The costs with another's divisions; there is one measurement of these, with all workers at once."""
+    blocks = zip(costs.blocks, divided.blocks, strict=True)
+    return costs.model_copy(
+        update={"blocks": tuple(b.model_copy(update={"divisions": d.divisions}) for b, d in blocks)}
+    )
+
+
+def _ways_of_splitting(
+    batch_size: int, cluster: Cluster, condition: tuple[int, int], *, can_divide: bool
+) -> list[Layout]:
+    """One layout of each way of splitting over the workers of the first host, as far as the batch allows."""
+    threads, n = condition
+    if n == 1:
+        return []
+    micro = next(m for m in (3 * n, 2 * n, n, 1) if batch_size % m == 0)
+    layouts = [
+        Layout(dp_replicate=n),
+        Layout(dp_shard=n, zero=2),
+        Layout(dp_shard=n, zero=3),
+        Layout(pp=n, micro=micro),
+        *([Layout(tp=n)] if can_divide else []),
+    ]
+    if cluster.device == "cpu":
+        layouts = [layout.model_copy(update={"threads": threads}) for layout in layouts]
+    return [layout for layout in layouts if batch_size % (layout.data_parallel * layout.micro) == 0]
 
 
 def _as_rank_0(group: Group, wish: bool) -> bool:

@@ -1,9 +1,7 @@
 """Measuring what a job costs on one worker, block by block, for the planner.
 
-The whole model runs forward and backward on real samples, as it would in training. Each call of a piece is timed where
-it stands: its forward pass with the code before it; its backward pass from when the gradient of its outputs is there
-until that of the call before it is. So the blocks add up to the whole, and are measured with the caches as they will
-be.
+The whole model runs forward and backward on real samples, as it would in training, with each call of a piece timed
+where it stands (`Passes`); whole steps are timed before and after, and the blocks are made to add up to them.
 """
 
 from __future__ import annotations
@@ -19,24 +17,18 @@ from typing import Any
 import torch
 from torch.utils.data import default_collate
 
+from paceline.comm.group import Group
+from paceline.comm.mesh import Mesh
 from paceline.job import Job
 from paceline.plan.curves import Curve
-from paceline.plan.profile import Block, Costs
-from paceline.split.pieces import Piece, find_pieces
-from paceline.split.stages import PieceCalls
-from paceline.split.trees import tensors_in
-from paceline.train.calling import caller
-from paceline.train.data import ShareLoader, num_samples, to_device
+from paceline.plan.profile import Block, Costs, Division, Exchange
+from paceline.train.data import ShareLoader, few_samples, num_samples, to_device
+from paceline.train.passes import FEWEST, MOST, Call, GoOn, Passes, Timing
 from paceline.train.replica import Replica, StepResult
 from paceline.train.session import Datasets
 
 _ADDED_BYTES = 32 << 20
 """Of the tensors whose addition is timed: more than the caches hold, as gradients of a large model are."""
-_FEWEST, _MOST = 3, 15
-"""Passes of each size."""
-
-GoOn = Callable[[bool], bool]
-"""Called before each pass, with whether this worker would make one more: what all of them do, once all have called."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,44 +52,55 @@ def measure_costs(
     device: torch.device,
     sizes: Sequence[int],
     threads: int,
-    active: int = 1,
+    group: Group | None = None,
+    precision: str = "fp32",
     budget_s: float = 10.0,
     go_on: GoOn = bool,
 ) -> Measured:
     """Measure in this process, which has its threads and its cores already.
 
     Args:
-        sizes: samples of a micro-batch, ascending; each is measured, what is between follows the line through them.
-        active: how many workers of this host do the same at the same time.
+        sizes: samples of a micro-batch, ascending up to the job's batch; each is measured, what is between follows the
+            line through them.
+        group: the workers of this host that do the same at the same time; None: nobody else does.
         budget_s: about how long the passes may take together.
         go_on: lets all of them make as many passes, and begin each together.
 
     Raises:
         PacelineError: the job fails on its first steps.
     """
-    replica = Replica(job, seed=seed, device=device, precision="fp32", total_steps=job.steps or 1000)
+    replica = Replica(job, seed=seed, device=device, precision=precision, total_steps=job.steps or 1000)
+    batches = {size: _first_samples(job, datasets["train"], size, device) for size in sizes}
     steps = _Steps(job, datasets, replica, seed, device)
-    step_s, data_s, optimizer_s = steps.measure(budget_s / 4, go_on)
-    trained = [p for p in replica.model.parameters() if p.requires_grad]
-    trained_bytes = sum(p.nbytes for p in trained)
-    state = [v for s in replica.optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
-    passes = _Passes(job, replica, device)
-    of_size = {}
-    for size in sizes:
-        batch = _first_samples(job, datasets["train"], size, device)
-        of_size[size] = passes.measure(batch, budget_s * 3 / 4 / len(sizes), go_on)
-    calls = passes.describe(_first_samples(job, datasets["train"], sizes[-1], device), sizes[-1])
-    blocks, row = _blocks(calls, of_size)
+    steps.measure(budget_s / 8, go_on)
+    passes = Passes(job, replica, device)
+    takes_statistics = replica.takes_statistics and group is not None and group.size > 1
+    each_s = budget_s * 3 / 4 / len(sizes) / (2 if takes_statistics else 1)
+    of_size = {size: passes.measure(batch, each_s, go_on) for size, batch in batches.items()}
+    among: dict[int, Timing] = {}
+    if takes_statistics:
+        assert group is not None
+        with replica.among(group):
+            among = {size: passes.measure(batch, each_s, go_on) for size, batch in batches.items()}
+    steps.measure(budget_s / 8, go_on)
+    step_s, data_s, optimizer_s = steps.medians()
+    calls = passes.describe(batches[sizes[-1]], sizes[-1])
+    # The blocks of a step cannot take longer than the step does.
+    rest_s = step_s - data_s - optimizer_s
+    scale = min(1.0, rest_s / median(of_size[sizes[-1]].whole_s))
+    blocks, row = _blocks(calls, of_size, among, scale, 1 if group is None else group.size)
     whole_s = sum(blocks[at].forward_s(job.batch_size) + blocks[at].backward_s(job.batch_size) for at in row)
+    trained_bytes = sum(p.nbytes for p in replica.model.parameters() if p.requires_grad)
+    state = [v for s in replica.optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
     costs = Costs(
         threads=threads,
-        active=active,
+        active=1 if group is None else group.size,
         blocks=blocks,
         row=row,
         optimizer_s_per_byte=optimizer_s / trained_bytes,
         add_s_per_byte=_addition_s(device, go_on) / _ADDED_BYTES,
         data_s=Curve(points=((float(job.batch_size), data_s),)),
-        fixed_s=max(0.0, step_s - whole_s - optimizer_s - data_s),
+        fixed_s=max(0.0, rest_s - whole_s),
     )
     return Measured(
         costs=costs,
@@ -107,28 +110,63 @@ def measure_costs(
     )
 
 
-@dataclasses.dataclass
-class _Timing:
-    """Passes of one size: of each call the seconds of each pass."""
+def measure_division(
+    job: Job,
+    datasets: Datasets,
+    mesh: Mesh,
+    costs: Costs,
+    *,
+    seed: int,
+    device: torch.device,
+    sizes: Sequence[int],
+    precision: str = "fp32",
+    budget_s: float = 3.0,
+    go_on: GoOn = bool,
+) -> Costs | None:
+    """`costs` with what tensor parallelism over the workers of `mesh` makes of each block. A collective call of them.
 
-    forward_s: list[list[float]]
-    backward_s: list[list[float]]
-    whole_s: list[float]
+    Each pass is timed as for whole blocks, without the time spent in collectives, which are noted by kind and bytes.
+    None where the model is called otherwise than whole, so that the blocks cannot be told apart.
+
+    Raises:
+        LayoutError: the model cannot be divided so.
+    """
+    replica = Replica(
+        job, seed=seed, device=device, precision=precision, total_steps=job.steps or 1000, in_parts=True
+    )
+    replica.split(mesh, few_samples(job, datasets["train"], device))
+    passes = Passes(job, replica, device, mesh.tensor)
+    batches = {size: _first_samples(job, datasets["train"], size, device) for size in sizes}
+    of_size = {s: passes.measure(b, budget_s / len(sizes), go_on) for s, b in batches.items()}
+    largest = sizes[-1]
+    exchanges = passes.exchanges(batches[largest])
+    calls = passes.describe(batches[largest], largest)
+    if len(calls) != len(costs.model):
+        return None
+    blocks = []
+    for at, block in enumerate(costs.blocks):
+        numbers = [number for number, place in enumerate(costs.row) if place == at]
+        first = numbers[0]
+        saved = sum(calls[n].saved_bytes for n in numbers) / len(numbers)
+        division = Division(
+            tp=mesh.tensor.size,
+            forward_s=_curve({s: t.forward_s for s, t in of_size.items()}, numbers),
+            backward_s=_curve({s: t.backward_s for s, t in of_size.items()}, numbers),
+            parameter_bytes=calls[first].parameter_bytes,
+            trained_bytes=calls[first].trained_bytes,
+            saved_bytes=saved,
+            saved_selective_bytes=saved,
+            saved_full_bytes=calls[first].input_bytes,
+            peak_bytes=0.0,
+            forward_exchanges=_of_one_sample(exchanges[first][0], largest),
+            backward_exchanges=_of_one_sample(exchanges[first][1], largest),
+        )
+        blocks.append(block.model_copy(update={"divisions": (*block.divisions, division)}))
+    return costs.model_copy(update={"blocks": tuple(blocks)})
 
 
-@dataclasses.dataclass
-class _Call:
-    """What one call of a piece holds, from a pass that was not timed; the last stands for what follows all pieces."""
-
-    name: str
-    kind: Any
-    """Calls of one kind cost the same."""
-    parameter_bytes: int
-    trained_bytes: int
-    saved_bytes: float
-    """Of one sample; likewise below."""
-    input_bytes: float
-    output_bytes: float
+def _of_one_sample(exchanges: Sequence[Exchange], samples: int) -> tuple[Exchange, ...]:
+    return tuple((kind, num_bytes / samples) for kind, num_bytes in exchanges)
 
 
 class _Steps:
@@ -140,158 +178,40 @@ class _Steps:
         self._replica = replica
         loader = ShareLoader(job, datasets["train"], seed=seed, micro=1, size=1, rank=0, device=device)
         self._batches = loader.endless()
+        self._whole = 0
+        self._results: list[StepResult] = []
 
-    def measure(self, budget_s: float, go_on: GoOn) -> tuple[float, float, float]:
-        """Seconds of a step, of reading its data, and of the optimizer: medians over whole batches."""
-        # The first batch of an epoch is as large as there are samples for; its last one may be smaller.
-        whole = self._replica.step(next(self._batches)).samples
-        self._replica.step(next(self._batches))
+    def measure(self, budget_s: float, go_on: GoOn) -> None:
+        """Train for about so long; the first time after two steps that warm up."""
+        if not self._whole:
+            # The first batch of an epoch is as large as there are samples for; its last one may be smaller.
+            self._whole = self._replica.step(next(self._batches)).samples
+            self._replica.step(next(self._batches))
         results: list[StepResult] = []
         end_s = time.perf_counter() + budget_s
-        while go_on(len(results) < _FEWEST or (len(results) < 2 * _MOST and time.perf_counter() < end_s)):
+        while go_on(len(results) < FEWEST or (len(results) < MOST and time.perf_counter() < end_s)):
             batch = next(self._batches)
             result = self._replica.step(batch)
-            if result.samples == whole:
+            if result.samples == self._whole:
                 results.append(result)
+        self._results += results
+
+    def medians(self) -> tuple[float, float, float]:
+        """Seconds of a step, of reading its data, and of the optimizer, over whole batches."""
         return (
-            median(r.step_s for r in results),
-            median(r.data_s for r in results),
-            median(r.optimizer_s for r in results),
+            median(r.step_s for r in self._results),
+            median(r.data_s for r in self._results),
+            median(r.optimizer_s for r in self._results),
         )
 
 
-class _Passes:
-    """Forward and backward passes of the whole model, with each call of a piece seen."""
-
-    def __init__(self, job: Job, replica: Replica, device: torch.device) -> None:
-        self._job, self._model, self._device = job, replica.model, device
-        self._images = replica.images
-        self._calls = PieceCalls(self._model, find_pieces(self._model))
-        self._call_model = caller(job, self._model)
-
-    def measure(self, batch: Any, budget_s: float, go_on: GoOn) -> _Timing:
-        timing = _Timing([], [], [])
-        self._timed(batch)  # warms up
-        end_s = time.perf_counter() + budget_s
-        while go_on(
-            len(timing.whole_s) < _FEWEST or (len(timing.whole_s) < _MOST and time.perf_counter() < end_s)
-        ):
-            forward_s, backward_s = self._timed(batch)
-            timing.forward_s.append(forward_s)
-            timing.backward_s.append(backward_s)
-            timing.whole_s.append(sum(forward_s) + sum(backward_s))
-        return timing
-
-    def _timed(self, batch: Any) -> tuple[list[float], list[float]]:
-        """Seconds of each call and of what follows the last one, forward and backward."""
-        ends_s: list[float] = []
-        gradients_s: list[float | None] = []
-
-        def call(piece: Piece, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-            outputs = forward(*args, **kwargs)
-            ends_s.append(self._now_s())
-            number = len(gradients_s)
-            gradients_s.append(None)
-            for tensor in tensors_in(outputs):
-                if tensor.requires_grad and not tensor.is_leaf:
-                    tensor.register_hook(lambda gradient: came(number))
-            return outputs
-
-        def came(number: int) -> None:
-            gradients_s[number] = self._now_s()
-
-        self._calls.on_call = call
-        try:
-            begin_s = self._now_s()
-            loss = self._loss(batch)
-            end_s = self._now_s()
-            loss.backward()
-            backward_end_s = self._now_s()
-        finally:
-            self._calls.on_call = None
-            self._model.zero_grad(set_to_none=True)
-        forward_s = [b - a for a, b in zip([begin_s, *ends_s], [*ends_s, end_s], strict=True)]
-        # Backward, from the last call to the first; a gradient that is not seen, or comes early, takes no time.
-        backward_s: list[float] = []
-        at_s = end_s
-        for there_s in reversed(gradients_s):
-            there_s = max(at_s, at_s if there_s is None else there_s)
-            backward_s.append(there_s - at_s)
-            at_s = there_s
-        backward_s.append(backward_end_s - at_s)
-        return forward_s, backward_s[::-1]
-
-    def describe(self, batch: Any, samples: int) -> list[_Call]:
-        """What each call holds; and, last, what is around them."""
-        found: list[_Call] = []
-        parameters = {p.untyped_storage().data_ptr() for p in self._model.parameters()}
-        counted: set[int] = set()
-        stored: set[int] = set(parameters)
-
-        def call(piece: Piece, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-            before = len(saved)
-            outputs = forward(*args, **kwargs)
-            own = [p for p in piece.module.parameters() if id(p) not in counted]
-            counted.update(map(id, own))
-            shapes = tuple((p.shape, p.dtype, p.requires_grad) for p in own)
-            input_bytes = sum(t.nbytes for t in tensors_in((args, kwargs)) if t.data_ptr() not in parameters)
-            output_bytes = sum(t.nbytes for t in tensors_in(outputs))
-            found.append(
-                _Call(
-                    name=piece.name,
-                    kind=(type(piece.module), shapes, input_bytes, output_bytes),
-                    parameter_bytes=sum(p.nbytes for p in own),
-                    trained_bytes=sum(p.nbytes for p in own if p.requires_grad),
-                    saved_bytes=sum(saved[before:]) / samples,
-                    input_bytes=input_bytes / samples,
-                    output_bytes=output_bytes / samples,
-                )
-            )
-            return outputs
-
-        saved: list[int] = []
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in stored:
-                stored.add(storage.data_ptr())
-                saved.append(storage.nbytes())
-            return tensor
-
-        self._calls.on_call = call
-        try:
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                loss = self._loss(batch)
-        finally:
-            self._calls.on_call = None
-        around = [p for p in self._model.parameters() if id(p) not in counted]
-        within = sum(call.saved_bytes for call in found)
-        found.append(
-            _Call(
-                name="loss",
-                kind="loss",
-                parameter_bytes=sum(p.nbytes for p in around),
-                trained_bytes=sum(p.nbytes for p in around if p.requires_grad),
-                saved_bytes=max(0.0, sum(saved) / samples - within),
-                input_bytes=found[-1].output_bytes if found else 0.0,
-                output_bytes=0.0,
-            )
-        )
-        del loss
-        return found
-
-    def _loss(self, batch: Any) -> torch.Tensor:
-        loss: Any = self._job.loss(self._call_model(self._images.arrange(batch)), batch)
-        whole: torch.Tensor = loss[0] / loss[1] if isinstance(loss, tuple) else loss
-        return whole
-
-    def _now_s(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
-
-
-def _blocks(calls: Sequence[_Call], of_size: dict[int, _Timing]) -> tuple[tuple[Block, ...], tuple[int, ...]]:
+def _blocks(
+    calls: Sequence[Call],
+    of_size: dict[int, Timing],
+    among: dict[int, Timing],
+    scale: float,
+    workers: int,
+) -> tuple[tuple[Block, ...], tuple[int, ...]]:
     """Calls of one kind become one block, with the mean of what they take; and the row of blocks."""
     kinds: dict[Any, list[int]] = collections.defaultdict(list)
     for number, call in enumerate(calls):
@@ -299,29 +219,45 @@ def _blocks(calls: Sequence[_Call], of_size: dict[int, _Timing]) -> tuple[tuple[
     blocks = []
     for numbers in kinds.values():
         first = calls[numbers[0]]
-        forward, backward = {}, {}
-        for size, timing in of_size.items():
-            forward[float(size)] = _mean_of_medians(timing.forward_s, numbers)
-            backward[float(size)] = _mean_of_medians(timing.backward_s, numbers)
-        blocks.append(
-            Block(
-                name=first.name,
-                forward_s=Curve.of(forward),
-                backward_s=Curve.of(backward),
-                parameter_bytes=first.parameter_bytes,
-                trained_bytes=first.trained_bytes,
-                saved_bytes=sum(calls[n].saved_bytes for n in numbers) / len(numbers),
-                # Products of matrices, which selective recomputation keeps, may be all that is saved.
-                saved_selective_bytes=sum(calls[n].saved_bytes for n in numbers) / len(numbers),
-                saved_full_bytes=first.input_bytes,
-                output_bytes=first.output_bytes,
-            )
+        saved = sum(calls[n].saved_bytes for n in numbers) / len(numbers)
+        block = Block(
+            name=first.name,
+            forward_s=_curve({s: t.forward_s for s, t in of_size.items()}, numbers).scaled(scale),
+            backward_s=_curve({s: t.backward_s for s, t in of_size.items()}, numbers).scaled(scale),
+            parameter_bytes=first.parameter_bytes,
+            trained_bytes=first.trained_bytes,
+            saved_bytes=saved,
+            # Products of matrices, which selective recomputation keeps, may be all that is saved.
+            saved_selective_bytes=saved,
+            saved_full_bytes=first.input_bytes,
+            output_bytes=first.output_bytes,
         )
+        if among and first.channels:
+            update = {
+                "forward_among_s": _curve({s: t.forward_s for s, t in among.items()}, numbers).scaled(scale),
+                "backward_among_s": _curve({s: t.backward_s for s, t in among.items()}, numbers).scaled(
+                    scale
+                ),
+                "statistics": _statistics(first.channels, workers),
+            }
+            block = block.model_copy(update=update)
+        blocks.append(block)
     place = {number: at for at, numbers in enumerate(kinds.values()) for number in numbers}
     return tuple(blocks), tuple(place[number] for number in range(len(calls)))
 
 
-def _mean_of_medians(passes: list[list[float]], numbers: list[int]) -> float:
+def _statistics(channels: Sequence[int], workers: int) -> tuple[Exchange, ...]:
+    """What batch norms of so many channels exchange in a micro-batch (`split/batchnorm.py`)."""
+    gathered = [("all-gather", 4.0 * (2 * number + 1) * workers) for number in channels]
+    return (*gathered, *(("all-reduce", 8.0 * number) for number in channels))
+
+
+def _curve(passes_s: dict[int, list[list[float]]], numbers: Sequence[int]) -> Curve:
+    """Seconds of a call against samples: the median over the passes, the mean over the calls of these numbers."""
+    return Curve.of({float(size): _mean_of_medians(found, numbers) for size, found in passes_s.items()})
+
+
+def _mean_of_medians(passes: list[list[float]], numbers: Sequence[int]) -> float:
     return sum(median(seconds[n] for seconds in passes) for n in numbers) / len(numbers)
 
 

@@ -16,6 +16,7 @@ from paceline.comm.group import Group
 from paceline.comm.mesh import Mesh, data_mesh
 from paceline.errors import JobError, LossError
 from paceline.job import Job
+from paceline.split.apply import SplitModel
 from paceline.split.batchnorm import BatchShare, share_batch_norms
 from paceline.split.finding import Found
 from paceline.train.calling import caller, require_scalar, sum_and_weight
@@ -95,8 +96,9 @@ class Replica:
                 )
             self.scheduler = job.schedule(self.optimizer, total_steps)
         self._share = BatchShare()
-        share_batch_norms(self.model, self._share)
-        self._call = caller(job, self.model)
+        self.takes_statistics = bool(share_batch_norms(self.model, self._share))
+        """Its batch norms take statistics over all workers among which a micro-batch is split."""
+        self.call = caller(job, self.model)
         self._mesh = data_mesh(Group.alone(device))
         self._reductions: dict[Group, Reduction] = {}
         self._pipeline: Pipeline | None = None
@@ -129,6 +131,15 @@ class Replica:
         """Where the model was split."""
         return None if self._held.parts is None else self._held.parts.found
 
+    @property
+    def parts(self) -> SplitModel | None:
+        """What `split` has made of the model."""
+        return self._held.parts
+
+    def among(self, group: Group) -> contextlib.AbstractContextManager[None]:
+        """Within it micro-batches are split among the workers of `group`."""
+        return self._share.among(group)
+
     def attach(self, mesh: Mesh) -> None:
         """Train in step with the workers of `mesh`, each with the whole model; all start from rank 0's.
 
@@ -150,13 +161,13 @@ class Replica:
         """
 
         def run(batch: Any) -> None:
-            self.job.loss(self._call(batch), batch)
+            self.job.loss(self.call(batch), batch)
 
         self._mesh = mesh
         parts = self._held.split(mesh, [functools.partial(run, batch) for batch in samples], found)
         self._reductions.clear()
         if mesh.layout.pp > 1:
-            self._pipeline = Pipeline(parts, mesh.layout, self.device, self._call, self._forward_context)
+            self._pipeline = Pipeline(parts, mesh.layout, self.device, self.call, self.forward_context)
         self._reduction = self._reduction_of(mesh)
 
     def _reduction_of(self, mesh: Mesh) -> Reduction:
@@ -231,7 +242,7 @@ class Replica:
                     self.job, dataset, size=data.size, rank=data.rank, device=self.device
                 ):
                     self._share.counts = not part.share.borrowed
-                    with self._forward_context():
+                    with self.forward_context():
                         outputs = self._outputs(part)
                         if part.share.borrowed or (
                             self._pipeline is not None and not self._pipeline.has_last
@@ -259,7 +270,7 @@ class Replica:
     def _outputs(self, part: Part) -> Any:
         if self._pipeline is None:
             part.batch = self.images.arrange(part.batch)
-            return self._call(part.batch)
+            return self.call(part.batch)
         return self._pipeline.forward(part, derive(self._seed, "evaluation", part.share.begin))
 
     def check_in_step(self) -> None:
@@ -277,7 +288,7 @@ class Replica:
 
         def loss_of(part: Part, outputs: Any) -> torch.Tensor:
             nonlocal weighted
-            with self._forward_context():
+            with self.forward_context():
                 loss = self.job.loss(outputs, part.batch)
             weighted = isinstance(loss, tuple)
             sums[_WEIGHTED] = float(weighted)
@@ -291,8 +302,8 @@ class Replica:
                     part.batch = self.images.arrange(part.batch)
                     seed_torch(seed_of(part), self.device)
                     with self._around(part):
-                        with self._forward_context():
-                            outputs = self._call(part.batch)
+                        with self.forward_context():
+                            outputs = self.call(part.batch)
                         to_differentiate = loss_of(part, outputs)
                         self._reduction.begin_backward(last=position == len(batch.parts) - 1)
                         to_differentiate.backward()
@@ -304,19 +315,19 @@ class Replica:
         group = self._mesh.everyone
         ratio = None
         if self._held.parts is None and group.rank == 0:
-            ratio = self.images.measure(batch.parts[0].batch, self._try)
+            ratio = self.images.measure(batch.parts[0].batch, self.try_out)
         if self._held.parts is None and group.size > 1:
             ratio = group.gather_json(ratio, "how images lie in memory")[0]
         self.images.decide(ratio)
 
-    def _try(self, batch: Any) -> float:
+    def try_out(self, batch: Any) -> float:
         """A forward and a backward pass that leave nothing behind; the loss."""
         kept = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                with self._forward_context():
-                    loss = self.job.loss(self._call(batch), batch)
+                with self.forward_context():
+                    loss = self.job.loss(self.call(batch), batch)
                 loss = loss[0] if isinstance(loss, tuple) else loss
                 torch.autograd.grad(loss, self._held.trained, allow_unused=True)
         finally:
@@ -331,7 +342,7 @@ class Replica:
         yield
 
     @contextlib.contextmanager
-    def _forward_context(self) -> Iterator[None]:
+    def forward_context(self) -> Iterator[None]:
         """What calls of the model and of the loss run in."""
         with (
             contextlib.nullcontext() if self._held.parts is None else self._held.parts.computing(),

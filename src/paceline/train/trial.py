@@ -60,7 +60,16 @@ class LayoutTimer:
         *,
         seed: int,
         precision: str,
+        budget_s: float = BUDGET_S,
+        rounds: tuple[int, int] = (_FEWEST_ROUNDS, _MOST_ROUNDS),
     ) -> None:
+        """
+        Args:
+            budget_s: about what all of it may take, once each layout has run its first steps.
+            rounds: how many at least, and at most.
+        """
+        self._budget_s, self._rounds = budget_s, rounds
+        self._round_s = min(_ROUND_S, budget_s / 2 / max(1, len(layouts)) / rounds[0])
         self._job, self._world, self._datasets, self._seed = job, world, datasets, seed
         self._all = world.group(world.size)
         self._precision = precision
@@ -102,12 +111,14 @@ class LayoutTimer:
         for candidate in timed:
             candidate.steps_per_round = 1
             self._round(candidate)
-            candidate.steps_per_round = max(1, min(_MOST_STEPS, round(_ROUND_S / candidate.round_s[-1])))
+            candidate.steps_per_round = max(1, min(_MOST_STEPS, round(self._round_s / candidate.round_s[-1])))
             expected_s += candidate.steps_per_round * candidate.round_s[-1]
             candidate.round_s.clear()
             candidate.results.clear()
-        rounds = int((BUDGET_S - min(warm_up_s, BUDGET_S / 2)) / max(expected_s, 1e-6))
-        for _ in range(max(_FEWEST_ROUNDS, min(_MOST_ROUNDS, rounds))):
+        budget_s = self._budget_s
+        rounds = int((budget_s - min(warm_up_s, budget_s / 2)) / max(expected_s, 1e-6))
+        fewest, most = self._rounds
+        for _ in range(max(fewest, min(most, rounds))):
             for candidate in timed:
                 self._round(candidate)
 

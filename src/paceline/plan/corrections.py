@@ -1,0 +1,51 @@
+"""What ways of splitting cost beyond the sum of their parts, taken from one step of each that was timed.
+
+Blocks, links and the optimizer are measured apart. Run together they cost more: a pipeline's worker runs the code
+around its blocks for every action, sharding gathers and frees, caches are shared. So of each way of splitting one
+layout is tried, and what its step takes beyond its forecast is added to the forecasts of all that split in that way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from paceline.plan.forecast import Forecaster, ways_of
+from paceline.plan.profile import GATHERED, PIPELINE, TENSOR, LinkedCluster, Profile, Tried
+
+_HALVINGS = 40
+
+
+def corrected(profile: Profile, linked: LinkedCluster, tried: Sequence[Tried]) -> Profile:
+    """The profile with what was tried, and what that tells.
+
+    Args:
+        linked: the cluster on which the profile was measured and the layouts were tried.
+        tried: of each way of splitting one layout, which splits in no other way.
+    """
+    found = profile.model_copy(update={"tried": tuple(tried), "action_s": 0.0, "unexplained_s": {}})
+    unexplained_s: dict[str, float] = {}
+    action_s = 0.0
+    for one in tried:
+        layout = one.layout
+        ways = ways_of(layout)
+        if len(ways) != 1:
+            continue
+        (way,) = ways
+        missing_s = one.step_s - Forecaster(found, linked).forecast(layout).step_s
+        if way == PIPELINE and missing_s > 0:
+            action_s = _action_s(found, linked, one)
+            continue
+        blocks = len(found.costs[0].model) if way == GATHERED else 1
+        times = layout.micro * blocks if way in (GATHERED, TENSOR) else 1
+        unexplained_s[way] = missing_s / times
+    return found.model_copy(update={"action_s": action_s, "unexplained_s": unexplained_s})
+
+
+def _action_s(profile: Profile, linked: LinkedCluster, tried: Tried) -> float:
+    """What each action must take beside its blocks for the forecast to be what was measured."""
+    low, high = 0.0, tried.step_s
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        told = Forecaster(profile.model_copy(update={"action_s": middle}), linked).forecast(tried.layout)
+        low, high = (middle, high) if told.step_s < tried.step_s else (low, middle)
+    return (low + high) / 2

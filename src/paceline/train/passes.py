@@ -1,0 +1,258 @@
+"""Forward and backward passes of a job's model with each call of a piece seen where it stands.
+
+Each call is timed in place: its forward pass with the code before it; its backward pass from when the gradient of its
+outputs is there until that of the call before it is. So the calls add up to the whole, and are measured with the caches
+as they will be.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from paceline.comm.group import Group
+from paceline.job import Job
+from paceline.split.pieces import Piece, find_pieces
+from paceline.split.stages import PieceCalls
+from paceline.split.trees import tensors_in
+from paceline.train.images import ImageFormat
+from paceline.train.replica import Replica
+
+FEWEST, MOST = 3, 15
+"""Passes of each size."""
+
+GoOn = Callable[[bool], bool]
+"""Called before each pass, with whether this worker would make one more: what all of them do, once all have called."""
+
+
+@dataclasses.dataclass
+class Timing:
+    """Passes of one size: of each pass the seconds of each call, without those spent waiting for other workers."""
+
+    forward_s: list[list[float]] = dataclasses.field(default_factory=list)
+    backward_s: list[list[float]] = dataclasses.field(default_factory=list)
+    whole_s: list[float] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class Call:
+    """What one call of a piece holds, from a pass that was not timed; the last stands for what follows all pieces."""
+
+    name: str
+    kind: Any
+    """Calls of one kind cost the same."""
+    parameter_bytes: int
+    trained_bytes: int
+    saved_bytes: float
+    """Of one sample; likewise below."""
+    input_bytes: float
+    output_bytes: float
+    channels: tuple[int, ...] = ()
+    """Of its batch norms, in all: they take statistics over all workers, and exchange them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Moment:
+    """What has been done until a moment."""
+
+    at_s: float
+    waited_s: float
+    num_exchanges: int
+
+    def work_s(self, before: _Moment) -> float:
+        """Since `before`, other than waiting."""
+        return max(0.0, self.at_s - before.at_s - (self.waited_s - before.waited_s))
+
+
+class Passes:
+    """Forward and backward passes of a replica's model, whole or divided by tensor parallelism."""
+
+    def __init__(self, job: Job, replica: Replica, device: torch.device, among: Group | None = None) -> None:
+        """
+        Args:
+            among: the workers with which the pieces exchange something; None: with none.
+        """
+        self._job, self._replica, self._model, self._device = job, replica, replica.model, device
+        parts = replica.parts
+        self._calls = PieceCalls(self._model, find_pieces(self._model)) if parts is None else parts.calls
+        self._among = among
+        self._exchanges: list[tuple[str, float]] = []
+
+    def measure(self, batch: Any, budget_s: float, go_on: GoOn) -> Timing:
+        """Pass after pass over one batch, for about `budget_s`, images lying as they would for that batch."""
+        images = ImageFormat()
+        images.decide(
+            None if self._replica.parts is not None else images.measure(batch, self._replica.try_out)
+        )
+        arranged = images.arrange(batch)
+        timing = Timing()
+        self._timed(arranged)  # warms up
+        end_s = time.perf_counter() + budget_s
+        while go_on(
+            len(timing.whole_s) < FEWEST or (len(timing.whole_s) < MOST and time.perf_counter() < end_s)
+        ):
+            forward, backward = self._timed(arranged)
+            timing.forward_s.append([b.work_s(a) for a, b in itertools.pairwise(forward)])
+            timing.backward_s.append(
+                [b.work_s(a) for a, b in itertools.pairwise(backward)][::-1]
+            )
+            timing.whole_s.append(sum(timing.forward_s[-1]) + sum(timing.backward_s[-1]))
+        return timing
+
+    def exchanges(self, batch: Any) -> list[tuple[list[tuple[str, float]], list[tuple[str, float]]]]:
+        """Of each call what it exchanges in its forward and in its backward pass: collectives and their bytes."""
+        assert self._among is not None
+        with _noting(self._among, self._exchanges):
+            forward, backward = self._timed(batch)
+
+        def between(moments: list[_Moment]) -> list[list[tuple[str, float]]]:
+            return [
+                self._exchanges[a.num_exchanges : b.num_exchanges]
+                for a, b in itertools.pairwise(moments)
+            ]
+
+        found = list(zip(between(forward), between(backward)[::-1], strict=True))
+        self._exchanges.clear()
+        return found
+
+    def _timed(self, batch: Any) -> tuple[list[_Moment], list[_Moment]]:
+        """The moments between the calls, in the order in which they come; what follows the last call is a call too."""
+        ends: list[_Moment] = []
+        came: list[_Moment | None] = []
+
+        def call(piece: Piece, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+            outputs = forward(*args, **kwargs)
+            ends.append(self._now())
+            number = len(came)
+            came.append(None)
+            for tensor in tensors_in(outputs):
+                if tensor.requires_grad and not tensor.is_leaf:
+                    tensor.register_hook(lambda gradient: note(number))
+            return outputs
+
+        def note(number: int) -> None:
+            came[number] = self._now()
+
+        self._calls.on_call = call
+        try:
+            begin = self._now()
+            loss = self._loss(batch)
+            forward = [begin, *ends, self._now()]
+            loss.backward()
+            end = self._now()
+        finally:
+            self._calls.on_call = None
+            self._model.zero_grad(set_to_none=True)
+        # Backward, from the last call to the first; a gradient that is not seen, or comes early, takes no time.
+        backward = [forward[-1]]
+        for moment in reversed(came):
+            before = backward[-1]
+            backward.append(before if moment is None or moment.at_s < before.at_s else moment)
+        return forward, [*backward, end]
+
+    def describe(self, batch: Any, samples: int) -> list[Call]:
+        """What each call holds; and, last, what is around them."""
+        found: list[Call] = []
+        parameters = {p.untyped_storage().data_ptr() for p in self._model.parameters()}
+        counted: set[int] = set()
+        stored: set[int] = set(parameters)
+
+        def call(piece: Piece, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+            before = len(saved)
+            outputs = forward(*args, **kwargs)
+            own = [p for p in piece.module.parameters() if id(p) not in counted]
+            counted.update(map(id, own))
+            shapes = tuple((p.shape, p.dtype, p.requires_grad) for p in own)
+            input_bytes = sum(t.nbytes for t in tensors_in((args, kwargs)) if t.data_ptr() not in parameters)
+            output_bytes = sum(t.nbytes for t in tensors_in(outputs))
+            found.append(
+                Call(
+                    name=piece.name,
+                    kind=(type(piece.module), shapes, input_bytes, output_bytes),
+                    parameter_bytes=sum(p.nbytes for p in own),
+                    trained_bytes=sum(p.nbytes for p in own if p.requires_grad),
+                    saved_bytes=sum(saved[before:]) / samples,
+                    input_bytes=input_bytes / samples,
+                    output_bytes=output_bytes / samples,
+                    channels=tuple(
+                        m.num_features for m in piece.module.modules() if isinstance(m, _BatchNorm)
+                    ),
+                )
+            )
+            return outputs
+
+        saved: list[int] = []
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in stored:
+                stored.add(storage.data_ptr())
+                saved.append(storage.nbytes())
+            return tensor
+
+        self._calls.on_call = call
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                loss = self._loss(batch)
+        finally:
+            self._calls.on_call = None
+        around = [p for p in self._model.parameters() if id(p) not in counted]
+        within = sum(call.saved_bytes for call in found)
+        found.append(
+            Call(
+                name="loss",
+                kind="loss",
+                parameter_bytes=sum(p.nbytes for p in around),
+                trained_bytes=sum(p.nbytes for p in around if p.requires_grad),
+                saved_bytes=max(0.0, sum(saved) / samples - within),
+                input_bytes=found[-1].output_bytes if found else 0.0,
+                output_bytes=0.0,
+            )
+        )
+        del loss
+        return found
+
+    def _loss(self, batch: Any) -> torch.Tensor:
+        with self._replica.forward_context():
+            loss: Any = self._job.loss(self._replica.call(batch), batch)
+        whole: torch.Tensor = loss[0] / loss[1] if isinstance(loss, tuple) else loss
+        return whole
+
+    def _now(self) -> _Moment:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        waited_s = 0.0 if self._among is None else self._among.waited_s
+        return _Moment(time.perf_counter(), waited_s, len(self._exchanges))
+
+
+@contextlib.contextmanager
+def _noting(group: Group, found: list[tuple[str, float]]) -> Iterator[None]:
+    """Note the collectives of a group: kind and bytes, of an all-gather what it gives."""
+
+    def noted(kind: str, times: int, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            found.append((kind, float(tensor.nbytes * times)))
+            return function(tensor, *args, **kwargs)
+
+        return call
+
+    kinds = {
+        "sum_": ("all-reduce", 1),
+        "all_gather_": ("all-gather", 1),
+        "reduce_scatter_": ("reduce-scatter", 1),
+        "gather": ("all-gather", group.size),
+    }
+    for name, (kind, times) in kinds.items():
+        setattr(group, name, noted(kind, times, getattr(group, name)))
+    try:
+        yield
+    finally:
+        for name in kinds:
+            delattr(group, name)
