@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "dist"))
 
 from paceline.comm.world import AUTO, TRANSPORT_VARIABLE, TRANSPORTS
+from paceline.measure import store
 
 HAS_SHARED_MEMORY = (sys.platform, platform.machine()) == ("linux", "x86_64")
 
@@ -25,6 +27,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     os.environ[TRANSPORT_VARIABLE] = config.getoption("--transport")
+    # No test reads, or leaves, anything in the user's cache.
+    cache = tempfile.TemporaryDirectory(prefix="paceline-tests-cache-")
+    config.add_cleanup(cache.cleanup)
+    os.environ[store.VARIABLE] = cache.name
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -59,6 +59,10 @@ def train(
     transport: Transport = "auto",
     timeout: Timeout = 300.0,
     port: Port = None,
+    remeasure: Annotated[
+        bool,
+        typer.Option("--remeasure", help="Measure the job again, even if it was within the last week."),
+    ] = False,
     verify: Annotated[
         bool,
         typer.Option(
@@ -84,6 +88,7 @@ def train(
             epochs=epochs,
             until=until,
             precision=precision,
+            remeasure=remeasure,
             verify=verify,
             transport=transport,
             timeout_s=timeout,

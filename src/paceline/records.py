@@ -262,6 +262,10 @@ class Plan(Record):
     chosen_by: str
     """`trial` or `user`."""
     forecast_step_s: float | None = None
+    """What the trial measured."""
+    planned_step_s: float | None = None
+    """What the planner forecast, before any step of this layout was timed."""
+    planned_error_s: float | None = None
     trials: tuple[Trial, ...] = ()
 
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import itertools
 import random
-import time
 
 import pytest
 from planning_examples import CABLE, GIB, MEMORY, linked, profile, random_linked, random_profile
 
 from paceline.errors import LayoutError
 from paceline.plan import links
+from paceline.plan.corrections import corrected
 from paceline.plan.curves import Curve
 from paceline.plan.explain import limited_by, why_it_lost
 from paceline.plan.forecast import Forecast, Forecaster, Memory, Terms
 from paceline.plan.links import KINDS, Link, MeasuredCollective, Placement
-from paceline.plan.profile import Block, Costs, Profile
+from paceline.plan.profile import Block, Costs, Profile, Tried
 from paceline.plan.scaling import find_knee, scaling
 from paceline.plan.schedules import SCHEDULES, make_schedule
 from paceline.plan.search import layouts, search
@@ -325,14 +325,11 @@ def test_words_for_what_limits_and_why_a_layout_lost():
     assert text.endswith("more than in dp_replicate=1.")
 
 
-@pytest.mark.parametrize(("blocks", "batch", "hosts", "limit_s"), [(12, 64, 1, 1.5), (96, 1024, 128, 25.0)])
-def test_large_searches_come_to_an_end(blocks, batch, hosts, limit_s):
-    """A generous limit: what it takes is measured elsewhere."""
+@pytest.mark.parametrize(("blocks", "batch", "hosts"), [(12, 64, 1), (96, 1024, 128)])
+def test_large_searches_forecast_a_small_part_of_what_is_possible(blocks, batch, hosts):
     job = profile((0.5, *((1.0,) * (blocks - 2)), 2.0), batch, (2, 4, 8))
-    begin_s = time.monotonic()
     found = search(Forecaster(job, linked(hosts, 8, worker_bytes=80 * GIB)))
-    assert time.monotonic() - begin_s < limit_s
-    assert found.num_forecast < found.num_possible
+    assert found.num_forecast < found.num_possible / 20
     assert len(found.fastest) == 10
 
 
@@ -368,3 +365,72 @@ def test_the_example_in_the_documentation_is_right():
     terms = forecaster.forecast(Layout.parse("pp=2,micro=4")).terms
     assert terms.bubble_s == pytest.approx(12e-3)
     assert terms.messages_s == pytest.approx(1.64e-3)
+
+
+TRIED = (
+    ("dp_replicate=2", 1.1, "data"),
+    ("dp_shard=2,zero=1", 1.3, "sharded"),
+    ("dp_shard=2,zero=3", 0.9, "gathered"),
+    ("tp=2", 1.2, "tensor"),
+    ("pp=2,micro=4", 1.5, ""),
+    ("pp=2,micro=4", 0.9, "pipeline"),
+)
+
+
+@pytest.mark.parametrize(("text", "ratio", "way"), TRIED)
+def test_a_forecast_of_what_was_tried_is_what_it_took(text, ratio, way):
+    made, cluster = profile(), linked()
+    layout = Layout.parse(text)
+    step_s = Forecaster(made, cluster).forecast(layout).step_s * ratio
+    found = corrected(made, cluster, [Tried(layout=layout, step_s=step_s)])
+    forecast = Forecaster(found, cluster).forecast(layout)
+    assert forecast.step_s == pytest.approx(step_s, rel=1e-9)
+    assert set(found.unexplained_s) == ({way} - {""})
+    assert (found.action_s > 0) == (way == "")
+    assert forecast.error_s < Forecaster(made, cluster).forecast(layout).error_s
+
+
+def test_what_was_tried_moves_forecasts_of_the_same_way_and_no_others():
+    made, cluster = profile(), linked()
+    before = Forecaster(made, cluster)
+    step_s = before.forecast(Layout.parse("pp=2,micro=4")).step_s
+    after = Forecaster(
+        corrected(made, cluster, [Tried(layout=Layout.parse("pp=2,micro=4"), step_s=1.4 * step_s)]), cluster
+    )
+
+    def moved(text: str) -> float:
+        layout = Layout.parse(text)
+        return after.forecast(layout).step_s / before.forecast(layout).step_s
+
+    assert moved("dp_replicate=4") == moved("tp=2") == 1.0
+    assert moved("pp=2,micro=8") > moved("pp=2,micro=2") > 1.0
+    assert moved("pp=2,dp_replicate=2,micro=2") > 1.0
+
+
+def test_batch_norm_counts_where_the_batch_is_split_and_more_over_a_cable():
+    made = profile(tps=())
+    (costs,) = made.costs
+    blocks = tuple(
+        b.model_copy(
+            update={
+                "forward_among_s": b.forward_s.scaled(1.2),
+                "backward_among_s": b.backward_s.scaled(1.1),
+                "statistics": (("all-gather", 1000.0), ("all-reduce", 500.0)),
+            }
+        )
+        for b in costs.blocks
+    )
+    norms = made.model_copy(update={"costs": (costs.model_copy(update={"blocks": blocks}),)})
+    layout = Layout.parse("dp_replicate=2")
+
+    def compute_s(of, cluster, layout):
+        return Forecaster(of, cluster).forecast(layout).terms.compute_s
+
+    one = Layout()
+    assert compute_s(norms, linked(), one) == compute_s(made, linked(), one)
+    here = compute_s(norms, linked(), layout)
+    assert 1.1 < here / compute_s(made, linked(), layout) < 1.2
+    over_a_cable = compute_s(norms, linked(2, 1), layout)
+    messages_s = CABLE.seconds("all-gather", 2, 1000) + CABLE.seconds("all-reduce", 2, 500)
+    at_home_s = MEMORY.seconds("all-gather", 2, 1000) + MEMORY.seconds("all-reduce", 2, 500)
+    assert over_a_cable - here == pytest.approx(len(costs.row) * (messages_s - at_home_s))

@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paceline.errors import LayoutError
-from paceline.plan.candidates import candidates, further_candidates
+from paceline.plan.candidates import candidates
 from paceline.plan.choose import LEAST_GAIN, choose, without_workers
+from paceline.plan.forecast import Forecast, Memory, Terms
+from paceline.plan.shortlist import shortlist
 from paceline.records import Cluster, Host, Layout, Trial
 
 
@@ -136,20 +138,26 @@ def test_a_plan_whose_layout_trains_something_else_falls_back_to_the_fastest_sin
     assert instead.trials == plan.trials
 
 
-def timed(layout: Layout, step_s: float, for_weights_s: float) -> Trial:
-    return Trial(
-        layout=layout, label=str(layout), workers=layout.workers, threads=1, step_s=(step_s,) * 3,
-        compute_s=step_s - for_weights_s, communication_s=for_weights_s / 2, optimizer_s=for_weights_s / 2,
-    )  # fmt: skip
+def forecast(text: str, step_s: float, error_s: float = 0.1) -> Forecast:
+    return Forecast(
+        layout=Layout.parse(text), terms=Terms(compute_s=step_s), memory=Memory(), samples=8, error_s=error_s
+    )
 
 
-def test_tensor_parallelism_is_timed_where_the_weights_take_long():
-    one, two = Layout(threads=2), Layout(dp_replicate=2, threads=1)
-    heavy = [timed(one, 1.0, 0.3), timed(two, 0.9, 0.3)]
-    assert further_candidates(cluster(2), heavy) == [Layout(tp=2, threads=1)]
-    light = [timed(one, 1.0, 0.3), timed(two, 0.9, 0.1)]
-    assert further_candidates(cluster(2), light) == []
-    quick = [timed(one, 0.010, 0.003), timed(two, 0.009, 0.003)]
-    assert further_candidates(cluster(2), quick) == []
-    assert further_candidates(cluster(2, 1, hosts=2), heavy) == []
-    assert further_candidates(cluster(2, 2, "cuda"), heavy) == []
+def test_a_shortlist_has_those_that_may_be_fastest_one_of_each_kind_and_what_is_always_timed():
+    always = [Layout(threads=1), Layout(dp_replicate=2, threads=1)]
+    fastest = [
+        forecast("tp=2,threads=1", 1.0),
+        forecast("dp_shard=2,zero=1,threads=1", 1.05),
+        forecast("dp_shard=2,zero=2,threads=1", 1.06),
+        forecast("dp_replicate=2,threads=1", 1.1),
+        forecast("pp=2,micro=4,threads=1", 1.19),
+        forecast("pp=2,micro=8,threads=1", 1.19),
+        forecast("dp_shard=2,zero=3,threads=1", 1.25),
+    ]
+    wanted = ["tp=2,threads=1", "dp_shard=2,zero=1,threads=1", "pp=2,micro=4,threads=1"]
+    assert texts(shortlist(fastest, always)) == [*texts(always), *wanted]
+    assert texts(shortlist(fastest, always, most=1)) == [*texts(always), wanted[0]]
+    narrow = [f.model_copy(update={"error_s": 0.01}) for f in fastest]
+    assert texts(shortlist(narrow, always)) == [*texts(always), wanted[0]]
+    assert shortlist([], always) == always

@@ -30,6 +30,8 @@ class RunSpec(Record):
     epochs: int | None = None
     until: str | None = None
     precision: str = "auto"
+    remeasure: bool = False
+    """Measure the job for its plan, even if what was measured in the last week is kept."""
     verify: bool = True
     """Prove a layout of several workers before training in it."""
     transport: str = AUTO

@@ -7,7 +7,6 @@ The launcher starts it as `python -m paceline.launch.worker RUN.json`; under tor
 from __future__ import annotations
 
 import ctypes
-import functools
 import json
 import os
 import signal
@@ -27,9 +26,12 @@ from paceline.job import Job
 from paceline.launch.failure import record
 from paceline.launch.spec import AUTO, MEASURED_FILES, RunSpec
 from paceline.load import LoadedJob, load_job_file
+from paceline.measure import store
 from paceline.measure.machine import describe_host, device_kind, peak_memory_bytes, versions
-from paceline.plan.candidates import candidates, further_candidates
-from paceline.plan.choose import choose, without_workers
+from paceline.plan.candidates import candidates
+from paceline.plan.choose import Planned, choose, without_workers
+from paceline.plan.profile import LinkedCluster, Profile
+from paceline.plan.shortlist import shortlist
 from paceline.records import Cluster, Host, Layout, Plan, Proof, describe_layout
 from paceline.split.finding import Found
 from paceline.train.allocator import keep_freed_memory
@@ -42,8 +44,13 @@ from paceline.train.room import PROOF_BYTES, why_no_room
 from paceline.train.session import Datasets, Session
 from paceline.train.target import Length, Target, plan_length
 from paceline.train.trial import LayoutTimer
+from paceline.train.watch import Watch
 
 _PR_SET_PDEATHSIG = 1
+_TRIAL_S = 6.0
+"""What timing the layouts of a shortlist may take, once each has run its first steps."""
+_TOLD = 10
+"""Forecasts that a run's events tell."""
 
 
 class Worker:
@@ -177,7 +184,8 @@ class Worker:
         if session.why_not_shared:
             text = f"Every worker keeps all parameters and updates them all: {session.why_not_shared}."
             self._write("message", level="info", text=text)
-        outcome = TrainingLoop(session, length, target, self._writer).run()
+        watch = Watch(plan.forecast_step_s or plan.planned_step_s, plan.planned_error_s or 0.0)
+        outcome = TrainingLoop(session, length, target, self._writer, watch).run()
         self._finish(session, world, outcome, plan)
 
     def _choose_precision(self, job: Job, datasets: Datasets, world: World) -> tuple[str, str]:
@@ -208,6 +216,8 @@ class Worker:
             reason=plan.reason,
             chosen_by=plan.chosen_by,
             forecast_step_s=plan.forecast_step_s,
+            planned_step_s=plan.planned_step_s,
+            planned_error_s=plan.planned_error_s,
             transport=group.transport,
         )
         if group.why_no_memory:
@@ -247,13 +257,67 @@ class Worker:
                 reason="it is the only layout that this machine and batch size allow",
                 chosen_by="trial",
             )
-        timer = LayoutTimer(job, layouts, world, datasets, seed=spec.seed, precision=precision)
-        trials = timer.run(functools.partial(further_candidates, cluster))
+        planned = self._forecast(loaded, world, everyone, cluster, datasets, precision)
+        told = None
+        if planned is not None:
+            told = [str(layout) for layout in shortlist(planned.found.fastest, layouts)]
+        layouts = [Layout.parse(text) for text in everyone.gather_json(told, "layouts to time")[0]]
+        timer = LayoutTimer(
+            job, layouts, world, datasets, seed=spec.seed, precision=precision, budget_s=_TRIAL_S
+        )
+        trials = timer.run()
         for trial in trials:
             self._write("trial", **trial.to_json())
         # Every worker has the same trials; rank 0 decides for all.
-        decided = everyone.gather_json(choose(trials).to_json() if world.rank == 0 else None, "the plan")
-        return Plan.from_json(decided[0])
+        decided = None
+        if planned is not None:
+            plan = choose(trials)
+            forecast = planned.of(plan.layout)
+            update = {"planned_step_s": forecast.step_s, "planned_error_s": forecast.error_s}
+            decided = plan.model_copy(update=update).to_json()
+        return Plan.from_json(everyone.gather_json(decided, "the plan")[0])
+
+    def _forecast(
+        self,
+        loaded: LoadedJob,
+        world: World,
+        everyone: Group,
+        cluster: Cluster,
+        datasets: Datasets,
+        precision: str,
+    ) -> Planned | None:
+        """On rank 0 the forecasts of this job's layouts, from what is measured now, or was within the last week."""
+        spec, job = self._spec, loaded.job
+        threads = user_threads()
+        key, kept = "", None
+        if world.rank == 0:
+            about = (cluster.to_json(), versions(), precision, job.batch_size, threads, everyone.transport)
+            key = store.key_of(loaded.path, loaded.options, *about)
+            kept = None if spec.remeasure else store.kept(key)
+        is_kept = everyone.gather_json(kept is not None, "what is known of the job")[0]
+        begin_s = time.time()
+        if is_kept:
+            if kept is None:
+                return None
+            profile, linked = Profile.from_json(kept[0]), LinkedCluster.from_json(kept[1])
+        else:
+            measured = measure_all(
+                job, datasets, world, everyone, cluster, seed=spec.seed, precision=precision, threads=threads
+            )
+            if measured is None:
+                return None
+            store.keep(key, [record.to_json() for record in measured])
+            profile, linked = measured
+        profile = profile.model_copy(update={"past_error": store.past_error()})
+        planned = Planned(profile, linked)
+        self._write(
+            "forecasts",
+            source="kept" if is_kept else "measured",
+            measuring_s=time.time() - begin_s,
+            possible=planned.found.num_possible,
+            forecasts=[forecast.to_json() for forecast in planned.found.fastest[:_TOLD]],
+        )
+        return planned
 
     def _check_enough(self, layout: Layout, world: World) -> None:
         if layout.workers > world.size:
@@ -287,6 +351,9 @@ class Worker:
         weights = save(session, self._spec.directory)
         if self._writer is None:
             return
+        if plan.planned_step_s is not None and outcome.median_step_s is not None:
+            about = {"job": session.job.name, "layout": str(plan.layout)}
+            store.note_forecast(plan.planned_step_s, outcome.median_step_s, **about)
         shown = outcome.status != "interrupted"
         numbers = showcase(session, self._writer, self._spec.directory) if shown else {}
         self._end(
@@ -299,6 +366,8 @@ class Worker:
             metrics={**outcome.metrics, **numbers},
             weights=weights,
             forecast_step_s=plan.forecast_step_s,
+            planned_step_s=plan.planned_step_s,
+            planned_error_s=plan.planned_error_s,
             measured_step_s=outcome.median_step_s,
             error=None,
         )

@@ -6,10 +6,29 @@ from collections.abc import Sequence
 from statistics import median
 
 from paceline.errors import LayoutError
-from paceline.records import Plan, Trial
+from paceline.plan.forecast import Forecast, Forecaster
+from paceline.plan.profile import LinkedCluster, Profile
+from paceline.plan.search import search
+from paceline.records import Layout, Plan, Trial
 
 LEAST_GAIN = 0.02
 """Share of a step's time that several workers must save over one process, or one process is taken."""
+
+
+_FORECASTS = 30
+"""Layouts that a shortlist is made of."""
+
+
+class Planned:
+    """The forecasts of one job on one cluster, the fastest first."""
+
+    def __init__(self, profile: Profile, linked: LinkedCluster) -> None:
+        self._forecaster = Forecaster(profile, linked)
+        self.found = search(self._forecaster, number=_FORECASTS)
+
+    def of(self, layout: Layout) -> Forecast:
+        """The forecast of one layout."""
+        return self._forecaster.forecast(layout)
 
 
 def choose(trials: Sequence[Trial]) -> Plan:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -92,6 +93,8 @@ class Forecast(Record):
     """Of the worker that needs most."""
     samples: int
     """Of a step."""
+    error_s: float = 0.0
+    """How far the step may be from its forecast: from the spread of what was measured, and from past forecasts."""
 
     @property
     def step_s(self) -> float:
@@ -133,7 +136,21 @@ class Forecaster:
         unexplained_s = self._with_unexplained(layout, terms.step_s) - terms.step_s
         terms = terms.model_copy(update={"unexplained_s": unexplained_s})
         memory = max((self._memory(layout, mine, w) for w, mine in enumerate(held)), key=lambda m: m.total)
-        return Forecast(layout=layout, terms=terms, memory=memory, samples=self.profile.batch_size)
+        return Forecast(
+            layout=layout,
+            terms=terms,
+            memory=memory,
+            samples=self.profile.batch_size,
+            error_s=terms.step_s * self.relative_error(layout),
+        )
+
+    def relative_error(self, layout: Layout) -> float:
+        """Of a forecast: the errors of past forecasts and of the measurements, which are independent of each other.
+
+        A layout that was tried is known as well as it was measured.
+        """
+        was_tried = any(one.layout == layout for one in self.profile.tried)
+        return math.hypot(0.0 if was_tried else self.profile.past_error, self.profile.spread)
 
     def least_s(self, layout: Layout) -> float:
         """What a step of a layout takes at least: no more than its forecast, and found without playing its schedule.

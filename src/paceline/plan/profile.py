@@ -136,8 +136,10 @@ class Profile(Record):
     unexplained_s: dict[str, float] = {}
     """By way of splitting: what its measured step took beyond the sum of the terms; less than nothing where those are
     too much."""
+    past_error: float = Field(default=0.1, ge=0)
+    """Relative, of earlier forecasts on this machine."""
     spread: float = Field(default=0.0, ge=0)
-    """Relative, of the measurements: half the middle half of a quantity's values over its median."""
+    """Relative error of the measurements: of a median step, the largest of all conditions."""
 
     def of(self, threads: int | None, active: int) -> Costs:
         """The costs that come nearest: of as many threads if any, then of as many workers at a time."""

@@ -78,12 +78,33 @@ class TrialEvent(Event):
     error: str | None = None
 
 
+class ForecastTold(_Read):
+    layout: dict[str, Any] = {}
+    terms: dict[str, float] = {}
+    memory: dict[str, float] = {}
+    samples: int = 0
+    error_s: float = 0.0
+
+    @property
+    def step_s(self) -> float:
+        return sum(self.terms.values())
+
+
+class ForecastsEvent(Event):
+    source: str = ""
+    measuring_s: float = 0.0
+    possible: int = 0
+    forecasts: tuple[ForecastTold, ...] = ()
+
+
 class PlanEvent(Event):
     layout: dict[str, Any] = {}
     label: str
     reason: str = ""
     chosen_by: str = ""
     forecast_step_s: float | None = None
+    planned_step_s: float | None = None
+    planned_error_s: float | None = None
 
 
 class Difference(_Read):
@@ -174,6 +195,8 @@ class EndEvent(Event):
     metrics: dict[str, float] = {}
     weights: str | None = None
     forecast_step_s: float | None = None
+    planned_step_s: float | None = None
+    planned_error_s: float | None = None
     measured_step_s: float | None = None
     error: str | None = None
 
@@ -181,6 +204,7 @@ class EndEvent(Event):
 KINDS: dict[str, type[Event]] = {
     "run": RunEvent,
     "model": ModelEvent,
+    "forecasts": ForecastsEvent,
     "trial": TrialEvent,
     "plan": PlanEvent,
     "proof": ProofEvent,

@@ -9,6 +9,7 @@ from string import Template
 from paceline.report import sections
 from paceline.report.analysis import compare
 from paceline.report.figures import drawings
+from paceline.report.forecasts import forecasts
 from paceline.report.markup import text
 from paceline.report.reader import RunLog
 from paceline.report.stylesheet import CSS
@@ -47,6 +48,7 @@ def render(log: RunLog) -> str:
         sections.headline(log, comparison),
         sections.key_numbers(log, comparison),
         sections.loss(drawn),
+        forecasts(log),
         sections.layouts(log, comparison, drawn),
         sections.proof(log),
         sections.time_per_rank(log, drawn),

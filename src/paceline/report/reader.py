@@ -17,6 +17,7 @@ from paceline.report.kinds import (
     EndEvent,
     EvaluationEvent,
     Event,
+    ForecastsEvent,
     MessageEvent,
     ModelEvent,
     PlanEvent,
@@ -41,6 +42,7 @@ class RunLog:
     path: Path
     run: RunEvent | None = None
     model: ModelEvent | None = None
+    forecasts: ForecastsEvent | None = None
     trials: tuple[TrialEvent, ...] = ()
     plan: PlanEvent | None = None
     proof: ProofEvent | None = None
@@ -110,6 +112,7 @@ def read_log(path: Path) -> RunLog:
         path=path,
         run=_last(events, RunEvent),
         model=_last(events, ModelEvent),
+        forecasts=_last(events, ForecastsEvent),
         trials=_all(events, TrialEvent),
         plan=_last(events, PlanEvent),
         proof=_last(events, ProofEvent),

@@ -65,6 +65,8 @@ def key_numbers(log: RunLog, comparison: Comparison) -> str:
         title = f"held-out {name}" if name in evaluated else name
         tiles.append((title, formats.number(last), _first_value(log, name)))
     forecast, measured = forecast_and_measured_s(log)
+    if log.plan and log.plan.planned_step_s:
+        forecast = log.plan.planned_step_s
     if forecast and measured:
         aside = f"forecast {formats.seconds(forecast)}: {formats.signed_percent(measured / forecast - 1)}"
         tiles.append(("time per step, median", formats.seconds(measured), aside))

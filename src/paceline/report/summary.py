@@ -11,7 +11,6 @@ from paceline.report import formats
 from paceline.report.analysis import (
     PARTS,
     compare,
-    forecast_and_measured_s,
     last_metrics,
     mean_shares,
     rank_times,
@@ -19,7 +18,7 @@ from paceline.report.analysis import (
 )
 from paceline.report.proofs import verdict
 from paceline.report.reader import RunLog
-from paceline.report.sentences import result, why_not_more
+from paceline.report.sentences import result, step_against_forecast, why_not_more
 
 
 def print_summary(console: Console, log: RunLog) -> None:
@@ -51,14 +50,7 @@ def _rows(log: RunLog) -> list[tuple[str, str]]:
     shares = mean_shares(rank_times(log))
     told = [f"{part} {formats.percent(shares[part])}" for part in PARTS if shares.get(part, 0.0) >= 0.005]
     rows.append(("time", ", ".join(told)))
-    forecast, measured = forecast_and_measured_s(log)
-    if forecast and measured:
-        error = formats.signed_percent(measured / forecast - 1)
-        rows.append(
-            ("step", f"{formats.seconds(measured)} measured, {formats.seconds(forecast)} forecast ({error})")
-        )
-    elif measured:
-        rows.append(("step", f"{formats.seconds(measured)} measured"))
+    rows.append(("step", step_against_forecast(log)))
     if log.proof:
         rows.append(("proof", verdict(log.proof)))
     if log.end and log.end.weights:

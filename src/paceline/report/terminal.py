@@ -17,6 +17,7 @@ from paceline.report.kinds import (
     EndEvent,
     EvaluationEvent,
     Event,
+    ForecastsEvent,
     MessageEvent,
     ModelEvent,
     PlanEvent,
@@ -25,6 +26,7 @@ from paceline.report.kinds import (
     TrialEvent,
     decode,
 )
+from paceline.report.sentences import how_forecast
 from paceline.report.summary import print_summary
 from paceline.report.tracker import Tracker
 
@@ -186,6 +188,8 @@ def _lines(tracker: Tracker, event: Event) -> list[tuple[str, str]]:
         return [(first, "bold"), *((line, "dim") for line in others)]
     if isinstance(event, ModelEvent):
         return [(formats.plural(event.parameters, "parameter"), "dim")]
+    if isinstance(event, ForecastsEvent):
+        return [(how_forecast(event), "dim")]
     if isinstance(event, TrialEvent):
         return [(f"timed {tracker.trial(event)}", "" if event.step_s else "yellow")]
     if isinstance(event, PlanEvent):

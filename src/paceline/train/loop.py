@@ -14,6 +14,7 @@ from paceline.events import EventWriter
 from paceline.train.replica import StepResult
 from paceline.train.session import Session
 from paceline.train.target import Length, Target
+from paceline.train.watch import Watch
 from paceline.train.weights import load_weights, save_tensors, save_weights
 
 _SUMS = ("compute_s", "communication_s", "data_s", "optimizer_s")
@@ -41,9 +42,15 @@ class TrainingLoop:
     """Trains a session to its length or target. Every worker runs it; only rank 0 has a `writer`."""
 
     def __init__(
-        self, session: Session, length: Length, target: Target | None, writer: EventWriter | None
+        self,
+        session: Session,
+        length: Length,
+        target: Target | None,
+        writer: EventWriter | None,
+        watch: Watch | None = None,
     ) -> None:
         self._session, self._length, self._target, self._writer = session, length, target, writer
+        self._watch = watch
         self._outcome = Outcome()
         self._first_metrics: dict[str, float] | None = None
         self._evaluated_at = -1
@@ -91,6 +98,9 @@ class TrainingLoop:
                 **{name: round(getattr(result, name), 7) for name in _SUMS},
                 elapsed_s=round(outcome.train_s, 6),
             )
+            told = "" if self._watch is None else self._watch.on_step(result)
+            if told:
+                self._writer.write("message", level="warning", text=told)
 
     def _evaluate(self) -> None:
         begin_s = time.perf_counter()

@@ -100,9 +100,7 @@ class Passes:
         ):
             forward, backward = self._timed(arranged)
             timing.forward_s.append([b.work_s(a) for a, b in itertools.pairwise(forward)])
-            timing.backward_s.append(
-                [b.work_s(a) for a, b in itertools.pairwise(backward)][::-1]
-            )
+            timing.backward_s.append([b.work_s(a) for a, b in itertools.pairwise(backward)][::-1])
             timing.whole_s.append(sum(timing.forward_s[-1]) + sum(timing.backward_s[-1]))
         return timing
 
@@ -114,8 +112,7 @@ class Passes:
 
         def between(moments: list[_Moment]) -> list[list[tuple[str, float]]]:
             return [
-                self._exchanges[a.num_exchanges : b.num_exchanges]
-                for a, b in itertools.pairwise(moments)
+                self._exchanges[a.num_exchanges : b.num_exchanges] for a, b in itertools.pairwise(moments)
             ]
 
         found = list(zip(between(forward), between(backward)[::-1], strict=True))

@@ -44,6 +44,7 @@ def measure_all(
     *,
     seed: int,
     precision: str = "fp32",
+    threads: int | None = None,
     budget_s: float = BUDGET_S,
 ) -> tuple[Profile, LinkedCluster] | None:
     """What the planner has to know, on rank 0; None on the others. A collective call of all workers.
@@ -52,13 +53,14 @@ def measure_all(
     of a host at once; then blocks divided among those, and links; and last a layout of each way of splitting is timed.
 
     Args:
+        threads: what the user asked each worker to have; None: the host's cores are shared out.
         budget_s: about how long all that may take, without building models and finding out where they can be split.
 
     Raises:
         PacelineError: the job fails on its first steps.
     """
     base_bytes = peak_memory_bytes(world.device.type)
-    conditions = list(_conditions(cluster))
+    conditions = list(_conditions(cluster, threads))
     sizes = _micro_batches(job.batch_size, cluster.workers)
     parts = len(conditions) + 2
     found = []
@@ -189,15 +191,16 @@ def _as_rank_0(group: Group, wish: bool) -> bool:
     return bool(group.sum_(own, "a measured pass") > 0)
 
 
-def _conditions(cluster: Cluster) -> Iterator[tuple[int, int]]:
+def _conditions(cluster: Cluster, threads: int | None) -> Iterator[tuple[int, int]]:
     """Threads, and workers at a time."""
     host = cluster.hosts[0]
-    yield 1, 1
-    if cluster.device == "cpu" and host.cores > 1:
+    on_cpu = cluster.device == "cpu"
+    yield threads or 1, 1
+    if on_cpu and host.cores > 1 and threads is None:
         yield host.cores, 1
     if host.workers > 1:
-        threads = max(1, host.cores // host.workers) if cluster.device == "cpu" else 1
-        yield threads, host.workers
+        shared = max(1, host.cores // host.workers) if on_cpu else 1
+        yield threads or shared, host.workers
 
 
 def _micro_batches(batch_size: int, workers: int) -> list[int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from statistics import median
@@ -41,7 +42,7 @@ class Measured:
     step_s: float
     """Of one process on a whole batch, for comparison: median."""
     spread: float
-    """Of the whole passes: half the middle half over the median, the largest of all sizes."""
+    """Relative error of that median, by the middle half of the steps."""
 
 
 def measure_costs(
@@ -106,7 +107,7 @@ def measure_costs(
         costs=costs,
         state_per_byte=sum(v.nbytes for v in state) / trained_bytes,
         step_s=step_s,
-        spread=max(_spread(timing.whole_s) for timing in of_size.values()),
+        spread=steps.error(),
     )
 
 
@@ -204,6 +205,13 @@ class _Steps:
             median(r.optimizer_s for r in self._results),
         )
 
+    def error(self) -> float:
+        """Standard error of the median step, relative: 0.93 times the middle half's width over √n, for normal noise."""
+        ordered = sorted(r.step_s for r in self._results)
+        quarter = len(ordered) // 4
+        width = ordered[-1 - quarter] - ordered[quarter]
+        return 0.93 * width / math.sqrt(len(ordered)) / median(ordered)
+
 
 def _blocks(
     calls: Sequence[Call],
@@ -285,9 +293,3 @@ def _first_samples(job: Job, dataset: Any, count: int, device: torch.device) -> 
     # Of fewer than are wanted some are taken again.
     repeated = list(itertools.islice(itertools.cycle(samples), count))
     return to_device(collate(repeated), device)
-
-
-def _spread(values: list[float]) -> float:
-    ordered = sorted(values)
-    quarter = len(ordered) // 4
-    return (ordered[-1 - quarter] - ordered[quarter]) / 2 / median(ordered)

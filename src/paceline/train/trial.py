@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from statistics import median
 
 from paceline.comm.group import Group
@@ -40,10 +40,6 @@ class _Candidate:
     results: list[StepResult] = dataclasses.field(default_factory=list)
 
 
-def _nothing_more(trials: Sequence[Trial]) -> Sequence[Layout]:
-    return ()
-
-
 class LayoutTimer:
     """Times layouts in interleaved rounds (A B C, A B C, …), so that a machine whose speed drifts is fair to all.
 
@@ -75,30 +71,15 @@ class LayoutTimer:
         self._precision = precision
         self._replicas: dict[Layout, Replica] = {}
         """By layout, whatever its threads."""
-        self._candidates: list[_Candidate] = []
-        self._add(layouts)
+        self._candidates = [_Candidate(layout, make_mesh(world, layout)) for layout in layouts]
 
-    def run(self, further: Callable[[Sequence[Trial]], Sequence[Layout]] = _nothing_more) -> list[Trial]:
-        """Time all candidates; the same list on every worker, rank 0's measurements.
-
-        Args:
-            further: layouts to time as well in view of the trials so far; then all are timed once more.
-        """
-        assert self._all is not None
+    def run(self) -> list[Trial]:
+        """Time all candidates; the same list on every worker, rank 0's measurements."""
         self._time()
         trials = [self._trial(candidate) for candidate in self._candidates]
-        found = [str(layout) for layout in further(trials)]
-        more = self._all.gather_json(found, "further layouts")[0]
-        if more:
-            self._add([Layout.parse(text) for text in more])
-            self._time()
-            trials = [self._trial(candidate) for candidate in self._candidates]
         self._replicas.clear()
         gc.collect()  # models and their hooks refer to each other
         return trials
-
-    def _add(self, layouts: Sequence[Layout]) -> None:
-        self._candidates += [_Candidate(layout, make_mesh(self._world, layout)) for layout in layouts]
 
     def _time(self) -> None:
         begin_s = time.perf_counter()

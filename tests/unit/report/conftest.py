@@ -63,12 +63,26 @@ def trials() -> list[Event]:
     ]
 
 
+def forecasts_event(**changes: Any) -> Event:
+    def forecast(names: Event, compute_s: float, others_s: float) -> Event:
+        return {
+            "layout": layout(names["workers"], names["threads"]), "samples": 64, "error_s": 0.02,
+            "terms": {"compute_s": compute_s, "gradients_s": others_s}, "memory": {"base": 300 << 20, "state": 8 << 20},
+        }  # fmt: skip
+
+    return {
+        "event": "forecasts", "time_s": START_S + 4, "source": "measured", "measuring_s": 11.5, "possible": 1098,
+        "forecasts": [forecast(PAIR, 0.225, 0.025), forecast(WIDE, 0.290, 0.0)], **changes,
+    }  # fmt: skip
+
+
 def plan_event(names: Event = PAIR, **changes: Any) -> Event:
     return {
         "event": "plan", "time_s": START_S + 9, "layout": layout(names["workers"], names["threads"]),
         "label": names["label"],
         "reason": f"{names['label']} is the fastest of the three layouts that were timed on this job.",
-        "chosen_by": "trial", "forecast_step_s": 0.234, **changes,
+        "chosen_by": "trial", "forecast_step_s": 0.234, "planned_step_s": 0.25,
+        "planned_error_s": 0.02, **changes,
     }  # fmt: skip
 
 
@@ -135,7 +149,7 @@ def ending(events: list[Event], status: str = "finished", **changes: Any) -> lis
 
 def finished() -> list[Event]:
     """Three layouts timed, two workers trained."""
-    events = [run_event(), *trials(), plan_event()]
+    events = [run_event(), forecasts_event(), *trials(), plan_event()]
     events.append({
         "event": "message", "time_s": START_S + 9.5, "level": "info",
         "text": "2 workers compute the same loss and gradients as one: largest difference 3e-7.",

@@ -39,9 +39,10 @@ def test_plain_lines(run_events: Callable[..., Any]) -> None:
     console = _console()
     _show(PlainDisplay(console), run_events("finished"))
     lines = _text(console).splitlines()
-    assert lines[:8] == [
+    assert lines[:9] == [
         "shakespeare · 4,821,504 parameters · batch of 64 samples · 800 steps (4 epochs) · fp32",
         "birch: AMD EPYC 7B13, 2 cores",
+        "measured in 11.5 s: 1,098 layouts forecast, the fastest dp_replicate=2,threads=1 with 250 ms ± 20 ms",
         "timed 1 worker × 1 thread: 400 ms per step (396 ms – 421 ms), 20,480 tokens/s",
         "timed 2 workers × 1 thread: 234 ms per step (231 ms – 238 ms), 35,009 tokens/s, 1.71×",
         "timed 1 worker × 2 threads: 284 ms per step (279 ms – 302 ms), 28,845 tokens/s, 1.41×",
@@ -153,7 +154,7 @@ def test_live_display_shows_layout_metrics_and_time_left(run_events: Callable[..
     console = _console(force_terminal=True, color_system=None)
     display = RichDisplay(console)
     events = run_events("finished")
-    for event in events[:120]:
+    for event in events[:121]:
         display.on_event(event)
     display._live.refresh()
     text = _text(console)
@@ -162,7 +163,7 @@ def test_live_display_shows_layout_metrics_and_time_left(run_events: Callable[..
     assert "step 112/800 (14 %)  2 min 4" in text
     assert "held out after step 100: loss 2.7" in text
     assert "tokens/s   computation 84 %, communication 9 %, data 1 %   2 workers × 1 thread" in text
-    _show(display, events[120:])
+    _show(display, events[121:])
     assert "finished after 800 steps" in _text(console)
     assert not display._live.is_started
 
@@ -186,7 +187,7 @@ def test_summary_of_a_finished_run(write_run: Callable[..., Path]) -> None:
         "2 workers × 1 thread train 1.71× as fast as 1 worker × 1 thread",
         "The missing 0.29: communication takes 9 % of a step",
         "computation 86 %, communication 8 %, data 1 %, optimizer 4 %, other 1 %",
-        "measured, 234 ms forecast (+1 %)",
+        "measured, 250 ms ± 20 ms forecast (−5 %), 234 ms by trial (+1 %)",
         str(path.parent / "weights.safetensors"),
         str(path.parent / "report.html"),
     ):

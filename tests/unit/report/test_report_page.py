@@ -112,14 +112,15 @@ def test_colours_are_the_pages_own(pages: dict[str, str], name: str) -> None:
 def test_sections_of_a_finished_run(pages: dict[str, str]) -> None:
     outline = _outline(pages["finished"])
     assert outline.headings == [
-        "Loss", "Layouts measured", "Where a step's time goes", "Held-out metrics",
+        "Loss", "Forecasts", "Layouts measured", "Where a step's time goes", "Held-out metrics",
         "What the trained model does", "The run", "Messages",
     ]  # fmt: skip
     text = outline.text.replace("\u00a0", " ")
     for words in (
         "2 workers × 1 thread train 1.71× as fast as 1 worker × 1 thread",
         "1.68× to 1.81× over the rounds",
-        "forecast 234 ms: +1 %",
+        "forecast 250 ms: −5 %",
+        "measured in 11.5 s: 1,098 layouts forecast, the fastest dp_replicate=2,threads=1 with 250 ms ± 20 ms",
         "Dashed line: 2 times that, the ideal.",
         "Of all workers' time, 86 % is computation",
         "What say you, cousin, to this heavy news\n",

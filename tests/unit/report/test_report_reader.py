@@ -41,9 +41,9 @@ def test_the_number_of_parameters_may_come_with_the_model(
 
 
 def test_a_run_that_goes_on_has_gaps(write_run: Callable[..., Path], run_events: Callable[..., Any]) -> None:
-    log = read_log(write_run(run_events("finished")[:20]))
+    log = read_log(write_run(run_events("finished")[:21]))
     assert (log.end, log.showcase, log.ranks, log.status) == (None, None, (), "unfinished")
-    assert len(log.steps) == 20 - 7
+    assert len(log.steps) == 21 - 8
 
 
 def test_an_empty_file_is_a_run_that_has_said_nothing(tmp_path: Path) -> None:
