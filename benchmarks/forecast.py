@@ -5,8 +5,9 @@
 
 For each job as many workers as there are cores measure what the planner needs (`paceline plan` does the same), and
 then time every layout of the list in interleaved rounds, all in the same processes. A forecast is made of what was
-measured before; nothing of the timed steps goes into it. Beside each error stands the noise of the measurement itself:
-half of the rounds against the other half.
+measured before; nothing of the timed steps goes into it. Layouts that were tried while the job was measured are
+marked, and not counted. Beside each error stands the noise of the measurement itself: half of the rounds against the
+other half.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ from paceline.load import load_job
 from paceline.measure.machine import describe_host, usable_cores
 from paceline.plan.forecast import Forecaster
 from paceline.records import Cluster, Layout
-from paceline.train import trial
 from paceline.train.allocator import keep_freed_memory
 from paceline.train.planning import measure_all
 from paceline.train.session import Datasets
+from paceline.train.trial import LayoutTimer
 
 CORES = len(usable_cores())
 
@@ -48,6 +49,8 @@ class Cell:
     forecast_s: float
     round_s: list[float]
     error: str = ""
+    was_tried: bool = False
+    """While the job was measured this layout was timed for a moment: its forecast is no forecast."""
 
     @property
     def measured_s(self) -> float:
@@ -72,8 +75,13 @@ def layouts_for(workers: int, batch_size: int) -> list[Layout]:
         f"dp_replicate={n},micro=2",
         f"dp_shard={n},zero=1",
         f"dp_shard={n},zero=3",
+        f"dp_shard={n},micro=2,zero=3",
+        f"tp={n}",
+        f"tp={n},micro=2",
         f"pp={n},micro={2 * n}",
+        f"pp={n},micro={4 * n}",
         f"pp={n},micro={n},schedule=gpipe",
+        f"pp={n},micro={2 * n},schedule=zb-h1",
     )
     texts = ["dp_replicate=1,threads=1", f"dp_replicate=1,threads={CORES}"]
     found = [Layout.parse(text) for text in (*texts, *(f"{text},threads={threads}" for text in several))]
@@ -91,24 +99,32 @@ def work(job_name: str, rounds: int, out: Path) -> None:
     cluster = Cluster(hosts=(describe_host(world.device.type, world.local_size),))
     datasets = Datasets(job, 0)
     measured = measure_all(job, datasets, world, everyone, cluster, seed=0)
-    wanted: list[tuple[str, float]] = []
+    wanted: list[tuple[str, float, bool]] = []
     if measured is not None:
         forecaster = Forecaster(*measured)
+        tried = {one.layout for one in measured[0].tried}
+        print(job_name, measured[0].action_s, measured[0].unexplained_s, measured[0].spread, file=sys.stderr)
         for layout in layouts_for(world.size, job.batch_size):
             try:
-                wanted.append((str(layout), forecaster.forecast(layout).step_s))
+                wanted.append((str(layout), forecaster.forecast(layout).step_s, layout in tried))
             except LayoutError as error:
                 print(f"{job_name}, {layout}: {error}", file=sys.stderr)
-    wanted = [(text, seconds) for text, seconds in everyone.gather_json(wanted, "forecasts")[0]]
-    trial._FEWEST_ROUNDS = trial._MOST_ROUNDS = rounds
-    timer = trial.LayoutTimer(
-        job, [Layout.parse(text) for text, _ in wanted], world, datasets, seed=0, precision="fp32"
+    wanted = [tuple(row) for row in everyone.gather_json(wanted, "forecasts")[0]]
+    timer = LayoutTimer(
+        job,
+        [Layout.parse(text) for text, *_ in wanted],
+        world,
+        datasets,
+        seed=0,
+        precision="fp32",
+        budget_s=1e4,
+        rounds=(rounds, rounds),
     )
     trials = timer.run()
     if world.rank == 0:
         cells = [
-            Cell(job_name, text, seconds, list(found.step_s), found.error or "")
-            for (text, seconds), found in zip(wanted, trials, strict=True)
+            Cell(job_name, text, seconds, list(found.step_s), found.error or "", was_tried)
+            for (text, seconds, was_tried), found in zip(wanted, trials, strict=True)
         ]
         out.write_text(json.dumps([dataclasses.asdict(cell) for cell in cells]))
     everyone.barrier("the end")
@@ -129,6 +145,7 @@ def run(job_name: str, arguments: argparse.Namespace, folder: Path) -> list[Cell
         str(out),
     ]
     process = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
+    print(process.stderr[-2000:], file=sys.stderr)
     if process.returncode:
         sys.exit(f"{job_name}:\n{process.stdout}\n{process.stderr}")
     found: list[dict[str, Any]] = json.loads(out.read_text())
@@ -147,16 +164,17 @@ def table(cells: list[Cell], heading: str) -> str:
             lines.append(f"| {cell.job} | {cell.layout} | {cell.forecast_s * 1e3:.2f} | {cell.error} | | |")
             continue
         lines.append(
-            f"| {cell.job} | {cell.layout} | {cell.forecast_s * 1e3:.2f} | {cell.measured_s * 1e3:.2f} "
-            f"| {cell.off:+.1%} | {cell.noise:.1%} |"
+            f"| {cell.job} | {cell.layout}{' (tried)' * cell.was_tried} | {cell.forecast_s * 1e3:.2f} "
+            f"| {cell.measured_s * 1e3:.2f} | {cell.off:+.1%} | {cell.noise:.1%} |"
         )
     timed = [cell for cell in cells if cell.round_s]
-    errors = sorted(abs(cell.off) for cell in timed)
+    counted = [cell for cell in timed if not cell.was_tried]
+    errors = sorted(abs(cell.off) for cell in counted)
     lines += [
         "",
-        f"{len(timed)} cells: mean error {mean(errors):.1%}, median {median(errors):.1%}, "
+        f"{len(counted)} cells that were not tried: mean error {mean(errors):.1%}, median {median(errors):.1%}, "
         f"95th percentile {errors[min(len(errors) - 1, int(0.95 * len(errors)))]:.1%}; "
-        f"mean noise {mean(cell.noise for cell in timed):.1%}.",
+        f"mean noise {mean(cell.noise for cell in counted):.1%}.",
         "",
         "| job | taken by forecast | fastest measured | time lost by the choice |",
         "|---" * 4 + "|",

@@ -50,10 +50,10 @@ def test_plain_lines(run_events: Callable[..., Any]) -> None:
         "2 workers × 1 thread is the fastest of the three layouts that were timed on this job.",
         "2 workers compute the same loss and gradients as one: largest difference 3e-7.",
     ]
-    assert lines[8] == "held out before training: loss 4.2, accuracy 0.015, bits_per_byte 6.059"
-    assert lines[9].startswith("step 1/800 (0.1 %)  loss 4.")
-    assert "computation 84 %, communication 9 %, data 1 %" in lines[9]
-    assert lines[9].endswith("left")
+    assert lines[9] == "held out before training: loss 4.2, accuracy 0.015, bits_per_byte 6.059"
+    assert lines[10].startswith("step 1/800 (0.1 %)  loss 4.")
+    assert "computation 84 %, communication 9 %, data 1 %" in lines[10]
+    assert lines[10].endswith("left")
     assert any(line.startswith("held out after step 400: loss 1.6") for line in lines)
     assert "warning: Other programs keep 12 % of the cores busy: times may vary." in lines
     assert lines[-2].startswith("step 800/800 (100 %)")
