@@ -111,12 +111,15 @@ class Forecaster:
     def __init__(self, profile: Profile, linked: LinkedCluster) -> None:
         self.profile, self.linked = profile, linked
         self._stages: dict[Any, tuple[Stage, ...]] = {}
-        self._played: dict[Any, tuple[float, float]] = {}
+        self._played: dict[Any, float] = {}
         self._places: dict[Any, Placement] = {}
         self._costs: dict[Any, Costs] = {}
 
-    def forecast(self, layout: Layout) -> Forecast:
+    def forecast(self, layout: Layout, *, apart: bool = True) -> Forecast:
         """The forecast of a layout.
+
+        Args:
+            apart: tell messages between stages and waiting for stages apart; else both are in `bubble_s`.
 
         Raises:
             LayoutError: the batch, the model or the cluster does not allow it.
@@ -127,7 +130,7 @@ class Forecaster:
             [stages[s] for s in mine]
             for mine in _stages_of_workers(layout.schedule, layout.pp, layout.stages)
         ]
-        computing = self._computing(layout, stages, held)
+        computing = self._computing(layout, stages, held, apart=apart)
         updating = [self._updating(layout, costs, mine) for mine in held]
         # Whoever takes longest for its gradients and its update keeps the others waiting.
         slowest = max(updating, key=lambda terms: sum(terms.values()))
@@ -340,7 +343,9 @@ class Forecaster:
     def _link_s(self, kind: str, place: Placement, num_bytes: float) -> float:
         return links.seconds(self.linked.within, self.linked.between, kind, place, num_bytes)
 
-    def _computing(self, layout: Layout, stages: tuple[Stage, ...], held: Sequence[Sequence[Stage]]) -> Terms:
+    def _computing(
+        self, layout: Layout, stages: tuple[Stage, ...], held: Sequence[Sequence[Stage]], *, apart: bool
+    ) -> Terms:
         busy = [
             (
                 layout.micro * sum(s.busy_s for s in mine),
@@ -352,7 +357,9 @@ class Forecaster:
         busy_s, tensor_s, overhead_s = max(busy)
         if layout.pp == 1:
             return Terms(compute_s=busy_s - tensor_s, tensor_s=tensor_s)
-        whole_s, without_s = self._makespans(layout, stages)
+        send_s = self._send_s(layout, stages)
+        whole_s = self._makespan_s(layout, stages, send_s)
+        without_s = self._makespan_s(layout, stages, 0.0) if apart else whole_s
         return Terms(
             compute_s=busy_s - tensor_s - overhead_s,
             tensor_s=tensor_s,
@@ -361,16 +368,13 @@ class Forecaster:
             messages_s=whole_s - without_s,
         )
 
-    def _makespans(self, layout: Layout, stages: tuple[Stage, ...]) -> tuple[float, float]:
-        """Seconds of a pipeline's step; and how long it would take if sending took no time."""
-        send_s = self._send_s(layout, stages)
+    def _makespan_s(self, layout: Layout, stages: tuple[Stage, ...], send_s: float) -> float:
+        """Seconds of a pipeline's step, where a message between stages takes `send_s`."""
         key = (layout.schedule, layout.pp, layout.micro, layout.stages, stages, send_s)
         if key not in self._played:
             orders, worker_of = _orders(layout.schedule, layout.pp, layout.micro, layout.stages)
             costs_s = [seconds for s in stages for seconds in (s.forward_s, s.input_s, s.weight_s)]
-            found_s = makespan_s(orders, worker_of, layout.micro, costs_s, send_s)
-            without_s = makespan_s(orders, worker_of, layout.micro, costs_s) if send_s else found_s
-            self._played[key] = found_s, without_s
+            self._played[key] = makespan_s(orders, worker_of, layout.micro, costs_s, send_s)
         return self._played[key]
 
     def _send_s(self, layout: Layout, stages: Sequence[Stage]) -> float:

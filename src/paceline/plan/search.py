@@ -75,7 +75,7 @@ def search(
             break
         for layout in _recomputing(possible[index]):
             num_forecast += 1
-            found = forecaster.forecast(layout)
+            found = forecaster.forecast(layout, apart=False)
             if found.memory.total <= room:
                 bisect.insort(fastest, (found.step_s, str(layout), found), key=lambda f: f[:2])
                 break  # computing more again takes longer
@@ -88,7 +88,8 @@ def search(
             f"worker, and there are {room / 2**20:,.0f} MiB ({margin:.0%} left free)",
             next_step="use more workers, workers with more memory, or a smaller model or batch",
         )
-    return Found(tuple(found for _, _, found in fastest[:number]), num_forecast, len(possible), smallest)
+    told = tuple(forecaster.forecast(found.layout) for _, _, found in fastest[:number])
+    return Found(told, num_forecast, len(possible), smallest)
 
 
 def layouts(forecaster: Forecaster, workers: int | None = None) -> Iterator[Layout]:

@@ -126,7 +126,8 @@ def makespan_s(
                         break
                     if worker_of[stage - 1] != worker:
                         there_s += send_s
-                    now_s = max(now_s, there_s)
+                    if there_s > now_s:
+                        now_s = there_s
                 now_s += costs_s[3 * stage]
                 outputs_s[at] = now_s
                 woken = waiting.pop((True, at), None)
@@ -141,7 +142,8 @@ def makespan_s(
                         break
                     if worker_of[stage + 1] != worker:
                         there_s += send_s
-                    now_s = max(now_s, there_s)
+                    if there_s > now_s:
+                        now_s = there_s
                 now_s += costs_s[3 * stage + 1]
                 if kind == 3:
                     now_s += costs_s[3 * stage + 2]
