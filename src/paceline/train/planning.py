@@ -18,8 +18,9 @@ from paceline.job import Job
 from paceline.measure.machine import peak_memory_bytes
 from paceline.plan.corrections import corrected
 from paceline.plan.curves import Curve
+from paceline.plan.forecast import Forecaster
 from paceline.plan.links import Link, MeasuredCollective
-from paceline.plan.profile import Costs, LinkedCluster, Profile, Tried
+from paceline.plan.profile import Block, Costs, LinkedCluster, Profile, Tried
 from paceline.records import Cluster, Layout
 from paceline.split.granularity import NUMBERS, TENSORS, granularity
 from paceline.train.build import build_model, build_optimizer
@@ -59,7 +60,9 @@ def measure_all(
     Raises:
         PacelineError: the job fails on its first steps.
     """
+    _ = datasets["train"]
     base_bytes = peak_memory_bytes(world.device.type)
+    peak_bytes = 0
     conditions = list(_conditions(cluster, threads))
     sizes = _micro_batches(job.batch_size, cluster.workers)
     parts = len(conditions) + 2
@@ -82,6 +85,7 @@ def measure_all(
                 go_on=functools.partial(_as_rank_0, group),
             )
             found.append(measured)
+        peak_bytes = peak_bytes or peak_memory_bytes(world.device.type)
         everyone.barrier("after measuring")
     divided = None
     if conditions[-1][1] > 1:
@@ -119,6 +123,7 @@ def measure_all(
         spread=max(m.spread for m in found),
     )
     linked = LinkedCluster(cluster=cluster, within=within, between=between)
+    profile = _with_temporaries(profile, linked, Layout(threads=conditions[0][0]), peak_bytes)
     tried = [Tried(layout=t.layout, step_s=median(t.step_s)) for t in trials if t.step_s]
     return corrected(profile, linked, tried), linked
 
@@ -183,6 +188,24 @@ def _ways_of_splitting(
     if cluster.device == "cpu":
         layouts = [layout.model_copy(update={"threads": threads}) for layout in layouts]
     return [layout for layout in layouts if batch_size % (layout.data_parallel * layout.micro) == 0]
+
+
+def _with_temporaries(profile: Profile, linked: LinkedCluster, alone: Layout, peak_bytes: int) -> Profile:
+    """The profile with what one process needed at its worst beyond what is known to be there: of each sample as much.
+
+    Args:
+        alone: what that process did, on whole batches.
+        peak_bytes: the most that it held.
+    """
+    known = Forecaster(profile, linked).forecast(alone).memory.total
+    each = max(0, peak_bytes - known) / profile.batch_size
+
+    def larger(block: Block) -> Block:
+        divisions = tuple(d.model_copy(update={"peak_bytes": each / d.tp}) for d in block.divisions)
+        return block.model_copy(update={"peak_bytes": each, "divisions": divisions})
+
+    costs = (c.model_copy(update={"blocks": tuple(map(larger, c.blocks))}) for c in profile.costs)
+    return profile.model_copy(update={"costs": tuple(costs)})
 
 
 def _as_rank_0(group: Group, wish: bool) -> bool:
