@@ -29,6 +29,7 @@ from paceline.train.calling import caller
 from paceline.train.data import ShareLoader, num_samples, to_device
 from paceline.train.replica import Replica, StepResult
 from paceline.train.session import Datasets
+from paceline.train.work import count_work, product_flops_per_s, with_work
 
 _ADDED_BYTES = 32 << 20
 """Of the tensors whose addition is timed: more than the caches hold, as gradients of a large model are."""
@@ -88,6 +89,8 @@ def measure_costs(
         of_size[size] = passes.measure(batch, budget_s * 3 / 4 / len(sizes), go_on)
     calls = passes.describe(_first_samples(job, datasets["train"], sizes[-1], device), sizes[-1])
     blocks, row = _blocks(calls, of_size)
+    largest = _first_samples(job, datasets["train"], sizes[-1], device)
+    blocks = with_work(blocks, row, count_work(job, replica, largest), sizes[-1])
     whole_s = sum(blocks[at].forward_s(job.batch_size) + blocks[at].backward_s(job.batch_size) for at in row)
     costs = Costs(
         threads=threads,
@@ -96,6 +99,7 @@ def measure_costs(
         row=row,
         optimizer_s_per_byte=optimizer_s / trained_bytes,
         add_s_per_byte=_addition_s(device, go_on) / _ADDED_BYTES,
+        product_flops_per_s=product_flops_per_s(device, go_on),
         data_s=Curve(points=((float(job.batch_size), data_s),)),
         fixed_s=max(0.0, step_s - whole_s - optimizer_s - data_s),
     )
