@@ -40,6 +40,21 @@ def test_a_curve_never_falls_and_averages_what_noise_turned_round():
     assert values == sorted(values)
 
 
+def test_a_curve_can_be_kept_from_falling_below_something():
+    bent, line, flat, one = (
+        ((2.0, 1.0), (4.0, 3.0), (8.0, 4.0)),
+        ((0.0, 1.0), (1.0, 2.0)),
+        ((0.0, 1.0),),
+        ((2.0, 3.0),),
+    )
+    for curve, least in itertools.product(
+        map(Curve.of, map(dict, (bent, line, flat, one))), (0.0, 0.5, 2.0, 3.5, 20.0)
+    ):
+        held = curve.at_least(least)
+        for size in (0.0, 1.0, 1.3, 2.0, 2.9, 3.5, 5.0, 7.7, 8.0, 11.0, 32.0):
+            assert held(size) == pytest.approx(max(least, curve(size))), (least, size)
+
+
 @pytest.mark.parametrize("points", [(), ((1.0, 2.0), (1.0, 3.0)), ((1.0, 2.0), (2.0, 1.0)), ((-1.0, 0.0),)])
 def test_what_is_no_curve_is_refused(points):
     with pytest.raises(ValueError):  # noqa: PT011 - pydantic's error is one

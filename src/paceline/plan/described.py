@@ -90,8 +90,9 @@ def read_cluster(file: Path) -> DescribedCluster:
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
+        end = f"(at line {len(text.splitlines())}, the end of the file)"
         raise ClusterError(
-            f"{file} is no valid TOML: {error}",
+            f"{file} is no valid TOML: {str(error).replace('(at end of document)', end)}",
             cause="a missing quote or bracket; texts and quantities stand in quotes",
             next_step="look at that line; examples/clusters/ has files to start from",
         ) from error

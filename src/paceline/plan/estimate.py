@@ -154,9 +154,8 @@ def _scaled_curve(curve: Curve, flops: float, operations: float, scale: Scale) -
     found: dict[float, float] = {}
     for samples, seconds in curve.points:
         products_s = min(seconds, flops * samples / scale.product_flops_per_s)
-        work_s = products_s * scale.products + (seconds - products_s) * scale.memory
-        found[samples] = max(work_s, operations * scale.launch_s)
-    return Curve.of(found)
+        found[samples] = products_s * scale.products + (seconds - products_s) * scale.memory
+    return Curve.of(found).at_least(operations * scale.launch_s)
 
 
 def _whole_s(costs: Costs, samples: float) -> float:

@@ -14,7 +14,8 @@ from paceline.plan.units import EXAMPLES, read_quantity
 def nearest(name: str, names: Iterable[str]) -> list[str]:
     """Up to three names that a wrong one may have meant: those that begin like it, then those spelled like it."""
     known = list(names)
-    begin = [n for n in known if n.startswith(name.lower()) or name.lower().startswith(n)] if name else []
+    begin = [n for n in known if name and n.startswith(name.lower())]
+    begin += [n for n in known if n and name.lower().startswith(n)]
     close = difflib.get_close_matches(name.lower(), known, n=3)
     return list(dict.fromkeys(begin + close))[:3]
 

@@ -43,8 +43,8 @@ class Work(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         outputs = func(*args, **(kwargs or {}))
-        self.operations += not func.is_view
         packet = func._overloadpacket
+        self.operations += not (func.is_view or packet is torch.ops.aten._unsafe_view)
         if packet in flop_registry:
             self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=outputs)
         elif packet in _MORE:
