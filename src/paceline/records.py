@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -35,6 +36,15 @@ class Record(BaseModel):
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
         return cls.model_validate(data)
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A changed copy. Unlike pydantic's it forgets cached properties: they belong to the old fields."""
+        copied = super().model_copy(update=update, deep=deep)
+        fields = type(copied).model_fields
+        if len(copied.__dict__) > len(fields):
+            for name in copied.__dict__.keys() - fields.keys():
+                del copied.__dict__[name]
+        return copied
 
 
 class Host(Record):

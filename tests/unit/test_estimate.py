@@ -179,6 +179,27 @@ def test_an_operation_takes_its_time_on_a_gpu():
     assert block.backward_s(1.0) == pytest.approx(2 * 10_000 * LAUNCH_S)
 
 
+def test_a_gpu_is_held_against_the_fastest_single_worker_here():
+    job = measured(operations=0)
+    (one,) = job.costs
+
+    def slower(factor: float, **changes: int):
+        blocks = tuple(
+            b.model_copy(
+                update={n: getattr(b, n).scaled(factor) for n in ("forward_s", "backward_s")}
+                | {"divisions": ()}
+            )
+            for b in one.blocks
+        )
+        return one.model_copy(update={"blocks": blocks, **changes})
+
+    several = (slower(1.0), slower(0.6, threads=2), slower(0.8, threads=4), slower(0.3, active=2))
+    found = estimate(job.model_copy(update={"costs": several}), None, cluster(on_gpus(gpu(), speed=10.0)))
+    (costs,) = found.profile.costs
+    assert costs.blocks[1].forward_s(1.0) == pytest.approx(0.06 * one.blocks[1].forward_s(1.0))
+    assert (costs.threads, costs.active) == (1, 1)
+
+
 def test_unequal_devices_wait_for_the_slowest_that_is_used():
     fast, slow = (
         on_gpus(gpu()),

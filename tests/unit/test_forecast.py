@@ -383,3 +383,14 @@ def test_the_example_in_the_documentation_is_right():
     terms = forecaster.forecast(Layout.parse("pp=2,micro=4")).terms
     assert terms.bubble_s == pytest.approx(12e-3)
     assert terms.messages_s == pytest.approx(1.64e-3)
+
+
+def test_a_changed_copy_of_a_record_forgets_what_was_derived_from_the_old():
+    (costs,) = profile((1.0, 2.0)).costs
+    assert len(costs.model) == 2
+    assert len(costs.model_copy(update={"row": (0, 1, 1)}).model) == 3
+    there = linked(2, 2)
+    assert (there.per_host, there.links_of(0)) == (2, ((MEMORY, CABLE),))
+    changed = there.model_copy(update={"between": MEMORY, "cluster": linked(2, 4).cluster})
+    assert (changed.per_host, changed.links_of(0)) == (4, ((MEMORY, MEMORY),))
+    assert costs.model_copy() == costs

@@ -87,8 +87,10 @@ class Scale:
 
 
 def _alone(profile: Profile) -> Costs:
-    """What one worker costs that has the machine for itself, with most threads."""
-    return max(profile.costs, key=lambda costs: (-costs.active, costs.threads))
+    """What a worker costs that has the machine for itself, with as many threads as make it fastest."""
+    fewest = min(costs.active for costs in profile.costs)
+    alone = [costs for costs in profile.costs if costs.active == fewest]
+    return min(alone, key=lambda costs: _whole_s(costs, profile.batch_size))
 
 
 def _scale(host: DescribedHost, base: Costs) -> Scale:
