@@ -38,13 +38,11 @@ class Record(BaseModel):
         return cls.model_validate(data)
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """A changed copy. Unlike pydantic's it forgets cached properties: they belong to the old fields."""
-        copied = super().model_copy(update=update, deep=deep)
-        fields = type(copied).model_fields
-        if len(copied.__dict__) > len(fields):
-            for name in copied.__dict__.keys() - fields.keys():
-                del copied.__dict__[name]
-        return copied
+        """A copy with other values in some fields; what was computed from the old ones is left behind."""
+        copy = super().model_copy(update=update, deep=deep)
+        for name in set(copy.__dict__) - set(type(self).model_fields):
+            del copy.__dict__[name]
+        return copy
 
 
 class Host(Record):

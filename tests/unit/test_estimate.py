@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from planning_examples import CABLE, GIB, MEMORY, linked, profile
 
 from paceline.errors import ClusterError
+from paceline.plan.curves import Curve
 from paceline.plan.described import DescribedCluster, DescribedHost
 from paceline.plan.estimate import GPU_BASE_BYTES, LAUNCH_S, estimate
 from paceline.plan.forecast import Forecaster
@@ -338,3 +340,29 @@ def test_what_is_no_profile_is_refused(tmp_path, text, words):
         (tmp_path / "profile.json").write_text(text)
     with pytest.raises(ClusterError, match=words):
         read_kept(tmp_path)
+
+
+def test_a_curve_can_be_kept_from_falling_below_something():
+    bent, line, flat, one = (
+        ((2.0, 1.0), (4.0, 3.0), (8.0, 4.0)),
+        ((0.0, 1.0), (1.0, 2.0)),
+        ((0.0, 1.0),),
+        ((2.0, 3.0),),
+    )
+    for curve, least in itertools.product(
+        map(Curve.of, map(dict, (bent, line, flat, one))), (0.0, 0.5, 2.0, 3.5, 20.0)
+    ):
+        held = curve.at_least(least)
+        for size in (0.0, 1.0, 1.3, 2.0, 2.9, 3.5, 5.0, 7.7, 8.0, 11.0, 32.0):
+            assert held(size) == pytest.approx(max(least, curve(size))), (least, size)
+
+
+def test_a_changed_copy_of_a_record_forgets_what_was_derived_from_the_old():
+    (costs,) = profile((1.0, 2.0)).costs
+    assert len(costs.model) == 2
+    assert len(costs.model_copy(update={"row": (0, 1, 1)}).model) == 3
+    there = linked(2, 2)
+    assert (there.per_host, there.links_of(0)) == (2, ((MEMORY, CABLE),))
+    changed = there.model_copy(update={"between": MEMORY, "cluster": linked(2, 4).cluster})
+    assert (changed.per_host, changed.links_of(0)) == (4, ((MEMORY, MEMORY),))
+    assert costs.model_copy() == costs

@@ -40,21 +40,6 @@ def test_a_curve_never_falls_and_averages_what_noise_turned_round():
     assert values == sorted(values)
 
 
-def test_a_curve_can_be_kept_from_falling_below_something():
-    bent, line, flat, one = (
-        ((2.0, 1.0), (4.0, 3.0), (8.0, 4.0)),
-        ((0.0, 1.0), (1.0, 2.0)),
-        ((0.0, 1.0),),
-        ((2.0, 3.0),),
-    )
-    for curve, least in itertools.product(
-        map(Curve.of, map(dict, (bent, line, flat, one))), (0.0, 0.5, 2.0, 3.5, 20.0)
-    ):
-        held = curve.at_least(least)
-        for size in (0.0, 1.0, 1.3, 2.0, 2.9, 3.5, 5.0, 7.7, 8.0, 11.0, 32.0):
-            assert held(size) == pytest.approx(max(least, curve(size))), (least, size)
-
-
 @pytest.mark.parametrize("points", [(), ((1.0, 2.0), (1.0, 3.0)), ((1.0, 2.0), (2.0, 1.0)), ((-1.0, 0.0),)])
 def test_what_is_no_curve_is_refused(points):
     with pytest.raises(ValueError):  # noqa: PT011 - pydantic's error is one
@@ -383,14 +368,3 @@ def test_the_example_in_the_documentation_is_right():
     terms = forecaster.forecast(Layout.parse("pp=2,micro=4")).terms
     assert terms.bubble_s == pytest.approx(12e-3)
     assert terms.messages_s == pytest.approx(1.64e-3)
-
-
-def test_a_changed_copy_of_a_record_forgets_what_was_derived_from_the_old():
-    (costs,) = profile((1.0, 2.0)).costs
-    assert len(costs.model) == 2
-    assert len(costs.model_copy(update={"row": (0, 1, 1)}).model) == 3
-    there = linked(2, 2)
-    assert (there.per_host, there.links_of(0)) == (2, ((MEMORY, CABLE),))
-    changed = there.model_copy(update={"between": MEMORY, "cluster": linked(2, 4).cluster})
-    assert (changed.per_host, changed.links_of(0)) == (4, ((MEMORY, MEMORY),))
-    assert costs.model_copy() == costs
