@@ -145,6 +145,16 @@ def plan(
     out: Annotated[
         Path | None, typer.Option(help="A new directory for what was measured and forecast, as JSON.")
     ] = None,
+    cluster: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Plan for the cluster that this TOML file describes."),
+    ] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Measure nothing: take what `--out DIR` of an earlier plan has kept."
+        ),
+    ] = None,
     transport: Transport = "auto",
     timeout: Timeout = 300.0,
     port: Port = None,
@@ -167,7 +177,15 @@ def plan(
             command=["paceline", *sys.argv[1:]],
         )
         memory_bytes = None if memory is None else int(memory * 2**30)
-        carry_out(spec, console, number=number, memory_bytes=memory_bytes, port=port)
+        carry_out(
+            spec,
+            console,
+            number=number,
+            memory_bytes=memory_bytes,
+            port=port,
+            cluster_file=cluster,
+            kept=profile,
+        )
 
     _run_plainly(run)
 

@@ -7,6 +7,7 @@ PacelineError
 │   ├── OptionError         an unknown or ill-typed `--set key=value`, or an unknown setting
 │   ├── DataError           an empty data set, a bad sample, data that cannot be found
 │   └── LossError           the loss is not a scalar, not finite, or cannot be differentiated
+├── ClusterError            a described cluster, or what was measured before, that cannot be used
 ├── LayoutError             a layout that cannot be parsed, or that the job or cluster cannot take
 │   └── SplitError          the model cannot be split in this way
 ├── RunError                the run's directory, its target, its length
@@ -71,6 +72,10 @@ class LayoutError(PacelineError):
 
 class SplitError(LayoutError):
     """The model cannot be split in this way."""
+
+
+class ClusterError(PacelineError):
+    """A cluster that is described in a file, or a kept measurement, that cannot be used for a plan."""
 
 
 class RunError(PacelineError):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from command import TOY, paceline
+from typer.testing import CliRunner
 
+from paceline.cli import app
 from paceline.plan.forecast import Forecaster
 from paceline.plan.profile import LinkedCluster, Profile
 from paceline.records import Layout
@@ -44,3 +47,43 @@ def test_what_was_measured_is_kept_and_gives_the_same_forecasts(planned, default
     assert steps_s == sorted(steps_s)
     again = Forecaster(profile, linked).forecast(Layout.from_json(plan["layouts"][0]["layout"]))
     assert again.step_s == pytest.approx(steps_s[0])
+
+
+def here(*arguments: str) -> Any:
+    """The same command in this process: what measures nothing needs no process of its own."""
+    return CliRunner().invoke(app, ["plan", *arguments], env={"COLUMNS": "160", "NO_COLOR": "1"})
+
+
+def test_what_was_kept_is_planned_with_again_for_a_described_cluster(planned, tmp_path):
+    kept, _ = planned
+    file = tmp_path / "cluster.toml"
+    file.write_text(
+        'name = "four GPUs"\nwithin = "nvlink3"\n[[hosts]]\nname = "g"\nworkers = 4\ndevice = "a100-40gb"\n'
+    )
+    out = tmp_path / "run"
+    result = here(str(TOY), f"--profile={kept}", f"--cluster={file}", f"--out={out}")
+    assert result.exit_code == 0, result.output
+    assert "Estimated, not measured: four GPUs (1 host, 4 workers)." in result.output
+    assert "from a datasheet, not measured (NVIDIA A100 (2021))" in " ".join(result.output.split())
+    # Nothing was measured.
+    assert sorted(path.name for path in out.iterdir()) == ["plan.json"]
+    plan = json.loads((out / "plan.json").read_text())
+    assert LinkedCluster.from_json(plan["cluster"]).cluster.workers == 4
+    assert plan["described"]["name"] == "four GPUs"
+    assert any("A100" in note for note in plan["notes"])
+
+
+def test_what_was_kept_gives_the_plan_again(planned):
+    kept, process = planned
+    again = here(str(TOY), "--number=3", f"--profile={kept}")
+    assert again.exit_code == 0, again.output
+    assert again.output == process.stdout
+
+
+@pytest.mark.parametrize("option", ["--cluster", "--profile"])
+def test_a_mistake_is_said_before_anything_is_measured(tmp_path, option):
+    out = tmp_path / "run"
+    result = here(str(TOY), f"--out={out}", f"{option}={tmp_path / 'none'}")
+    assert result.exit_code == 1
+    assert "none cannot be read: No such file" in result.output
+    assert not out.exists()

@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 from typing import Literal
 
+from paceline.plan.kept import CLUSTER_FILE, PROFILE_FILE
 from paceline.records import Record
 
 AUTO = "auto"
-MEASURED_FILES = ("profile.json", "cluster.json")
+MEASURED_FILES = (PROFILE_FILE, CLUSTER_FILE)
 """What workers that measure for the planner leave in the run's directory: a `Profile` and a `LinkedCluster`."""
 
 

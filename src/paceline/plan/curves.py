@@ -64,6 +64,28 @@ class Curve(Record):
         """The same at `factor` times the cost."""
         return Curve(points=tuple((size, cost * factor) for size, cost in self.points))
 
+    def at_least(self, cost: float) -> Curve:
+        """The same, but nowhere below `cost`, a number of at least 0."""
+        points = [*self.points]
+        if len(points) == 1:
+            only, value = points[0]
+            points = [(0.0, 0.0), (only, value)] if only else [(0.0, value), (1.0, value)]
+        (x0, y0), (x1, y1) = points[:2]
+        if x0 > 0:
+            points.insert(0, (0.0, y0 - (y1 - y0) / (x1 - x0) * x0))
+        (x0, y0), (x1, y1) = points[-2:]
+        if y1 > y0:
+            # Its last line comes out of what it must not be below, if not before then after its last point.
+            slope = (y1 - y0) / (x1 - x0)
+            far = 2 * max(x1, x1 + (cost - y1) / slope)
+            points.append((far, y1 + slope * (far - x1)))
+        found = {points[0][0]: max(cost, points[0][1])}
+        for (x0, y0), (x1, y1) in itertools.pairwise(points):
+            if y0 < cost < y1:
+                found[x0 + (x1 - x0) * (cost - y0) / (y1 - y0)] = cost
+            found[x1] = max(cost, y1)
+        return Curve(points=tuple(found.items()))
+
 
 def _mean(points: list[tuple[float, float]]) -> float:
     return sum(cost for _, cost in points) / len(points)

@@ -249,12 +249,13 @@ class Forecaster:
         """Of a group of `size` members whose ranks are `stride` apart, among the first `workers`."""
         per_host = self.linked.per_host
         if workers <= self.linked.cluster.hosts[0].workers:
-            return Placement(hosts=1, per_host=size)
+            return Placement(hosts=1, per_host=size, used=1 if self.linked.has_unequal_links else 0)
+        used = self.linked.hosts_of(workers) if self.linked.has_unequal_links else 0
         together = max(1, min(size, per_host // stride))
         while size % together:
             together -= 1
         beside = max(1, min(per_host, workers) // together)
-        return Placement(hosts=size // together, per_host=together, beside=beside)
+        return Placement(hosts=size // together, per_host=together, beside=beside, used=used)
 
     def stages_of(self, layout: Layout) -> tuple[Stage, ...]:
         """All stages in the model's order, cut where the slowest is fastest."""
@@ -341,7 +342,8 @@ class Forecaster:
         return sum(self._link_s(kind, place, num_bytes * micro) for kind, num_bytes in exchanges)
 
     def _link_s(self, kind: str, place: Placement, num_bytes: float) -> float:
-        return links.seconds(self.linked.within, self.linked.between, kind, place, num_bytes)
+        pairs = self.linked.links_of(place.used)
+        return max(links.seconds(within, between, kind, place, num_bytes) for within, between in pairs)
 
     def _computing(
         self, layout: Layout, stages: tuple[Stage, ...], held: Sequence[Sequence[Stage]], *, apart: bool
@@ -381,9 +383,9 @@ class Forecaster:
         """Until what crosses a cut is there: over the cable wherever neighbours are on different hosts."""
         place = self.place(layout, "pp")
         hop = (
-            Placement(hosts=2, per_host=1, beside=place.beside)
+            Placement(hosts=2, per_host=1, beside=place.beside, used=place.used)
             if place.hosts > 1
-            else Placement(hosts=1, per_host=2)
+            else Placement(hosts=1, per_host=2, used=place.used)
         )
         return self._link_s("message", hop, max(s.output_bytes for s in stages[:-1]))
 
@@ -392,7 +394,7 @@ class Forecaster:
         return (
             layout.dp_shard == 1
             and self.profile.shares_update
-            and self.linked.within.name == SHARED_MEMORY
+            and all(w.name == SHARED_MEMORY for w, _ in self.linked.links_of(0))
             and self.place(layout, "data").per_host > 1
         )
 
@@ -408,7 +410,7 @@ class Forecaster:
         place = self.place(layout, "data")
         if self.one_copy(layout):
             k = place.per_host
-            across = Placement(hosts=place.hosts, per_host=1, beside=place.beside * k)
+            across = Placement(hosts=place.hosts, per_host=1, beside=place.beside * k, used=place.used)
             added_s = trained * add_s + (k - 1) * trained / k * add_s
             return {
                 "gradients_s": added_s + self._link_s("all-reduce", across, trained / k),

@@ -47,6 +47,8 @@ class Link(Record):
     """1/β."""
     is_shared: bool = False
     """All workers' bytes go through one medium."""
+    cables: int = Field(default=1, ge=1)
+    """Between hosts: how many such links each host has. A worker uses one of them; several share them out."""
     measured: tuple[MeasuredCollective, ...] = ()
 
     def seconds(self, kind: str, workers: int, num_bytes: float) -> float:
@@ -102,6 +104,8 @@ class Placement:
     per_host: int
     beside: int = 1
     """Groups of the same axis that have members on one host: they use its cable at the same time."""
+    used: int = 0
+    """Hosts that the layout has workers on, where hosts have unequal links; 0: what one has, all have."""
 
     @property
     def workers(self) -> int:
@@ -142,8 +146,8 @@ def seconds(within: Link, between: Link | None, kind: str, place: Placement, num
 
 
 def _over_cable(between: Link, kind: str, hosts: int, num_bytes: float, sharing: int) -> float:
-    """Between hosts, where `sharing` workers of each use its cable at once.
+    """Between hosts, where `sharing` workers of each use its cables at once.
 
     One after the other would take as long as all at once: the bytes count so many times, the messages once.
     """
-    return between.seconds(kind, hosts, num_bytes * sharing)
+    return between.seconds(kind, hosts, num_bytes * max(1.0, sharing / between.cables))

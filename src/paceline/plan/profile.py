@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Self
 
 from pydantic import Field, model_validator
@@ -60,6 +61,10 @@ class Block(Record):
     """Temporaries of one sample at the worst moment."""
     output_bytes: float = Field(default=0.0, ge=0)
     """Of one sample: what crosses a cut after this block, in one direction."""
+    flops: float = Field(default=0.0, ge=0)
+    """Floating-point operations of one sample's forward pass in products of matrices and convolutions."""
+    operations: int = Field(default=0, ge=0)
+    """Calls of the framework in a forward pass, views apart: what a GPU has to be told one by one."""
     divisions: tuple[Division, ...] = ()
     forward_among_s: Curve | None = None
     """Forward where a micro-batch is split among workers and the block takes statistics over all of them (batch
@@ -89,6 +94,8 @@ class Costs(Record):
     """Seconds of the optimizer's step for one byte of trained parameters."""
     add_s_per_byte: float = Field(default=0.0, ge=0)
     """Seconds to add one byte of gradients to another in memory; a copy is taken to cost the same."""
+    product_flops_per_s: float = Field(default=0.0, ge=0)
+    """Of a product of large matrices, under the same conditions; 0: not measured."""
     data_s: Curve = Curve.line(0.0, 0.0)
     """Seconds to read a worker's samples, against their number."""
     fixed_s: float = Field(default=0.0, ge=0)
@@ -160,10 +167,17 @@ class LinkedCluster(Record):
     """Of each host with all others."""
     speeds: tuple[float, ...] = ()
     """Of each host, relative to the device of the profile; empty: all 1."""
+    within_of: tuple[Link, ...] = ()
+    """Of each host, where they are unequal; empty: all have `within`."""
+    between_of: tuple[Link, ...] = ()
+    """The same of what connects a host with the others."""
 
     @model_validator(mode="after")
-    def _speeds_fit(self) -> Self:
+    def _one_for_each_host(self) -> Self:
         hosts = len(self.cluster.hosts)
+        for name in ("within_of", "between_of"):
+            if len(getattr(self, name)) not in (0, hosts):
+                raise ValueError(f"{name}: give one link for each of {hosts} hosts")
         if self.speeds and (len(self.speeds) != hosts or min(self.speeds) <= 0):
             raise ValueError(f"give one speed above 0 for each of {hosts} hosts")
         if hosts > 1 and self.between is None:
@@ -181,6 +195,25 @@ class LinkedCluster(Record):
             if workers <= 0:
                 return number
         return len(self.cluster.hosts)
+
+    @property
+    def has_unequal_links(self) -> bool:
+        return bool(self.within_of or self.between_of)
+
+    def links_of(self, hosts: int) -> tuple[tuple[Link, Link | None], ...]:
+        """Each pair of a link within a host and one between hosts that there is among the first `hosts`; 0: all.
+
+        All wait for the slowest in each part of an exchange: its time is the largest over these pairs.
+        """
+        return self._pairs[hosts - 1] if hosts else self._pairs[-1]
+
+    @functools.cached_property
+    def _pairs(self) -> tuple[tuple[tuple[Link, Link | None], ...], ...]:
+        """`links_of` of 1, 2, … hosts."""
+        numbers = range(1, len(self.cluster.hosts) + 1)
+        within = [dict.fromkeys(self.within_of[:n] or (self.within,)) for n in numbers]
+        between = [dict.fromkeys(self.between_of[:n] or (self.between,)) for n in numbers]
+        return tuple(tuple(itertools.product(w, b)) for w, b in zip(within, between, strict=True))
 
     @functools.cached_property
     def per_host(self) -> int:

@@ -59,13 +59,19 @@ def search(
         margin: share of it that is left free.
 
     Raises:
-        LayoutError: nothing fits; the layout that needs least is named.
+        LayoutError: nothing fits, the layout that needs least is named; or none has so many workers.
     """
     linked = forecaster.linked
     if memory_bytes is None:
         memory_bytes = min(host.memory_bytes // host.workers for host in linked.cluster.hosts)
     room = int(memory_bytes * (1 - margin))
     possible = [layout for base in _bases(forecaster, workers) for layout in _sharded(forecaster, base)]
+    if not possible:
+        raise LayoutError(
+            f"no layout has {workers} workers" if workers else "no layout is possible",
+            cause=f"a batch of {forecaster.profile.batch_size} and the model cannot be divided so, or there are fewer",
+            next_step="use another number of workers, or another batch_size",
+        )
     bounded = sorted((forecaster.least_s(layout), index) for index, layout in enumerate(possible))
     fastest: list[tuple[float, str, Forecast]] = []
     smallest: Refused | None = None
@@ -108,7 +114,7 @@ def _recomputing(layout: Layout) -> Iterator[Layout]:
 def _bases(forecaster: Forecaster, workers: int | None) -> Iterator[Layout]:
     """Layouts with plain data parallelism and without recomputation: each stands for all that differ in these."""
     profile, linked = forecaster.profile, forecaster.linked
-    most = linked.cluster.workers
+    most = workers or linked.cluster.workers
     batch = profile.batch_size
     threads = sorted({costs.threads for costs in profile.costs})
     num_blocks = len(profile.costs[0].model)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -15,8 +17,16 @@ _BAR = 40
 """Characters of the longest bar of the curve."""
 
 
-def print_plan(console: Console, found: Found, curve: ScalingCurve) -> None:
-    """The ranked table, a reason for each layout that lost, and the speed-up curve with its knee."""
+def print_plan(console: Console, found: Found, curve: ScalingCurve, notes: Sequence[str] = ()) -> None:
+    """The ranked table, a reason for each layout that lost, and the speed-up curve with its knee.
+
+    Args:
+        notes: what to know of the numbers before they are read.
+    """
+    for note in notes:
+        console.print(Text(note))
+    if notes:
+        console.print()
     best = found.fastest[0]
     table = Table(title=f"The fastest of {found.num_possible:,} layouts, by forecast", title_justify="left")
     table.add_column("layout", no_wrap=True)

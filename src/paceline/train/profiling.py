@@ -27,6 +27,7 @@ from paceline.train.data import ShareLoader, few_samples, num_samples, to_device
 from paceline.train.passes import FEWEST, MOST, Call, GoOn, Passes, Timing
 from paceline.train.replica import Replica, StepResult
 from paceline.train.session import Datasets
+from paceline.train.work import count_work, product_flops_per_s, with_work
 
 _ADDED_BYTES = 32 << 20
 """Of the tensors whose addition is timed: more than the caches hold, as gradients of a large model are."""
@@ -90,6 +91,7 @@ def measure_costs(
     rest_s = step_s - data_s - optimizer_s
     scale = min(1.0, rest_s / median(of_size[sizes[-1]].whole_s))
     blocks, row = _blocks(calls, of_size, among, scale, 1 if group is None else group.size)
+    blocks = with_work(blocks, row, count_work(job, replica, batches[sizes[-1]]), sizes[-1])
     whole_s = sum(blocks[at].forward_s(job.batch_size) + blocks[at].backward_s(job.batch_size) for at in row)
     trained_bytes = sum(p.nbytes for p in replica.model.parameters() if p.requires_grad)
     state = [v for s in replica.optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
@@ -100,6 +102,7 @@ def measure_costs(
         row=row,
         optimizer_s_per_byte=optimizer_s / trained_bytes,
         add_s_per_byte=_addition_s(device, go_on) / _ADDED_BYTES,
+        product_flops_per_s=product_flops_per_s(device, go_on),
         data_s=Curve(points=((float(job.batch_size), data_s),)),
         fixed_s=max(0.0, rest_s - whole_s),
     )
