@@ -68,6 +68,7 @@ class Session:
         mesh: Mesh | None = None,
         datasets: Datasets | None = None,
         found: Found | None = None,
+        measure_noise: bool = True,
     ) -> None:
         """
         Args:
@@ -80,6 +81,7 @@ class Session:
                 within a host; `session.group.transport` says which it is.
             world, mesh, datasets: where the caller has joined and built them already.
             found: where the model is split, as the layout was proven.
+            measure_noise: the gradient noise scale (`StepResult.noise`), in every so many steps.
 
         Raises:
             LayoutError: the layout does not fit the batch or the workers.
@@ -120,6 +122,7 @@ class Session:
             self._replica.split(mesh, few_samples(job, self.datasets["train"], self.world.device), found)
         else:
             self._replica.attach(mesh)
+        self._left_out_of_noise = self._replica.measure_noise() if measure_noise else None
 
     @property
     def group(self) -> Group:
@@ -155,6 +158,23 @@ class Session:
     def why_not_shared(self) -> str:
         """Why workers of one host have each a copy of the parameters, where they could have one; else empty."""
         return self._replica.why_not_shared
+
+    @property
+    def what_noise_lacks(self) -> str:
+        """Why the gradient noise scale is not measured, or what it leaves out; else empty."""
+        if self._left_out_of_noise is None:
+            return ""
+        if self.layout.micro * self.mesh.data.size < 2:
+            text = "it takes two parts of a batch, and here a batch is computed in one piece"
+            size = self.job.batch_size
+            micro = next((number for number in range(2, size + 1) if size % number == 0), None)
+            return (
+                f"{text} (--layout {self.layout.model_copy(update={'micro': micro})} has more)"
+                if micro
+                else text
+            )
+        names = sorted(self._left_out_of_noise)
+        return f"parameters that several stages have are left out: {', '.join(names)}" if names else ""
 
     @property
     def channels_last(self) -> float | None:
