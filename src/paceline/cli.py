@@ -140,6 +140,15 @@ def plan(
     out: Annotated[
         Path | None, typer.Option(help="A new directory for what was measured and forecast, as JSON.")
     ] = None,
+    noise_scale: Annotated[
+        float | None, typer.Option(help="Gradient noise scale in samples: which batch size is best, too.")
+    ] = None,
+    noise_from: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="The same, as a run of this job has measured it.")
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option(help="Of a worker for an hour, in any currency: what a target costs.")
+    ] = None,
     transport: Transport = "auto",
     timeout: Timeout = 300.0,
     port: Port = None,
@@ -162,7 +171,10 @@ def plan(
             command=["paceline", *sys.argv[1:]],
         )
         memory_bytes = None if memory is None else int(memory * 2**30)
-        carry_out(spec, console, number=number, memory_bytes=memory_bytes, port=port)
+        noise = _one_noise(noise_scale, noise_from, price)
+        carry_out(
+            spec, console, number=number, memory_bytes=memory_bytes, port=port, noise=noise, price=price
+        )
 
     _run_plainly(run)
 
@@ -183,6 +195,15 @@ def report(run_directory: Annotated[Path, typer.Argument(help="A run's directory
 def version() -> None:
     """Print the version."""
     print(paceline.__version__)
+
+
+def _one_noise(scale: float | None, run: Path | None, price: float | None) -> float | Path | None:
+    if scale is not None and run is not None:
+        raise OptionError("--noise-scale and --noise-from are both given", next_step="give one of them")
+    for name, value in (("--noise-scale", scale), ("--price", price)):
+        if value is not None and not 0 < value < float("inf"):
+            raise OptionError(f"{name} is {value}", next_step="give a number above 0")
+    return run if scale is None else scale
 
 
 def _read_settings(texts: list[str]) -> dict[str, str]:

@@ -24,11 +24,14 @@ from paceline.launch.worker import Worker
 from paceline.load import LoadedJob, load_job_file
 from paceline.measure.machine import device_kind, local_workers
 from paceline.plan.forecast import Forecaster
+from paceline.plan.goal import time_to_goal
 from paceline.plan.profile import LinkedCluster, Profile
 from paceline.plan.scaling import scaling
 from paceline.plan.search import search
 from paceline.records import Layout
 from paceline.report import write_report
+from paceline.report.goals import print_goal
+from paceline.report.noise import known_noise
 from paceline.report.plans import print_plan
 from paceline.report.proofs import print_proof
 from paceline.report.reader import follow, read_log
@@ -92,8 +95,12 @@ def plan(
     number: int,
     memory_bytes: int | None = None,
     port: int | None = None,
+    noise: float | Path | None = None,
+    price: float | None = None,
 ) -> None:
     """Measure the job on this machine, forecast its layouts, and print the fastest ones and the speed-up curve.
+
+    With a noise scale (or a run that has measured one), or a price per worker-hour, also time and cost to a target.
 
     With `spec.out` the measured `profile.json` and `cluster.json` stay there, beside `plan.json`: what is printed.
 
@@ -105,9 +112,11 @@ def plan(
             "`paceline plan` was started by torchrun",
             next_step="run it by itself: it plans for the workers of this host",
         )
+    loaded = load_job_file(spec.job_file, spec.settings)
+    known = known_noise(noise, loaded.name)
     workers = local_workers(device_kind())
     preflight(spec, device_kind(), workers)
-    directory = _new_directory(spec, load_job_file(spec.job_file, spec.settings)) if spec.out else None
+    directory = _new_directory(spec, loaded) if spec.out else None
     place = directory or Path(tempfile.mkdtemp(prefix="paceline-plan-"))
     spec = spec.model_copy(update={"out": str(place), "store_port": free_port(port)})
     launch(spec, workers)
@@ -119,8 +128,15 @@ def plan(
     found = search(forecaster, number=number, memory_bytes=memory_bytes)
     curve = scaling(forecaster, memory_bytes=memory_bytes)
     print_plan(console, found, curve)
+    goal = None
+    if known is not None or price is not None:
+        scale, source = (known.samples, known.source) if known else (None, "")
+        goal = time_to_goal(profile, linked, scale, price_per_worker_hour=price, memory_bytes=memory_bytes)
+        print_goal(console, goal, source)
     if directory is not None:
         told = {"layouts": [f.to_json() for f in found.fastest], "curve": curve.to_json()}
+        if goal is not None:
+            told["goal"] = goal.to_json()
         (directory / "plan.json").write_text(json.dumps(told, indent=2) + "\n")
 
 

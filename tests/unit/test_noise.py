@@ -130,29 +130,17 @@ def test_a_gradient_that_is_lost_in_the_noise_gives_no_scale():
 def test_few_measurements_give_no_scale():
     random, smoothing = np.random.default_rng(0), Smoothing()
     for number in range(12):
-        assert smoothing.scale().samples is None or number >= 5
+        assert (smoothing.scale().samples is None) == (number < 10)
         smoothing.add(draw(random, 1.0, 40.0, 0.1))
     assert smoothing.scale().samples == pytest.approx(40.0, rel=0.1)
 
 
-def test_the_beginning_is_forgotten():
-    smoothing = Smoothing()
-    for number in range(1000):
-        smoothing.add(draw(np.random.default_rng(number), 1.0, 10.0 if number < 500 else 40.0, 0.1))
-    assert 34.0 < smoothing.scale().samples < 40.0  # (1/2)³ of the weight is on the first half
-
-
-@given(st.lists(st.floats(-10, 10), min_size=1, max_size=30))
-def test_averages_are_those_of_their_weights(values):
-    smoothing = Smoothing()
-    for value in values:
-        smoothing.add(
-            Measurement(step=1, samples=2, parts=2, squared_gradient=1.0 + value, trace=value * value)
-        )
-    weights = np.array([(n + 1) * (n + 2) for n in range(len(values))], dtype=float)
-    weights /= weights.sum()
-    assert smoothing.squared_gradient == pytest.approx(float(weights @ (1.0 + np.array(values))), abs=1e-9)
-    assert smoothing.trace == pytest.approx(float(weights @ np.square(values)), abs=1e-9)
+def test_the_first_half_is_forgotten():
+    random, smoothing = np.random.default_rng(0), Smoothing()
+    for number in range(200):
+        smoothing.add(draw(random, *((1e6, 10.0) if number < 100 else (1.0, 40.0)), 0.1))
+    assert smoothing.scale().samples == pytest.approx(40.0, rel=0.05)
+    assert smoothing.scale().high < 42.0
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 5), (1 << 15,), (3, 70_001), (64, 1 << 15)])

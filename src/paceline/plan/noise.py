@@ -16,18 +16,18 @@ of two noisy numbers has a bias of its own.
 
 from __future__ import annotations
 
+import array
 import math
 
+import numpy as np
 from pydantic import Field
 
 from paceline.records import Record
 
-FEWEST_EFFECTIVE = 5.0
-"""Measurements that an average must be worth before a noise scale is told."""
+FEWEST = 10
+"""Measurements before a noise scale is told."""
 _WIDTH = 2.0
 """Standard errors on either side: about 95 %."""
-_FORGETTING = 3
-"""The n-th measurement counts about as n² does: half of the average comes from the last fifth of a run."""
 
 
 class Measurement(Record):
@@ -69,49 +69,19 @@ class NoiseScale(Record):
     low: float | None = None
     high: float | None = None
     measurements: int = Field(ge=0)
-    """That went into it."""
+    """Until now; the later half of them went into it."""
 
 
 class Smoothing:
-    """Averages measurements, later ones counting more, since the noise scale grows as the loss falls.
-
-    Polynomial-decay averaging (Shamir and Zhang 2013): the window is a share of what has been seen, so that the
-    beginning of the training is forgotten, and a long run is averaged over many steps.
-    """
+    """Averages the later half of all measurements: |G|² falls by orders of magnitude as training begins."""
 
     def __init__(self) -> None:
-        self._count = 0
-        self._share = 1.0
-        """Sum of the squared weights: one over the number of measurements that the average is worth."""
-        self._trace = self._squared = 0.0
-        self._trace_trace = self._trace_squared = self._squared_squared = 0.0
-        """Averages of products, of which the averages' errors are made."""
+        self._traces, self._squares = array.array("d"), array.array("d")
 
     def add(self, found: Measurement) -> None:
         """Take one more measurement."""
-        self._count += 1
-        new = _FORGETTING / (self._count + _FORGETTING - 1)
-        self._share = (1 - new) ** 2 * self._share + new**2
-        # Deviations from the averages so far (West 1979): products of large numbers are never subtracted.
-        trace, squared = found.trace - self._trace, found.squared_gradient - self._squared
-        self._trace += new * trace
-        self._squared += new * squared
-        for name, product in (
-            ("_trace_trace", trace * trace),
-            ("_trace_squared", trace * squared),
-            ("_squared_squared", squared * squared),
-        ):
-            setattr(self, name, (1 - new) * (getattr(self, name) + new * product))
-
-    @property
-    def trace(self) -> float:
-        """tr Σ, averaged."""
-        return self._trace
-
-    @property
-    def squared_gradient(self) -> float:
-        """|G|², averaged."""
-        return self._squared
+        self._traces.append(found.trace)
+        self._squares.append(found.squared_gradient)
 
     def scale(self) -> NoiseScale:
         """The ratio of the averages.
@@ -119,19 +89,21 @@ class Smoothing:
         Its interval is Fieller's (1954), exact for normal averages: the ratios R for which `tr Σ - R |G|²` is within
         two of its standard errors of zero. It has no upper end where |G|² itself might be zero.
         """
-        unknown = NoiseScale(measurements=self._count)
-        if self._share * FEWEST_EFFECTIVE > 1 or self._squared <= 0 or self._trace <= 0:
+        count = len(self._traces)
+        unknown = NoiseScale(measurements=count)
+        if count < FEWEST:
             return unknown
-        width = _WIDTH**2 * self._share / (1 - self._share)
-        a = self._squared**2 - width * self._squared_squared
-        b = self._trace * self._squared - width * self._trace_squared
-        c = self._trace**2 - width * self._trace_trace
+        later = np.array([self._traces[count // 2 :], self._squares[count // 2 :]])
+        trace, squared = later.mean(axis=1)
+        if trace <= 0 or squared <= 0:
+            return unknown
+        (trace_trace, trace_squared), (_, squared_squared) = _WIDTH**2 / later.shape[1] * np.cov(later)
+        a = squared**2 - squared_squared
+        b = trace * squared - trace_squared
+        c = trace**2 - trace_trace
         if a <= 0:
             return unknown
         root = math.sqrt(max(0.0, b * b - a * c))
         return NoiseScale(
-            samples=self._trace / self._squared,
-            low=max(0.0, (b - root) / a),
-            high=(b + root) / a,
-            measurements=self._count,
+            samples=trace / squared, low=max(0.0, (b - root) / a), high=(b + root) / a, measurements=count
         )

@@ -17,6 +17,7 @@ from paceline.report.analysis import (
     rank_times,
     samples_per_s,
 )
+from paceline.report.noise import noise_sentence
 from paceline.report.proofs import verdict
 from paceline.report.reader import RunLog
 from paceline.report.sentences import result, why_not_more
@@ -59,6 +60,7 @@ def _rows(log: RunLog) -> list[tuple[str, str]]:
         )
     elif measured:
         rows.append(("step", f"{formats.seconds(measured)} measured"))
+    rows.append(("batch", noise_sentence(log)))
     if log.proof:
         rows.append(("proof", verdict(log.proof)))
     if log.end and log.end.weights:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from paceline.events import EventWriter
+from paceline.train.noise import StepNoise
 from paceline.train.replica import StepResult
 from paceline.train.session import Session
 from paceline.train.target import Length, Target
@@ -91,6 +92,22 @@ class TrainingLoop:
                 **{name: round(getattr(result, name), 7) for name in _SUMS},
                 elapsed_s=round(outcome.train_s, 6),
             )
+            if result.noise is not None:
+                self._record_noise(result.noise)
+
+    def _record_noise(self, noise: StepNoise) -> None:
+        assert self._writer is not None
+        scale = noise.scale
+        self._writer.write(
+            "noise",
+            **noise.measured.to_json(),
+            noise_scale=scale.samples,
+            low=scale.low,
+            high=scale.high,
+            measurements=scale.measurements,
+            every=noise.every,
+            cost_s=round(noise.cost_s, 7),
+        )
 
     def _evaluate(self) -> None:
         begin_s = time.perf_counter()

@@ -1,8 +1,9 @@
 """Measuring the gradient noise scale while training, from the gradients that a layout computes anyway.
 
-A batch has as many parts as micro-batches times data-parallel workers. In a measured step a hook on each parameter sees
-the gradient of each part as it comes, before anything is added to it, and keeps the square of its norm; nothing else
-is kept, and no gradient is touched. What each worker has found travels with the sums of the step after it.
+A batch has as many parts as micro-batches times data-parallel workers; with batch norm, whose statistics make workers'
+gradients depend on each other, only micro-batches of one worker are parts. In a measured step a hook on each parameter
+sees the gradient of each part as it comes, before anything is added to it, and keeps its norm; nothing else is kept,
+and no gradient is touched. What each worker has found travels with the sums of the step after it.
 `paceline.plan.noise` has the formulas.
 
 Cost of a measurement: the gradients of each micro-batch are read once while they are in the cache, those of the whole
@@ -89,13 +90,23 @@ class NoiseMeter:
     as sums over those stages.
     """
 
-    def __init__(self, parameters: Sequence[LocalParameter], mesh: Mesh, batch_size: int | None) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[LocalParameter],
+        mesh: Mesh,
+        batch_size: int | None,
+        *,
+        mixes_samples: bool = False,
+    ) -> None:
         """
         Args:
             parameters: what is trained here.
             batch_size: of the batches to measure, an uneven last one is not; None: measure nothing.
+            mixes_samples: batch norms take their statistics over all data-parallel workers: those have no independent
+                parts of a micro-batch.
         """
         self._mesh, self._batch_size = mesh, batch_size
+        self._mixes_samples = mixes_samples and mesh.data.size > 1
         self.left_out = frozenset(p.name for p in parameters if len(p.holders) > 1)
         """Names of parameters."""
         self._counted = [
@@ -115,9 +126,25 @@ class NoiseMeter:
         """Of a step, that the last measurements have taken."""
         self._smoothing = Smoothing()
 
+    @property
+    def lacks(self) -> str:
+        """Why nothing can be measured, or what is left out; else empty."""
+        layout, size = self._mesh.layout, self._batch_size or 1
+        if self._mixes_samples:
+            return (
+                "batch norm takes its statistics over all workers, so that their gradients depend on each other "
+                "(micro-batches of one process, --layout dp_replicate=1,micro=2, do not)"
+            )
+        if layout.micro * self._mesh.data.size < 2:
+            micro = next((number for number in range(2, size + 1) if size % number == 0), None)
+            more = f" (--layout {layout.model_copy(update={'micro': micro})} has more)" if micro else ""
+            return f"it takes two parts of a batch, and here a batch is computed in one piece{more}"
+        names = ", ".join(sorted(self.left_out))
+        return f"parameters that several stages have are left out: {names}" if names else ""
+
     def begin(self, batch: GlobalBatch, step: int) -> None:
         """Before the passes of step number `step`, from 0."""
-        few = len(batch.parts) * self._mesh.data.size < 2
+        few = self._mixes_samples or len(batch.parts) * self._mesh.data.size < 2
         if self._now is not None:  # its step failed
             self._close(self._now)
             self._now = None

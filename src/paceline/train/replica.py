@@ -16,7 +16,7 @@ from paceline.comm.group import Group
 from paceline.comm.mesh import Mesh, data_mesh
 from paceline.errors import JobError, LossError
 from paceline.job import Job
-from paceline.split.batchnorm import BatchShare, share_batch_norms
+from paceline.split.batchnorm import BatchShare, share_batch_norms, uses_batch_statistics
 from paceline.split.finding import Found
 from paceline.train.calling import caller, require_scalar, sum_and_weight
 from paceline.train.data import GlobalBatch, Part, evaluation_parts
@@ -164,10 +164,11 @@ class Replica:
             self._pipeline = Pipeline(parts, mesh.layout, self.device, self._call, self._forward_context)
         self._reduction = self._reduction_of(mesh)
 
-    def measure_noise(self) -> frozenset[str]:
-        """Measure the gradient noise scale from now on, after `attach` or `split`; parameters that it leaves out."""
-        self._noise = NoiseMeter(self._held.local, self._mesh, self.job.batch_size)
-        return self._noise.left_out
+    def measure_noise(self) -> str:
+        """Measure the gradient noise scale from now on, after `attach` or `split`; why not, or what is left out."""
+        mixes = any(uses_batch_statistics(module) for module in self.model.modules())
+        self._noise = NoiseMeter(self._held.local, self._mesh, self.job.batch_size, mixes_samples=mixes)
+        return self._noise.lacks
 
     def _reduction_of(self, mesh: Mesh) -> Reduction:
         held = self._held

@@ -122,7 +122,7 @@ class Session:
             self._replica.split(mesh, few_samples(job, self.datasets["train"], self.world.device), found)
         else:
             self._replica.attach(mesh)
-        self._left_out_of_noise = self._replica.measure_noise() if measure_noise else None
+        self._what_noise_lacks = self._replica.measure_noise() if measure_noise else ""
 
     @property
     def group(self) -> Group:
@@ -162,19 +162,7 @@ class Session:
     @property
     def what_noise_lacks(self) -> str:
         """Why the gradient noise scale is not measured, or what it leaves out; else empty."""
-        if self._left_out_of_noise is None:
-            return ""
-        if self.layout.micro * self.mesh.data.size < 2:
-            text = "it takes two parts of a batch, and here a batch is computed in one piece"
-            size = self.job.batch_size
-            micro = next((number for number in range(2, size + 1) if size % number == 0), None)
-            return (
-                f"{text} (--layout {self.layout.model_copy(update={'micro': micro})} has more)"
-                if micro
-                else text
-            )
-        names = sorted(self._left_out_of_noise)
-        return f"parameters that several stages have are left out: {', '.join(names)}" if names else ""
+        return self._what_noise_lacks
 
     @property
     def channels_last(self) -> float | None:

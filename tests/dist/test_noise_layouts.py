@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from groups import run_group
-from jobs import Sentences, data_of, padded_loss, plain
+from jobs import Images, Sentences, convolutional, data_of, padded_loss, plain
 from split_jobs import SPLIT_JOBS, sentences
 from torch import nn
 
@@ -23,6 +23,7 @@ JOBS = {
     "deep": SPLIT_JOBS["deep"][0],
     "shared": SPLIT_JOBS["shared"][0],
     "tied": sentences,
+    "batch_norm": dataclasses.replace(plain, model=convolutional, data=data_of(Images)),
     # Parts count for their tokens, which are not equally many.
     "weighted": dataclasses.replace(
         plain,
@@ -74,6 +75,7 @@ def work(world: World) -> Any:
     lacking = {
         text: train(world, "tied", text)[2] for text in ("pp=2,micro=2", "pp=2", "dp_replicate=1", "dp_shard=2")
     }
+    lacking["batch norm"] = train(world, "batch_norm", "dp_replicate=2,micro=2")
     return compared, changed, lacking
 
 
@@ -118,3 +120,6 @@ def test_what_cannot_be_measured_is_said(found):
     assert lacking["pp=2,micro=2"] == "parameters that several stages have are left out: embedding.weight"
     assert "--layout dp_replicate=1,micro=2 has more" in lacking["dp_replicate=1"]
     assert "--layout pp=2,micro=2 has more" in lacking["pp=2"]
+    measured, _, why = lacking["batch norm"]
+    assert measured == []
+    assert "batch norm takes its statistics over all workers" in why
