@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import types
 
@@ -16,10 +17,14 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
 import paceline
+from paceline.events import EventWriter
 from paceline.plan.noise import Measurement, Smoothing
+from paceline.report.reader import read_log
 from paceline.train import noise
+from paceline.train.loop import TrainingLoop
 from paceline.train.noise import norms
 from paceline.train.session import Session
+from paceline.train.target import Length
 
 WIDTH = 20
 MEAN = np.linspace(-0.2, 0.3, WIDTH)
@@ -189,6 +194,28 @@ def test_gradients_that_come_in_pieces_are_added_up():
     for own, other in zip(pieces, plain[1:], strict=True):
         assert own.trace == pytest.approx(other.trace, rel=1e-4)
         assert own.squared_gradient == pytest.approx(other.squared_gradient, rel=1e-4)
+
+
+def test_events_tell_each_measurement_and_the_average_so_far(tmp_path):
+    with Session(gaussian_job(), "micro=4,threads=1", seed=1) as session:
+        writer = EventWriter(tmp_path / "events.jsonl")
+        TrainingLoop(session, Length(steps=41, epochs=None), None, writer).run()
+        writer.close()
+    lines = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    told = [line for line in lines if line["event"] == "noise"]
+    assert [(e["step"], e["samples"], e["parts"]) for e in told] == [
+        (step, 24, 4) for step in range(2, 41, 2)
+    ]
+    smoothing = Smoothing()
+    for event in told:
+        smoothing.add(Measurement(**{name: event[name] for name in Measurement.model_fields}))
+    last = read_log(tmp_path / "events.jsonl").noise
+    assert (last.noise_scale, last.low, last.high) == pytest.approx(
+        (smoothing.scale().samples, smoothing.scale().low, smoothing.scale().high)
+    )
+    assert last.measurements == 20
+    assert last.every == 2
+    assert last.cost_s > 0
 
 
 def test_one_piece_of_a_batch_is_not_measured_and_uneven_batches_are_not():
