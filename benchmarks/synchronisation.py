@@ -41,7 +41,7 @@ SIZES_MIB = (1, 8, 64, 256)
 LAYERS = 8
 COPY_BYTES = 256 * MIB
 ROUNDS = 9
-NUM_SUMS = 4
+NUM_SUMS = 9
 
 # Memory traffic of one worker, in bytes for each byte of parameters, with N workers. Gradients are copied (read and
 # written), added up, and AdamW reads parameter, gradient and two moments, and writes three of them. What goes through a

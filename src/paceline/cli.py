@@ -155,6 +155,15 @@ def plan(
             metavar="DIR", help="Measure nothing: take what `--out DIR` of an earlier plan has kept."
         ),
     ] = None,
+    noise_scale: Annotated[
+        float | None, typer.Option(help="Gradient noise scale in samples: which batch size is best, too.")
+    ] = None,
+    noise_from: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="The same, as a run of this job has measured it.")
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option(help="Of a worker for an hour, in any currency: what a target costs.")
+    ] = None,
     transport: Transport = "auto",
     timeout: Timeout = 300.0,
     port: Port = None,
@@ -177,6 +186,7 @@ def plan(
             command=["paceline", *sys.argv[1:]],
         )
         memory_bytes = None if memory is None else int(memory * 2**30)
+        noise = _one_noise(noise_scale, noise_from, price)
         carry_out(
             spec,
             console,
@@ -185,6 +195,8 @@ def plan(
             port=port,
             cluster_file=cluster,
             kept=profile,
+            noise=noise,
+            price=price,
         )
 
     _run_plainly(run)
@@ -206,6 +218,15 @@ def report(run_directory: Annotated[Path, typer.Argument(help="A run's directory
 def version() -> None:
     """Print the version."""
     print(paceline.__version__)
+
+
+def _one_noise(scale: float | None, run: Path | None, price: float | None) -> float | Path | None:
+    if scale is not None and run is not None:
+        raise OptionError("--noise-scale and --noise-from are both given", next_step="give one of them")
+    for name, value in (("--noise-scale", scale), ("--price", price)):
+        if value is not None and not 0 < value < float("inf"):
+            raise OptionError(f"{name} is {value}", next_step="give a number above 0")
+    return run if scale is None else scale
 
 
 def _read_settings(texts: list[str]) -> dict[str, str]:

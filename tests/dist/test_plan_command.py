@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from paceline.cli import app
 from paceline.plan.forecast import Forecaster
+from paceline.plan.goal import GoalCurve
 from paceline.plan.profile import LinkedCluster, Profile
 from paceline.records import Layout
 
@@ -18,7 +19,9 @@ from paceline.records import Layout
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory):
     out = tmp_path_factory.mktemp("plan") / "run"
-    return out, paceline("plan", str(TOY), "--number=3", f"--out={out}")
+    return out, paceline(
+        "plan", str(TOY), "--number=3", "--noise-scale=50", "--price=2", f"--out={out}"
+    )  # fmt: skip
 
 
 def test_it_ranks_layouts_says_why_the_others_lost_and_shows_the_curve(planned):
@@ -28,6 +31,8 @@ def test_it_ranks_layouts_says_why_the_others_lost_and_shows_the_curve(planned):
     assert process.stdout.count(" ms are ") + process.stdout.count(" takes as long as ") == 2
     assert "speed-up" in process.stdout
     assert "← knee" in process.stdout
+    assert "With a gradient noise scale of 50 samples" in process.stdout
+    assert "Least time" in process.stdout
     assert process.stderr == ""
 
 
@@ -43,6 +48,9 @@ def test_what_was_measured_is_kept_and_gives_the_same_forecasts(planned, default
         assert {(costs.active > 1) for costs in profile.costs} == {False, True}
         assert {found.workers for found in linked.within.measured} == {workers}
     assert len(plan["layouts"]) == 3
+    goal = GoalCurve.from_json(plan["goal"])
+    assert (goal.noise_scale, goal.batch_size, goal.price_per_worker_hour) == (50, 12, 2)
+    assert [point.workers for point in goal.points] == [point["workers"] for point in plan["curve"]["points"]]
     steps_s = [sum(layout["terms"].values()) for layout in plan["layouts"]]
     assert steps_s == sorted(steps_s)
     again = Forecaster(profile, linked).forecast(Layout.from_json(plan["layouts"][0]["layout"]))

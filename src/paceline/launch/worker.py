@@ -184,6 +184,9 @@ class Worker:
         if session.why_not_shared:
             text = f"Every worker keeps all parameters and updates them all: {session.why_not_shared}."
             self._write("message", level="info", text=text)
+        if session.what_noise_lacks:
+            text = f"Gradient noise scale: {session.what_noise_lacks}."
+            self._write("message", level="info", text=text)
         watch = Watch(plan.forecast_step_s or plan.planned_step_s, plan.planned_error_s or 0.0)
         outcome = TrainingLoop(session, length, target, self._writer, watch).run()
         self._finish(session, world, outcome, plan)

@@ -58,7 +58,7 @@ def scaling(
     """
     found: list[tuple[int, Forecast]] = []
     failure: LayoutError | None = None
-    for number in workers or _grid(forecaster.linked.cluster.workers):
+    for number in workers or worker_counts(forecaster.linked.cluster.workers):
         try:
             (best,) = search(
                 forecaster, number=1, workers=number, memory_bytes=memory_bytes, margin=margin
@@ -109,7 +109,8 @@ def _eaten(alone: Forecast, several: Forecast, share: float) -> dict[str, float]
     return {name: seconds for name, seconds in lost.items() if abs(seconds) > 1e-12}
 
 
-def _grid(most: int) -> list[int]:
+def worker_counts(most: int) -> list[int]:
+    """All numbers up to 16, and doublings up to `most`."""
     numbers = list(range(1, min(most, FEW) + 1))
     while numbers[-1] * 2 <= most:
         numbers.append(numbers[-1] * 2)

@@ -146,6 +146,20 @@ class StepEvent(Event):
     elapsed_s: float
 
 
+class NoiseEvent(Event):
+    step: int
+    samples: int
+    parts: int
+    squared_gradient: float
+    trace: float
+    noise_scale: float | None = None
+    low: float | None = None
+    high: float | None = None
+    measurements: int
+    every: int
+    cost_s: float
+
+
 class EvaluationEvent(Event):
     step: int
     elapsed_s: float = 0.0
@@ -209,6 +223,7 @@ KINDS: dict[str, type[Event]] = {
     "plan": PlanEvent,
     "proof": ProofEvent,
     "step": StepEvent,
+    "noise": NoiseEvent,
     "evaluation": EvaluationEvent,
     "message": MessageEvent,
     "ranks": RanksEvent,

@@ -52,6 +52,7 @@ def render(log: RunLog) -> str:
         sections.layouts(log, comparison, drawn),
         sections.proof(log),
         sections.time_per_rank(log, drawn),
+        sections.batch_size(log),
         sections.held_out(log, drawn),
         sections.showcase(log),
         sections.about(log),

@@ -20,6 +20,7 @@ from paceline.report.kinds import (
     ForecastsEvent,
     MessageEvent,
     ModelEvent,
+    NoiseEvent,
     PlanEvent,
     ProofEvent,
     Rank,
@@ -47,6 +48,8 @@ class RunLog:
     plan: PlanEvent | None = None
     proof: ProofEvent | None = None
     steps: tuple[StepEvent, ...] = ()
+    noise: NoiseEvent | None = None
+    """The last one: of all steps until then."""
     evaluations: tuple[EvaluationEvent, ...] = ()
     messages: tuple[MessageEvent, ...] = ()
     ranks: tuple[Rank, ...] = ()
@@ -117,6 +120,7 @@ def read_log(path: Path) -> RunLog:
         plan=_last(events, PlanEvent),
         proof=_last(events, ProofEvent),
         steps=_all(events, StepEvent),
+        noise=_last(events, NoiseEvent),
         evaluations=_all(events, EvaluationEvent),
         messages=_all(events, MessageEvent),
         ranks=ranks.ranks if (ranks := _last(events, RanksEvent)) else (),

@@ -20,6 +20,7 @@ from paceline.report.analysis import (
 )
 from paceline.report.kinds import Host
 from paceline.report.markup import Cell, facts, figure, section, table, text, verbatim
+from paceline.report.noise import noise_sentence
 from paceline.report.proofs import verdict
 from paceline.report.reader import RunLog
 from paceline.report.sentences import result, why_not_more
@@ -131,6 +132,10 @@ def time_per_rank(log: RunLog, drawings: Mapping[str, Drawing]) -> str:
         _long_table(head, rows, "workers"),
         note=note,
     )
+
+
+def batch_size(log: RunLog) -> str:
+    return section("Batch size", note=noise_sentence(log)) if log.noise else ""
 
 
 def held_out(log: RunLog, drawings: Mapping[str, Drawing]) -> str:

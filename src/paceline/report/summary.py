@@ -16,6 +16,7 @@ from paceline.report.analysis import (
     rank_times,
     samples_per_s,
 )
+from paceline.report.noise import noise_sentence
 from paceline.report.proofs import verdict
 from paceline.report.reader import RunLog
 from paceline.report.sentences import result, step_against_forecast, why_not_more
@@ -51,6 +52,7 @@ def _rows(log: RunLog) -> list[tuple[str, str]]:
     told = [f"{part} {formats.percent(shares[part])}" for part in PARTS if shares.get(part, 0.0) >= 0.005]
     rows.append(("time", ", ".join(told)))
     rows.append(("step", step_against_forecast(log)))
+    rows.append(("batch", noise_sentence(log)))
     if log.proof:
         rows.append(("proof", verdict(log.proof)))
     if log.end and log.end.weights:

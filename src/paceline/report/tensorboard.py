@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from paceline.report.kinds import EndEvent, EvaluationEvent, ShowcaseEvent, StepEvent, decode
+from paceline.report.kinds import EndEvent, EvaluationEvent, NoiseEvent, ShowcaseEvent, StepEvent, decode
 
 _FLUSH_EVERY_S = 5.0
 
@@ -31,6 +31,9 @@ class TensorBoardWriter:
         elif isinstance(read, EvaluationEvent):
             self._step = read.step
             self._write(read.time_s, self._scalars({f"test/{name}": v for name, v in read.metrics.items()}))
+        elif isinstance(read, NoiseEvent):
+            if read.noise_scale is not None:
+                self._write(read.time_s, self._scalars({"train/noise_scale": read.noise_scale}))
         elif isinstance(read, ShowcaseEvent):
             self._write(read.time_s, self._scalars({f"showcase/{n}": v for n, v in read.numbers.items()}))
             for name, told in read.texts.items():

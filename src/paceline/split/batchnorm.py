@@ -76,6 +76,11 @@ def _forward(module: _BatchNorm, local_forward: Any, share: BatchShare, x: torch
     return y
 
 
+def uses_batch_statistics(module: nn.Module) -> bool:
+    """Whether it normalises a sample by others of its batch."""
+    return isinstance(module, _BatchNorm) and _uses_batch_statistics(module)
+
+
 def _uses_batch_statistics(module: _BatchNorm) -> bool:
     return module.training or module.running_mean is None
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from paceline.events import EventWriter
+from paceline.train.noise import StepNoise
 from paceline.train.replica import StepResult
 from paceline.train.session import Session
 from paceline.train.target import Length, Target
@@ -101,6 +102,22 @@ class TrainingLoop:
             told = "" if self._watch is None else self._watch.on_step(result)
             if told:
                 self._writer.write("message", level="warning", text=told)
+            if result.noise is not None:
+                self._record_noise(result.noise)
+
+    def _record_noise(self, noise: StepNoise) -> None:
+        assert self._writer is not None
+        scale = noise.scale
+        self._writer.write(
+            "noise",
+            **noise.measured.to_json(),
+            noise_scale=scale.samples,
+            low=scale.low,
+            high=scale.high,
+            measurements=scale.measurements,
+            every=noise.every,
+            cost_s=round(noise.cost_s, 7),
+        )
 
     def _evaluate(self) -> None:
         begin_s = time.perf_counter()

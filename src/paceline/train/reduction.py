@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import torch
 from torch import nn
@@ -100,9 +100,9 @@ class Reduction:
         mesh = self._mesh
         if mesh.everyone is mesh.data and self._keeper is None:
             return float(nn.utils.clip_grad_norm_([p.parameter for p in self._parameters], largest))
-        found = [(local, self._gradient(local)) for local in self._parameters]
-        gradients = [gradient for _, gradient in found if gradient is not None]
-        counted = [gradient for local, gradient in found if gradient is not None and self._counts(local)]
+        found = [self._gradient(local) for local in self._parameters]
+        gradients = [gradient for gradient in found if gradient is not None]
+        counted = self.counted_gradients()
         own = torch.zeros(1, dtype=torch.float64, device=mesh.everyone.device)
         if counted:
             own += torch.stack(torch._foreach_norm(counted)).double().square().sum()
@@ -111,6 +111,16 @@ class Reduction:
         if factor < 1.0 and gradients:
             torch._foreach_mul_(gradients, factor)
         return norm
+
+    def counted_gradients(self, but: Container[str] = ()) -> list[torch.Tensor]:
+        """What this worker has of the gradients, such that each number is counted by one worker; after `finish`.
+
+        Args:
+            but: names of parameters that are not counted.
+        """
+        counted = (local for local in self._parameters if local.name not in but and self._counts(local))
+        found = (self._gradient(local) for local in counted)
+        return [gradient for gradient in found if gradient is not None]
 
     @property
     def _keeper(self) -> ShardedParameters | SharedParameters | None:

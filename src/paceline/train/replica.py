@@ -17,12 +17,13 @@ from paceline.comm.mesh import Mesh, data_mesh
 from paceline.errors import JobError, LossError
 from paceline.job import Job
 from paceline.split.apply import SplitModel
-from paceline.split.batchnorm import BatchShare, share_batch_norms
+from paceline.split.batchnorm import BatchShare, share_batch_norms, uses_batch_statistics
 from paceline.split.finding import Found
 from paceline.train.calling import caller, require_scalar, sum_and_weight
 from paceline.train.data import GlobalBatch, Part, evaluation_parts
 from paceline.train.held_model import HeldModel
 from paceline.train.images import ImageFormat
+from paceline.train.noise import NUM_SUMS, NoiseMeter, StepNoise
 from paceline.train.pipeline import Pipeline
 from paceline.train.reduction import Reduction, Sums
 from paceline.train.seeds import derive, seed_torch
@@ -30,7 +31,8 @@ from paceline.train.state import WholeState
 
 # The sums that travel with the gradients, and their places.
 _LOSS, _WEIGHT, _WEIGHTED, _STOP = range(4)
-SUMS = Sums(num=4, num_alike=3, weight=_WEIGHT, weighted=_WEIGHTED)
+_NOISE = slice(4, 4 + NUM_SUMS)
+SUMS = Sums(num=_NOISE.stop, num_alike=3, weight=_WEIGHT, weighted=_WEIGHTED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,8 @@ class StepResult:
     communication_s: float
     optimizer_s: float
     data_s: float
+    noise: StepNoise | None = None
+    """Of an earlier step, where the gradient noise scale was measured: its sums have travelled with this step's."""
 
 
 class Replica:
@@ -102,6 +106,7 @@ class Replica:
         self._mesh = data_mesh(Group.alone(device))
         self._reductions: dict[Group, Reduction] = {}
         self._pipeline: Pipeline | None = None
+        self._noise = NoiseMeter([], self._mesh, None)
         self.images = ImageFormat()
         self._reduction = self._reduction_of(self._mesh)
         self.model.train()
@@ -170,6 +175,12 @@ class Replica:
             self._pipeline = Pipeline(parts, mesh.layout, self.device, self.call, self.forward_context)
         self._reduction = self._reduction_of(mesh)
 
+    def measure_noise(self) -> str:
+        """Measure the gradient noise scale from now on, after `attach` or `split`; why not, or what is left out."""
+        mixes = any(uses_batch_statistics(module) for module in self.model.modules())
+        self._noise = NoiseMeter(self._held.local, self._mesh, self.job.batch_size, mixes_samples=mixes)
+        return self._noise.lacks
+
     def _reduction_of(self, mesh: Mesh) -> Reduction:
         held = self._held
         if mesh.everyone not in self._reductions:
@@ -192,13 +203,17 @@ class Replica:
         begin_s = time.perf_counter()
         waited_before_s = self._mesh.waited_s
         self._held.begin_pass()
+        self._noise.begin(batch, self._num_steps)
         sums, weighted = self._accumulate(batch)
+        self._noise.put(sums[_NOISE])
         backward_end_s = time.perf_counter()
         hidden_s = self._mesh.waited_s - waited_before_s
         sums = self._reduce(sums, weighted=weighted and not self._is_whole(batch)).to("cpu")
         reduced_s = time.perf_counter()
         loss = float(sums[_LOSS] / sums[_WEIGHT]) if sums[_WEIGHT] else math.nan
         self._check_finite(loss, float(sums[_WEIGHT]))
+        weight = float(sums[_WEIGHT]) if sums[_WEIGHTED] > 0 else None
+        noise = self._noise.take(sums[_NOISE], weight, self._reduction.counted_gradients)
         grad_norm = None
         if self.job.clip_norm is not None:
             grad_norm = self._reduction.clip_(self.job.clip_norm)
@@ -221,6 +236,7 @@ class Replica:
             communication_s=hidden_s + reduced_s - backward_end_s,
             optimizer_s=end_s - reduced_s,
             data_s=batch.data_s,
+            noise=noise,
         )
 
     def evaluate(self, dataset: Any) -> tuple[dict[str, float], int]:
@@ -339,6 +355,7 @@ class Replica:
     def _around(self, part: Part) -> Iterator[None]:
         """What the forward and the backward pass of a micro-batch run in."""
         self._share.counts = not part.share.borrowed
+        self._noise.compute(part)
         yield
 
     @contextlib.contextmanager
@@ -365,6 +382,7 @@ class Replica:
         weight = weight.detach() if isinstance(weight, torch.Tensor) else weight
         sums[_LOSS] += loss_sum.detach()
         sums[_WEIGHT] += weight
+        self._noise.weigh(part, weight)
         return loss_sum / weight if self._is_whole(batch) else loss_sum
 
     def _is_whole(self, batch: GlobalBatch) -> bool:

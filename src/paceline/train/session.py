@@ -68,6 +68,7 @@ class Session:
         mesh: Mesh | None = None,
         datasets: Datasets | None = None,
         found: Found | None = None,
+        measure_noise: bool = True,
     ) -> None:
         """
         Args:
@@ -80,6 +81,7 @@ class Session:
                 within a host; `session.group.transport` says which it is.
             world, mesh, datasets: where the caller has joined and built them already.
             found: where the model is split, as the layout was proven.
+            measure_noise: the gradient noise scale (`StepResult.noise`), in every so many steps.
 
         Raises:
             LayoutError: the layout does not fit the batch or the workers.
@@ -120,6 +122,7 @@ class Session:
             self._replica.split(mesh, few_samples(job, self.datasets["train"], self.world.device), found)
         else:
             self._replica.attach(mesh)
+        self._what_noise_lacks = self._replica.measure_noise() if measure_noise else ""
 
     @property
     def group(self) -> Group:
@@ -155,6 +158,11 @@ class Session:
     def why_not_shared(self) -> str:
         """Why workers of one host have each a copy of the parameters, where they could have one; else empty."""
         return self._replica.why_not_shared
+
+    @property
+    def what_noise_lacks(self) -> str:
+        """Why the gradient noise scale is not measured, or what it leaves out; else empty."""
+        return self._what_noise_lacks
 
     @property
     def channels_last(self) -> float | None:
