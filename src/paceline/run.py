@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
 from paceline.errors import LaunchError, LayoutError, PacelineError, RunError
 from paceline.events import EventWriter
@@ -24,11 +25,12 @@ from paceline.launch.worker import Worker
 from paceline.load import LoadedJob, load_job_file
 from paceline.measure.machine import device_kind, local_workers
 from paceline.plan.forecast import Forecaster
+from paceline.plan.planned import planned
 from paceline.plan.profile import LinkedCluster, Profile
 from paceline.plan.scaling import scaling
 from paceline.plan.search import search
 from paceline.records import Layout
-from paceline.report import write_report
+from paceline.report import write_plan, write_report
 from paceline.report.plans import print_plan
 from paceline.report.proofs import print_proof
 from paceline.report.reader import follow, read_log
@@ -93,9 +95,10 @@ def plan(
     memory_bytes: int | None = None,
     port: int | None = None,
 ) -> None:
-    """Measure the job on this machine, forecast its layouts, and print the fastest ones and the speed-up curve.
+    """Measure the job on this machine, forecast its layouts, and print the fastest ones, a step and the speed-up curve.
 
-    With `spec.out` the measured `profile.json` and `cluster.json` stay there, beside `plan.json`: what is printed.
+    With `spec.out` the measured `profile.json` and `cluster.json` stay there, beside `plan.json`, which holds what is
+    printed, and the same as a page and pictures.
 
     Raises:
         PacelineError: the job is wrong, a worker failed, or no layout fits.
@@ -118,10 +121,11 @@ def plan(
     forecaster = Forecaster(profile, linked)
     found = search(forecaster, number=number, memory_bytes=memory_bytes)
     curve = scaling(forecaster, memory_bytes=memory_bytes)
-    print_plan(console, found, curve)
+    told = planned(forecaster, found, curve, memory_bytes=memory_bytes)
+    print_plan(console, told)
     if directory is not None:
-        told = {"layouts": [f.to_json() for f in found.fastest], "curve": curve.to_json()}
-        (directory / "plan.json").write_text(json.dumps(told, indent=2) + "\n")
+        (directory / "plan.json").write_text(json.dumps(told.to_json(), indent=2) + "\n")
+        console.print(Text(f"\n{write_plan(told, directory)}"), soft_wrap=True)
 
 
 def _one_layout(spec: RunSpec) -> Layout:

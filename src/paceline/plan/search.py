@@ -59,13 +59,20 @@ def search(
         margin: share of it that is left free.
 
     Raises:
-        LayoutError: nothing fits; the layout that needs least is named.
+        LayoutError: nothing fits; the layout that needs least is named. Or there is no layout of so many workers.
     """
     linked = forecaster.linked
     if memory_bytes is None:
         memory_bytes = min(host.memory_bytes // host.workers for host in linked.cluster.hosts)
     room = int(memory_bytes * (1 - margin))
     possible = [layout for base in _bases(forecaster, workers) for layout in _sharded(forecaster, base)]
+    if not possible:
+        number_of = "any number of" if workers is None else workers
+        raise LayoutError(
+            f"no layout has {number_of} workers: the batch of {forecaster.profile.batch_size} samples and the "
+            f"{len(forecaster.profile.costs[0].model)} blocks of the model cannot be divided so",
+            next_step="use another number of workers, or another batch size",
+        )
     bounded = sorted((forecaster.least_s(layout), index) for index, layout in enumerate(possible))
     fastest: list[tuple[float, str, Forecast]] = []
     smallest: Refused | None = None
