@@ -44,3 +44,16 @@ def test_what_was_measured_is_kept_and_gives_the_same_forecasts(planned, default
     assert steps_s == sorted(steps_s)
     again = Forecaster(profile, linked).forecast(Layout.from_json(plan["layouts"][0]["layout"]))
     assert again.step_s == pytest.approx(steps_s[0])
+    timeline = plan["timeline"]
+    assert timeline["layout"] == plan["layouts"][0]["layout"]
+    assert timeline["workers"][0]["spans"][-1]["end_s"] == timeline["step_s"] == pytest.approx(steps_s[0])
+
+
+def test_pictures_and_a_page_are_written(planned):
+    out, process = planned
+    page = (out / "plan.html").read_text()
+    assert str(out / "plan.html") in process.stdout
+    (advice, *_) = json.loads((out / "plan.json").read_text())["advice"]["sentences"]
+    assert advice.startswith("Train with ")
+    assert advice.split(",")[0] in page
+    assert (out / "timeline.png").stat().st_size > 10_000
