@@ -188,9 +188,13 @@ def test_bars_of_the_curve_are_its_losses(pipeline):
     line = next(line for line in curve.lines if len(line.get_xdata()) == len(pipeline.curve.points))
     assert list(line.get_ydata()) == [point.speedup for point in pipeline.curve.points]
     heights: dict[tuple[int, str], float] = {}
+    tops: dict[int, float] = {}
     for patch in shares.patches:
         assert isinstance(patch, Rectangle)
-        heights[round(patch.get_x() + 0.4), to_hex(patch.get_facecolor())] = patch.get_height()
+        at = round(patch.get_x() + 0.4)
+        heights[at, to_hex(patch.get_facecolor())] = patch.get_height()
+        tops[at] = max(tops.get(at, 0.0), patch.get_y() + patch.get_height())
+    assert tops == pytest.approx(dict.fromkeys(range(len(pipeline.curve.points)), 1.0), abs=2e-3)
     for at, (point, lost) in enumerate(zip(pipeline.curve.points, pipeline.losses, strict=True)):
         assert heights[at, LIGHT[EFFICIENT.token]] == pytest.approx(point.efficiency)
         for cause, share in lost.items():
@@ -222,6 +226,9 @@ def test_nothing_of_a_figure_is_cut_off(pipeline):
             assert tight.x1 <= width + 0.01, (drawing.name, size)
             assert tight.y0 >= -0.01, (drawing.name, size)
             assert tight.y1 <= height + 0.01, (drawing.name, size)
+            (legend,) = figure.legends
+            lowest = min(axes.get_tightbbox().y0 for axes in figure.axes)
+            assert legend.get_window_extent().y1 <= lowest, (drawing.name, size)
 
 
 def test_files_are_written_and_hold_the_numbers(pipeline, tmp_path):

@@ -68,6 +68,26 @@ def test_small_batches_are_told():
     assert sum(lost.values()) == pytest.approx(lost["small batches"])
 
 
+def test_what_takes_less_than_its_share_is_taken_off_the_others():
+    forecaster = Forecaster(profile((1.0,), 8, ()), linked(1, 2))
+    curve = scaling(forecaster)
+    step_s = curve.points[1].forecast.step_s
+
+    def lost(**eaten: float) -> dict[str, float]:
+        eaten_s = {f"{term}_s": share * step_s for term, share in eaten.items()}
+        point = curve.points[1].model_copy(update={"eaten_s": eaten_s})
+        return losses(forecaster, curve.model_copy(update={"points": (curve.points[0], point)}))[1]
+
+    found = lost(gradients=0.3, fixed=0.1, optimizer=-0.2, messages=0.1)
+    assert found["communication"] == pytest.approx(0.3)
+    assert found["fixed costs"] == 0.0
+    found = lost(gradients=0.3, bubble=0.1, optimizer=-0.2)
+    assert found["communication"] == pytest.approx(0.15)
+    assert found["bubbles"] == pytest.approx(0.05)
+    # Better than ideal: nothing is lost.
+    assert lost(gradients=0.1, compute=-0.2) == dict.fromkeys(CAUSES, 0.0)
+
+
 def test_advice_is_what_a_forecast_with_the_change_says():
     told = plan_of(profile((1.0,) * 4, 16, (2,)), linked(4, 2))
     best = told.found.fastest[0]
