@@ -108,9 +108,10 @@ def plan(
             "`paceline plan` was started by torchrun",
             next_step="run it by itself: it plans for the workers of this host",
         )
+    loaded = load_job_file(spec.job_file, spec.settings)
     workers = local_workers(device_kind())
     preflight(spec, device_kind(), workers)
-    directory = _new_directory(spec, load_job_file(spec.job_file, spec.settings)) if spec.out else None
+    directory = _new_directory(spec, loaded) if spec.out else None
     place = directory or Path(tempfile.mkdtemp(prefix="paceline-plan-"))
     spec = spec.model_copy(update={"out": str(place), "store_port": free_port(port)})
     launch(spec, workers)
@@ -121,7 +122,7 @@ def plan(
     forecaster = Forecaster(profile, linked)
     found = search(forecaster, number=number, memory_bytes=memory_bytes)
     curve = scaling(forecaster, memory_bytes=memory_bytes)
-    told = planned(forecaster, found, curve, memory_bytes=memory_bytes)
+    told = planned(forecaster, found, curve, job=loaded.name, memory_bytes=memory_bytes)
     print_plan(console, told)
     if directory is not None:
         (directory / "plan.json").write_text(json.dumps(told.to_json(), indent=2) + "\n")

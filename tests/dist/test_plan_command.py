@@ -56,4 +56,5 @@ def test_pictures_and_a_page_are_written(planned):
     (advice, *_) = json.loads((out / "plan.json").read_text())["advice"]["sentences"]
     assert advice.startswith("Train with ")
     assert advice.split(",")[0] in page
+    assert f"<h1>{TOY.stem}</h1>" in page
     assert (out / "timeline.png").stat().st_size > 10_000

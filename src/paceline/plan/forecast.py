@@ -96,6 +96,8 @@ class Parts:
     """Until what crosses a cut is at the next worker."""
     updating: tuple[dict[str, float], ...]
     """Of each worker: the terms between its gradients and its updated parameters."""
+    copies_s: float
+    """Without a pipeline: what adding up sharded gradients takes after the last micro-batch, among who has the same shard."""
 
 
 class Forecaster:
@@ -327,10 +329,12 @@ class Forecaster:
         """What the forecast of a layout is added up from."""
         costs, stages = self.costs_of(layout), self.stages_of(layout)
         mine_of = _stages_of_workers(layout.schedule, layout.pp, layout.stages)
+        shard_bytes = stages[0].trained_bytes / layout.dp_shard if layout.pp == 1 else 0.0
         return Parts(
             stages=stages,
             send_s=self._send_s(layout, stages) if layout.pp > 1 else 0.0,
             updating=tuple(self._updating(layout, costs, [stages[s] for s in mine]) for mine in mine_of),
+            copies_s=self._link_s("all-reduce", self.place(layout, "dp_replicate"), shard_bytes),
         )
 
     def one_copy(self, layout: Layout) -> bool:

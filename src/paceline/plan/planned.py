@@ -44,16 +44,22 @@ class Planned:
 
 
 def planned(
-    forecaster: Forecaster, found: Found, curve: ScalingCurve, *, memory_bytes: int | None = None
+    forecaster: Forecaster,
+    found: Found,
+    curve: ScalingCurve,
+    *,
+    job: str | None = None,
+    memory_bytes: int | None = None,
 ) -> Planned:
     """What a search and a curve of `forecaster` come to.
 
     Args:
+        job: what the job is called; None: as its profile says.
         memory_bytes: what a worker may use, as they were given it.
     """
     lost = losses(forecaster, curve)
     return Planned(
-        job=forecaster.profile.job,
+        job=job or forecaster.profile.job,
         batch_size=forecaster.profile.batch_size,
         linked=forecaster.linked,
         found=found,

@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 
-from paceline.plan import links
 from paceline.plan.forecast import Forecaster, Parts
 from paceline.plan.schedules import make_schedule
 from paceline.plan.stages import Stage
@@ -95,7 +94,7 @@ def step_timeline(forecaster: Forecaster, layout: Layout) -> StepTimeline:
     parts, step_s, data_s = forecaster.parts(layout), forecast.step_s, forecast.terms.data_s
     data = _cut(0.0, data_s, [("data", data_s)])
     if layout.pp == 1:
-        rows = [data + _one_stage(forecaster, layout, parts, data_s)]
+        rows = [data + _one_stage(layout, parts, data_s)]
     else:
         rows = [data + row for row in _pipeline(layout, parts, data_s)]
     inner = layout.workers // layout.pp
@@ -115,17 +114,13 @@ def step_timeline(forecaster: Forecaster, layout: Layout) -> StepTimeline:
     )
 
 
-def _one_stage(forecaster: Forecaster, layout: Layout, parts: Parts, begin_s: float) -> list[StepSpan]:
+def _one_stage(layout: Layout, parts: Parts, begin_s: float) -> list[StepSpan]:
     """Workers with all of the model's blocks: one micro-batch after the other."""
     (stage,), (updating,) = parts.stages, parts.updating
     gather_s, gradients_s = updating.get("gather_s", 0.0), updating.get("gradients_s", 0.0)
     zero = layout.zero_stage if layout.dp_shard > 1 else 0
     # Sharded, gradients go to the workers that keep them in each micro-batch; then shards meet their copies.
-    last_s = gradients_s
-    if zero:
-        copies = forecaster.place(layout, "dp_replicate")
-        linked, num_bytes = forecaster.linked, stage.trained_bytes / layout.dp_shard
-        last_s = links.seconds(linked.within, linked.between, "all-reduce", copies, num_bytes)
+    last_s = parts.copies_s if zero else gradients_s
     each_s = (gradients_s - last_s) / layout.micro
     gathered_s = gather_s / (2 * layout.micro) if zero == 3 else 0.0
     row: list[StepSpan] = []

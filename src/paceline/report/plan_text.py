@@ -131,11 +131,10 @@ def curve_text(planned: Planned, width: int) -> list[Text]:
 
 
 def losses_table(planned: Planned, width: int) -> Table:
-    """What is lost to each cause, in numbers; where there is room, the fastest layout of each number of workers."""
+    """What of the workers' time is lost to each cause; where there is room, the fastest layouts too."""
     there = causes_of(planned)
     has_layouts = width >= _WIDE
-    title = "Of the workers' time there is lost to"
-    table = Table(box=None, pad_edge=False, header_style="", title=title, title_justify="left")
+    table = Table(box=None, pad_edge=False, header_style="")
     table.add_column("workers", justify="right", no_wrap=True)
     for cause in there:
         table.add_column(cause.replace(" ", "\n"), justify="right", no_wrap=True)

@@ -19,6 +19,12 @@ _ROOM_FOR_LIMITS = 100
 def print_plan(console: Console, planned: Planned) -> None:
     """The ranked table, a reason for each layout that lost, the winner's step, the speed-up curve, and the advice."""
     found, width = planned.found, console.width
+    console.print(
+        Text(
+            f"The fastest of {found.num_possible:,} layouts, by forecast, and the memory of a worker",
+            style="bold",
+        )
+    )
     console.print(_ranking(found, width))
     console.print()
     for forecast in found.fastest[1:]:
@@ -31,6 +37,7 @@ def print_plan(console: Console, planned: Planned) -> None:
         for line in curve_text(planned, width):
             console.print(line)
         console.print()
+        console.print(Text("Of the workers' time there is lost to", style="bold"))
         console.print(losses_table(planned, width))
         console.print()
     console.print(Text(knee_sentence(planned)))
@@ -40,8 +47,7 @@ def print_plan(console: Console, planned: Planned) -> None:
 
 
 def _ranking(found: Found, width: int) -> Table:
-    title = f"The fastest of {found.num_possible:,} layouts, by forecast, and the memory of a worker"
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="")
+    table = Table(box=None, pad_edge=False, header_style="")
     table.add_column("layout", overflow="fold")
     for name in ("ms/step", "samples/s", "MiB"):
         table.add_column(name, justify="right", no_wrap=True)
