@@ -97,7 +97,7 @@ class Parts:
     updating: tuple[dict[str, float], ...]
     """Of each worker: the terms between its gradients and its updated parameters."""
     copies_s: float
-    """Without a pipeline: what adding up sharded gradients takes after the last micro-batch, among who has the same shard."""
+    """Without a pipeline: adding up the gradients of a shard among who has the same, after the last micro-batch."""
 
 
 class Forecaster:
