@@ -138,7 +138,8 @@ def plan(
     seed: Seed = 0,
     settings: Settings = None,
     out: Annotated[
-        Path | None, typer.Option(help="A new directory for what was measured and forecast, as JSON.")
+        Path | None,
+        typer.Option(help="A new directory for what was measured and forecast: JSON, pictures, a page."),
     ] = None,
     transport: Transport = "auto",
     timeout: Timeout = 300.0,

@@ -7,6 +7,7 @@ import itertools
 import random
 import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -264,3 +265,11 @@ def test_one_worker_has_no_curve_and_a_jobs_name_is_no_markup(alone, tmp_path):
     assert "<script>" not in html
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
     assert knee_sentence(alone) == "The job can use 1 worker here, and no other number."
+
+
+def test_the_example_in_the_documentation_is_what_is_printed():
+    text = (Path(__file__).parents[2] / "docs" / "planning.md").read_text()
+    told = plan_of((1.0,) * 8, 8, 4, 2)
+    lines = [*timeline_text(told.timeline, 100), *curve_text(told, 100)]
+    for words in (*(line.plain for line in lines), knee_sentence(told), *told.advice.sentences):
+        assert f"\n{words}\n" in text

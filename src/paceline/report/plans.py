@@ -12,8 +12,8 @@ from paceline.plan.search import Found
 from paceline.report import formats
 from paceline.report.plan_text import curve_text, losses_table, timeline_text
 
-_ROOM_FOR_LIMITS = 100
-"""Width from which on the table says what limits a layout; the reasons below it say so anyway."""
+_NUMBERS_WIDTH = 35
+"""Of the table's columns with numbers, and what is between all columns."""
 
 
 def print_plan(console: Console, planned: Planned) -> None:
@@ -47,20 +47,23 @@ def print_plan(console: Console, planned: Planned) -> None:
 
 
 def _ranking(found: Found, width: int) -> Table:
+    limits = [limited_by(forecast) for forecast in found.fastest]
+    longest = max(len(str(forecast.layout)) for forecast in found.fastest)
+    # Where there is no room for what limits a layout, the reasons below the table say it.
+    has_limits = width >= longest + _NUMBERS_WIDTH + max(map(len, limits))
     table = Table(box=None, pad_edge=False, header_style="")
     table.add_column("layout", overflow="fold")
     for name in ("ms/step", "samples/s", "MiB"):
         table.add_column(name, justify="right", no_wrap=True)
-    has_limits = width >= _ROOM_FOR_LIMITS
     if has_limits:
         table.add_column("limited by")
-    for forecast in found.fastest:
+    for forecast, limit in zip(found.fastest, limits, strict=True):
         table.add_row(
             str(forecast.layout),
             f"{forecast.step_s * 1e3:.4g}",
             f"{forecast.samples_per_s:.4g}",
             f"{forecast.memory.total / 2**20:,.0f}",
-            *([limited_by(forecast)] if has_limits else []),
+            *([limit] if has_limits else []),
         )
     return table
 
