@@ -143,7 +143,8 @@ def plan(
     seed: Seed = 0,
     settings: Settings = None,
     out: Annotated[
-        Path | None, typer.Option(help="A new directory for what was measured and forecast, as JSON.")
+        Path | None,
+        typer.Option(help="A new directory for what was measured and forecast: JSON, pictures, a page."),
     ] = None,
     cluster: Annotated[
         Path | None,
@@ -173,7 +174,7 @@ def plan(
 
     def run() -> None:
         from paceline.launch.spec import RunSpec
-        from paceline.run import plan as carry_out
+        from paceline.planner import plan as carry_out
 
         spec = RunSpec(
             purpose="plan",

@@ -1,10 +1,9 @@
-"""`paceline train`, `verify` and `plan` from beginning to end: check, start workers, show progress, report."""
+"""`paceline train` and `verify` from beginning to end: check, start workers, show progress, report."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
-import json
 import os
 import shutil
 import tempfile
@@ -15,24 +14,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from paceline.errors import ClusterError, LaunchError, LayoutError, PacelineError, RunError
+from paceline.errors import LaunchError, LayoutError, PacelineError, RunError
 from paceline.events import EventWriter
 from paceline.launch.local import free_port, launch
 from paceline.launch.preflight import preflight
 from paceline.launch.spec import AUTO, RunSpec
 from paceline.launch.worker import Worker
-from paceline.load import LoadedJob, load_job_file
+from paceline.load import LoadedJob
 from paceline.measure.machine import device_kind, local_workers
-from paceline.plan.described import read_cluster
-from paceline.plan.estimate import estimate
-from paceline.plan.forecast import Forecaster
-from paceline.plan.kept import CLUSTER_FILE, check_fits, read_kept
-from paceline.plan.profile import LinkedCluster, Profile
-from paceline.plan.scaling import scaling
-from paceline.plan.search import search
 from paceline.records import Layout
 from paceline.report import write_report
-from paceline.report.plans import print_plan
 from paceline.report.proofs import print_proof
 from paceline.report.reader import follow, read_log
 from paceline.report.summary import print_summary
@@ -57,7 +48,7 @@ def train(spec: RunSpec, console: Console, *, quiet: bool, port: int | None = No
         raise LaunchError(
             "this host has no device to train on", next_step="see `nvidia-smi`, or hide the GPUs"
         )
-    directory = _new_directory(spec, loaded)
+    directory = new_directory(spec, loaded)
     spec = spec.model_copy(update={"out": str(directory), "store_port": free_port(port)})
     _carry_out(directory, console, quiet, lambda: launch(spec, num_workers))
     return directory
@@ -88,75 +79,6 @@ def verify(spec: RunSpec, console: Console, *, port: int | None = None) -> bool:
     return log.proof.status == "equal"
 
 
-def plan(
-    spec: RunSpec,
-    console: Console,
-    *,
-    number: int,
-    memory_bytes: int | None = None,
-    port: int | None = None,
-    cluster_file: Path | None = None,
-    kept: Path | None = None,
-) -> None:
-    """Measure the job on this machine, forecast its layouts, and print the fastest ones and the speed-up curve.
-
-    With `spec.out` the measured `profile.json` and `cluster.json` stay there, beside `plan.json`: what is printed.
-
-    Args:
-        cluster_file: describes another cluster, for which the plan is made; what was measured here is scaled to it.
-        kept: what an earlier plan has kept; nothing is measured.
-
-    Raises:
-        PacelineError: the job is wrong, a worker failed, or no layout fits.
-    """
-    if started_by_torchrun():
-        raise LaunchError(
-            "`paceline plan` was started by torchrun",
-            next_step="run it by itself: it plans for the workers of this host",
-        )
-    described = None if cluster_file is None else read_cluster(cluster_file)
-    profile, linked, directory = _measure(spec, port) if kept is None else _kept(spec, kept)
-    notes: tuple[str, ...] = ()
-    if described is not None:
-        scaled = estimate(profile, linked, described)
-        profile, linked, notes = scaled.profile, scaled.linked, scaled.notes
-    elif linked is None:
-        raise ClusterError(
-            f"there is no {CLUSTER_FILE} beside {kept}",
-            next_step="give --cluster FILE, or the directory that `paceline plan JOB --out DIR` has made",
-        )
-    forecaster = Forecaster(profile, linked)
-    found = search(forecaster, number=number, memory_bytes=memory_bytes)
-    curve = scaling(forecaster, memory_bytes=memory_bytes)
-    print_plan(console, found, curve, notes)
-    if directory is not None:
-        told = {"layouts": [f.to_json() for f in found.fastest], "curve": curve.to_json()}
-        if described is not None:
-            told |= {"described": described.to_json(), "cluster": linked.to_json(), "notes": list(notes)}
-        (directory / "plan.json").write_text(json.dumps(told, indent=2) + "\n")
-
-
-def _measure(spec: RunSpec, port: int | None) -> tuple[Profile, LinkedCluster | None, Path | None]:
-    """What all workers of this host measure; and the directory where it stays, if `spec` has one."""
-    workers = local_workers(device_kind())
-    preflight(spec, device_kind(), workers)
-    directory = _new_directory(spec, load_job_file(spec.job_file, spec.settings)) if spec.out else None
-    place = directory or Path(tempfile.mkdtemp(prefix="paceline-plan-"))
-    launch(spec.model_copy(update={"out": str(place), "store_port": free_port(port)}), workers)
-    measured = read_kept(place)
-    if directory is None:
-        shutil.rmtree(place)
-    return *measured, directory
-
-
-def _kept(spec: RunSpec, path: Path) -> tuple[Profile, LinkedCluster | None, Path | None]:
-    """What was measured of the same job before; and a new directory, if `spec` has one."""
-    loaded = load_job_file(spec.job_file, spec.settings)
-    measured = read_kept(path)
-    check_fits(measured[0], path, loaded.job.name or "job", loaded.job.batch_size)
-    return *measured, _new_directory(spec, loaded) if spec.out else None
-
-
 def _one_layout(spec: RunSpec) -> Layout:
     if spec.layout == AUTO:
         raise LayoutError(
@@ -181,7 +103,7 @@ def _train_as_worker(spec: RunSpec, console: Console, *, quiet: bool) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         Worker(spec).run()
         return directory
-    directory = _new_directory(spec, loaded)
+    directory = new_directory(spec, loaded)
     spec = spec.model_copy(update={"out": str(directory)})
     spec.write()
     _carry_out(directory, console, quiet, lambda: Worker(spec).run())
@@ -266,7 +188,7 @@ def _end_failed(directory: Path, begin_s: float, error: PacelineError) -> None:
     writer.close()
 
 
-def _new_directory(spec: RunSpec, loaded: LoadedJob) -> Path:
+def new_directory(spec: RunSpec, loaded: LoadedJob) -> Path:
     if spec.out:
         directory = Path(spec.out)
     else:

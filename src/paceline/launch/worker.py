@@ -29,7 +29,7 @@ from paceline.load import LoadedJob, load_job_file
 from paceline.measure import store
 from paceline.measure.machine import describe_host, device_kind, peak_memory_bytes, versions
 from paceline.plan.candidates import candidates
-from paceline.plan.choose import Planned, choose, without_workers
+from paceline.plan.choose import JobForecasts, choose, without_workers
 from paceline.plan.profile import LinkedCluster, Profile
 from paceline.plan.shortlist import shortlist
 from paceline.records import Cluster, Host, Layout, Plan, Proof, describe_layout
@@ -288,7 +288,7 @@ class Worker:
         cluster: Cluster,
         datasets: Datasets,
         precision: str,
-    ) -> Planned | None:
+    ) -> JobForecasts | None:
         """On rank 0 the forecasts of this job's layouts, from what is measured now, or was within the last week."""
         spec, job = self._spec, loaded.job
         threads = user_threads()
@@ -312,7 +312,7 @@ class Worker:
             store.keep(key, [record.to_json() for record in measured])
             profile, linked = measured
         profile = profile.model_copy(update={"past_error": store.past_error()})
-        planned = Planned(profile, linked)
+        planned = JobForecasts(profile, linked)
         self._write(
             "forecasts",
             source="kept" if is_kept else "measured",

@@ -19,7 +19,7 @@ _FORECASTS = 30
 """Layouts that a shortlist is made of."""
 
 
-class Planned:
+class JobForecasts:
     """The forecasts of one job on one cluster, the fastest first."""
 
     def __init__(self, profile: Profile, linked: LinkedCluster) -> None:

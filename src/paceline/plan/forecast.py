@@ -5,6 +5,7 @@ docs/planning.md computes an example by hand.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -103,6 +104,20 @@ class Forecast(Record):
     @property
     def samples_per_s(self) -> float:
         return self.samples / self.step_s
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a forecast is added up from, of each worker of a pipeline."""
+
+    stages: tuple[Stage, ...]
+    """In the model's order."""
+    send_s: float
+    """Until what crosses a cut is at the next worker."""
+    updating: tuple[dict[str, float], ...]
+    """Of each worker: the terms between its gradients and its updated parameters."""
+    copies_s: float
+    """Without a pipeline: adding up the gradients of a shard among who has the same, after the last micro-batch."""
 
 
 class Forecaster:
@@ -319,6 +334,8 @@ class Forecaster:
             saved_bytes=saved * micro,
             peak_bytes=peak * micro,
             output_bytes=block.output_bytes * micro,
+            forward_tensor_s=forward_x,
+            again_s=forward_s * again,
             num_blocks=1,
             largest_bytes=part.parameter_bytes,
         )
@@ -388,6 +405,18 @@ class Forecaster:
             else Placement(hosts=1, per_host=2, used=place.used)
         )
         return self._link_s("message", hop, max(s.output_bytes for s in stages[:-1]))
+
+    def parts(self, layout: Layout) -> Parts:
+        """What the forecast of a layout is added up from."""
+        costs, stages = self.costs_of(layout), self.stages_of(layout)
+        mine_of = _stages_of_workers(layout.schedule, layout.pp, layout.stages)
+        shard_bytes = stages[0].trained_bytes / layout.dp_shard if layout.pp == 1 else 0.0
+        return Parts(
+            stages=stages,
+            send_s=self._send_s(layout, stages) if layout.pp > 1 else 0.0,
+            updating=tuple(self._updating(layout, costs, [stages[s] for s in mine]) for mine in mine_of),
+            copies_s=self._link_s("all-reduce", self.place(layout, "dp_replicate"), shard_bytes),
+        )
 
     def one_copy(self, layout: Layout) -> bool:
         """Whether the workers of a host have one copy of the parameters between them, of which each updates a share."""

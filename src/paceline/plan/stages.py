@@ -23,6 +23,10 @@ class Stage:
     peak_bytes: float
     output_bytes: float
     """What crosses the cut after it."""
+    forward_tensor_s: float
+    """Of `tensor_s`: in the forward pass."""
+    again_s: float
+    """Of `input_s`: computing again what the forward pass did not keep, exchanges aside."""
     num_blocks: int
     largest_bytes: int
     """Parameters of the largest block."""
@@ -55,6 +59,8 @@ def join(pieces: Sequence[Stage], action_s: float = 0.0, *, in_parts: bool = Fal
         saved_bytes=total("saved_bytes"),
         peak_bytes=max(piece.peak_bytes for piece in pieces),
         output_bytes=pieces[-1].output_bytes,
+        forward_tensor_s=total("forward_tensor_s"),
+        again_s=total("again_s"),
         num_blocks=len(pieces),
         largest_bytes=max(piece.largest_bytes for piece in pieces),
         overhead_s=action_s * (3 if in_parts else 2),

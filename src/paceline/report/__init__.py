@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["write_report"]
+from paceline.plan.planned import Planned
+
+__all__ = ["write_plan", "write_report"]
 
 
 def write_report(run_directory: Path) -> Path:
@@ -24,3 +26,15 @@ def write_report(run_directory: Path) -> Path:
     log = read_log(run_directory / "events.jsonl")
     save_png(drawings(log), run_directory / "figures")
     return write_page(log, run_directory)
+
+
+def write_plan(planned: Planned, directory: Path) -> Path:
+    """Write `plan.html`, `timeline.png` and, where there is a curve, `speedup.png`. Returns the page's path."""
+    from paceline.report.plan_figures import drawings
+    from paceline.report.plan_page import render
+    from paceline.report.theme import save_png
+
+    save_png(drawings(planned), directory)
+    path = directory / "plan.html"
+    path.write_text(render(planned), encoding="utf-8")
+    return path

@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from paceline.report import formats
 from paceline.report.analysis import PARTS, Comparison, Measured, RankTime, compare, rank_times
+from paceline.report.axes import legend, time_unit
 from paceline.report.curves import Floats, smooth, thin
 from paceline.report.reader import RunLog
 from paceline.report.theme import LIGHT, Drawing, Size
@@ -72,7 +73,7 @@ def _loss(log: RunLog, *, by_time: bool) -> Drawing:
 
 def _draw_loss(log: RunLog, by_time: bool, size: Size) -> Figure:
     figure, axes = _axes(size, height={Size.WIDE: 3.1, Size.HALF: 2.9, Size.NARROW: 2.7}[size])
-    scale, unit = _time_unit(log.steps[-1].elapsed_s) if by_time else (1.0, "")
+    scale, unit = time_unit(log.steps[-1].elapsed_s) if by_time else (1.0, "")
     x = np.array([step.elapsed_s / scale if by_time else step.step for step in log.steps], dtype=float)
     loss = np.array([step.loss for step in log.steps], dtype=float)
     window = _window(len(loss))
@@ -108,7 +109,7 @@ def _draw_loss(log: RunLog, by_time: bool, size: Size) -> Figure:
     if not by_time:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     axes.margins(x=0.02)
-    _legend(axes)
+    legend(axes)
     return figure
 
 
@@ -249,7 +250,7 @@ def _choose_ranks(times: Sequence[RankTime]) -> Sequence[RankTime]:
 def _draw_ranks(times: Sequence[RankTime], size: Size) -> Figure:
     figure, axes = _axes(size, height=0.52 * len(times) + (1.05 if size is Size.WIDE else 1.25))
     longest_s = max(t.step_s for t in times) or 1.0
-    scale, unit = _time_unit(longest_s)
+    scale, unit = time_unit(longest_s)
     for y, time in enumerate(times):
         left = 0.0
         for part in PARTS:
@@ -271,7 +272,7 @@ def _draw_ranks(times: Sequence[RankTime], size: Size) -> Figure:
     axes.set_yticks([])
     axes.grid(axis="y", visible=False)
     axes.set_xlabel(f"time per step, {unit}")
-    _legend(axes, columns=5 if size is Size.WIDE else 3)
+    legend(axes, columns=5 if size is Size.WIDE else 3)
     return figure
 
 
@@ -289,18 +290,3 @@ def _above(axes: Axes, y: float, told: str) -> None:
         formats.shorten(told, 64), (0, y), xytext=(1, 1.5), textcoords="offset points", va="bottom",
         bbox={"facecolor": LIGHT["paper"], "edgecolor": "none", "pad": 0.6}, zorder=5, in_layout=False,
     )  # fmt: skip
-
-
-def _legend(axes: Axes, columns: int = 2) -> None:
-    axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2, borderpad=0.2,
-        handlelength=1.1, handletextpad=0.5, columnspacing=1.2,
-    )  # fmt: skip
-
-
-def _time_unit(longest_s: float) -> tuple[float, str]:
-    """The unit to draw times up to `longest_s` in: seconds per unit, and its name."""
-    for scale, unit in ((3600.0, "h"), (60.0, "min"), (1.0, "s")):
-        if longest_s >= 3 * scale:
-            return scale, unit
-    return (1.0, "s") if longest_s >= 0.9995 else (1e-3, "ms") if longest_s >= 0.9995e-3 else (1e-6, "µs")

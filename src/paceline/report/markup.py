@@ -6,18 +6,49 @@ import dataclasses
 import html
 import re
 from collections.abc import Sequence
+from string import Template
 
+from paceline.report.stylesheet import CSS
 from paceline.report.theme import Drawing, Size, to_svg
 
 _MOST_COLUMNS = 5
 _UNIT = re.compile(
     r"(?<=\d) (?=%|(?:µs|ms|s|min|h|d|bytes|KiB|MiB|GiB|TiB|workers?|threads?|cores?|samples?|steps?)\b)"
 )
+_IN_LAYOUT = re.compile(r",(?=[a-z_]+=)")
+
+_PAGE = Template("""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta name="color-scheme" content="light dark">
+<title>$title</title>
+<style>$css</style>
+</head>
+<body>
+<main>
+$body
+</main>
+</body>
+</html>
+""")
+
+
+def document(title: str, parts: Sequence[str]) -> str:
+    """A whole page of `parts` that are HTML already; its policy lets nothing load or run."""
+    return _PAGE.substitute(title=text(title), css=CSS, body="\n".join(part for part in parts if part))
 
 
 def text(value: object) -> str:
     """Escaped text; a number and its unit stay on one line."""
     return html.escape(_UNIT.sub("\u00a0", str(value)))
+
+
+def wrapped(value: object) -> str:
+    """`text` in which a line may also end within a layout, after a comma; not for attributes."""
+    return _IN_LAYOUT.sub(",<wbr>", text(value))
 
 
 def verbatim(value: object) -> str:
@@ -75,7 +106,7 @@ def figure(drawing: Drawing, *, heading: bool = False, alone: bool = True) -> st
     title = f"<h3>{text(drawing.title)}</h3>" if heading else ""
     return (
         f'<figure class="{"one" if alone else "half"}">{title}{svgs}'
-        f"<figcaption>{text(drawing.caption)}</figcaption></figure>"
+        f"<figcaption>{wrapped(drawing.caption)}</figcaption></figure>"
     )
 
 
@@ -89,7 +120,7 @@ def section(title: str, *parts: str, note: str = "") -> str:
 
 def _content(value: str | Cell) -> str:
     if isinstance(value, str):
-        return text(value)
+        return wrapped(value)
     aside = f'<span class="aside">{text(value.aside)}</span>' if value.aside else ""
     return f"<span>{text(value.value)}{' ' if aside else ''}{aside}</span>"
 

@@ -4,33 +4,13 @@ from __future__ import annotations
 
 import datetime
 from pathlib import Path
-from string import Template
 
 from paceline.report import sections
 from paceline.report.analysis import compare
 from paceline.report.figures import drawings
 from paceline.report.forecasts import forecasts
-from paceline.report.markup import text
+from paceline.report.markup import document, text
 from paceline.report.reader import RunLog
-from paceline.report.stylesheet import CSS
-
-_PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<meta name="color-scheme" content="light dark">
-<title>$title</title>
-<style>$css</style>
-</head>
-<body>
-<main>
-$body
-</main>
-</body>
-</html>
-""")
 
 
 def write_page(log: RunLog, directory: Path) -> Path:
@@ -41,7 +21,7 @@ def write_page(log: RunLog, directory: Path) -> Path:
 
 
 def render(log: RunLog) -> str:
-    """The whole page. What the run said is escaped, and the page's policy lets nothing load or run."""
+    """The whole page. What the run said is escaped."""
     comparison = compare(log)
     drawn = {drawing.name: drawing for drawing in drawings(log)}
     body = [
@@ -59,9 +39,7 @@ def render(log: RunLog) -> str:
         sections.messages(log),
         _footer(log),
     ]
-    return _PAGE.substitute(
-        title=text(f"{log.name}: paceline run"), css=CSS, body="\n".join(part for part in body if part)
-    )
+    return document(f"{log.name}: paceline run", body)
 
 
 def _footer(log: RunLog) -> str:

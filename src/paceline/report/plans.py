@@ -1,4 +1,4 @@
-"""A plan in words and tables: the fastest layouts, why the others lost, and what more workers would bring."""
+"""A plan in the terminal: the fastest layouts, why the others lost, a step of the winner, what more workers bring."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from rich.table import Table
 from rich.text import Text
 
 from paceline.plan.explain import limited_by, why_it_lost
-from paceline.plan.forecast import Forecast
-from paceline.plan.scaling import ScalingCurve
+from paceline.plan.planned import Planned
 from paceline.plan.search import Found
+from paceline.report import formats
+from paceline.report.plan_text import curve_text, losses_table, timeline_text
 
-_BAR = 40
-"""Characters of the longest bar of the curve."""
+_NUMBERS_WIDTH = 35
+"""Of the table's columns with numbers, and what is between all columns."""
 
 
-def print_plan(console: Console, found: Found, curve: ScalingCurve, notes: Sequence[str] = ()) -> None:
-    """The ranked table, a reason for each layout that lost, and the speed-up curve with its knee.
+def print_plan(console: Console, planned: Planned, notes: Sequence[str] = ()) -> None:
+    """The ranked table, a reason for each layout that lost, the winner's step, the speed-up curve, and the advice.
 
     Args:
         notes: what to know of the numbers before they are read.
@@ -27,58 +28,72 @@ def print_plan(console: Console, found: Found, curve: ScalingCurve, notes: Seque
         console.print(Text(note))
     if notes:
         console.print()
-    best = found.fastest[0]
-    table = Table(title=f"The fastest of {found.num_possible:,} layouts, by forecast", title_justify="left")
-    table.add_column("layout", no_wrap=True)
-    for name in ("ms per step", "samples/s", "MiB per worker"):
-        table.add_column(name, justify="right")
-    table.add_column("limited by")
-    for forecast in found.fastest:
+    found, width = planned.found, console.width
+    console.print(
+        Text(
+            f"The fastest of {found.num_possible:,} layouts, by forecast, and the memory of a worker",
+            style="bold",
+        )
+    )
+    console.print(_ranking(found, width))
+    console.print()
+    for forecast in found.fastest[1:]:
+        console.print(Text(why_it_lost(forecast, found.fastest[0])))
+    console.print()
+    for line in timeline_text(planned.timeline, width):
+        console.print(line)
+    console.print()
+    if len(planned.curve.points) > 1:
+        for line in curve_text(planned, width):
+            console.print(line)
+        console.print()
+        console.print(Text("Of the workers' time there is lost to", style="bold"))
+        console.print(losses_table(planned, width))
+        console.print()
+    console.print(Text(knee_sentence(planned)))
+    console.print()
+    for sentence in planned.advice.sentences:
+        console.print(Text(sentence))
+
+
+def _ranking(found: Found, width: int) -> Table:
+    limits = [limited_by(forecast) for forecast in found.fastest]
+    longest = max(len(str(forecast.layout)) for forecast in found.fastest)
+    # Where there is no room for what limits a layout, the reasons below the table say it.
+    has_limits = width >= longest + _NUMBERS_WIDTH + max(map(len, limits))
+    table = Table(box=None, pad_edge=False, header_style="")
+    table.add_column("layout", overflow="fold")
+    for name in ("ms/step", "samples/s", "MiB"):
+        table.add_column(name, justify="right", no_wrap=True)
+    if has_limits:
+        table.add_column("limited by")
+    for forecast, limit in zip(found.fastest, limits, strict=True):
         table.add_row(
             str(forecast.layout),
             f"{forecast.step_s * 1e3:.4g}",
             f"{forecast.samples_per_s:.4g}",
             f"{forecast.memory.total / 2**20:,.0f}",
-            limited_by(forecast),
+            *([limit] if has_limits else []),
         )
-    console.print(table)
-    for forecast in found.fastest[1:]:
-        console.print(Text(why_it_lost(forecast, best)))
-    console.print()
-    for line in curve_lines(curve):
-        console.print(Text(line))
+    return table
 
 
-def curve_lines(curve: ScalingCurve) -> list[str]:
-    """The speed-up curve as text, one line for each number of workers, and its knee in a sentence."""
-    most = max(point.speedup for point in curve.points)
-    lines = ["workers  speed-up  efficiency"]
-    for point in curve.points:
-        bar = "█" * max(1, round(_BAR * point.speedup / most))
-        mark = "  ← knee" if point.workers == curve.knee else ""
-        lines.append(f"{point.workers:>7}  {point.speedup:>7.2f}×  {point.efficiency:>9.0%}  {bar}{mark}")
-    lines.append(_knee(curve))
-    return lines
-
-
-def _knee(curve: ScalingCurve) -> str:
+def knee_sentence(planned: Planned) -> str:
+    """Where the knee is, what takes the time after it, and where it turns."""
+    curve = planned.curve
     last = curve.points[-1].workers
     if len(curve.points) == 1:
-        return f"The job fits {last} worker{'s' if last > 1 else ''} here, and no other number."
+        return f"The job can use {formats.plural(last, 'worker')} here, and no other number."
+    share = formats.percent(curve.least_share)
     if curve.knee == last:
-        return (
-            f"Up to {last} workers each further one brings at least {curve.least_share:.0%} of an ideal one."
-        )
-    after = next(point for point in curve.points if point.workers > curve.knee)
-    name, lost_s = max(after.eaten_s.items(), key=lambda item: item[1], default=("", 0.0))
-    text = f"After {curve.knee} a further worker brings less than {curve.least_share:.0%} of an ideal one"
-    if lost_s > 0:
-        words = _share_of(after.forecast, lost_s)
-        text += f": with {after.workers}, {name.removesuffix('_s')} takes {words} more than its ideal share"
-    if curve.turn < last:
-        text += f". More than {curve.turn} are slower"
-    return text + "."
-
-
-def _share_of(forecast: Forecast, seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} of {forecast.step_s * 1e3:.3g} ms"
+        return f"Up to {last} workers each further one brings at least {share} of an ideal one."
+    told = (
+        f"After {formats.plural(curve.knee, 'worker')} a further one brings less than {share} of an ideal one"
+    )
+    after = next(at for at, point in enumerate(curve.points) if point.workers > curve.knee)
+    lost = planned.losses[after]
+    cause = max(lost, key=lambda name: lost[name])
+    if lost[cause] > 0:
+        number = curve.points[after].workers
+        told += f": with {number}, {formats.percent(lost[cause])} of their time goes to {cause}"
+    return told + (f". More than {curve.turn} are slower." if curve.turn < last else ".")

@@ -100,6 +100,7 @@ summary:focus-visible { outline: 2px solid var(--computation); outline-offset: 3
 .facts dt { color: var(--muted); }
 .facts dd { margin: 0; overflow-wrap: anywhere; }
 .facts code { font: .875rem/1.5 var(--mono); }
+.after { margin-top: 28px; }
 .showcase { margin-top: 20px; }
 .showcase pre { background: var(--wash); padding: 16px 18px; border-radius: 6px; max-height: 30em;
   overflow: auto; }

@@ -25,6 +25,14 @@ LIGHT = {
     "optimizer": "#a8558a",
     "other": "#6e7279",
     "rest": "#9db0c1",  # bars beside the one that matters
+    # Of timelines: computing is blue to violet, exchanging red to brown, waiting grey.
+    "backward": "#3d3a94",
+    "weights": "#7b5cc4",
+    "recompute": "#22808a",
+    "tensor": "#bf3a5c",
+    "message": "#b98500",
+    "gather": "#7d3c10",
+    "idle": "#d3dae2",
 }
 """Token -> colour. Figures are drawn in these; no two are alike, so that SVG can name them again.
 
@@ -43,6 +51,13 @@ DARK = {
     "optimizer": "#e096c3",
     "other": "#a0a6ae",
     "rest": "#52616f",
+    "backward": "#7f78f2",
+    "weights": "#d9c6ff",
+    "recompute": "#63c7d1",
+    "tensor": "#ff8fa3",
+    "message": "#d9b84a",
+    "gather": "#c98f5e",
+    "idle": "#333b44",
 }
 
 _STYLE: Any = {

@@ -1,0 +1,70 @@
+"""All that `paceline plan` tells, in one record: what pictures, page and JSON are made of."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from paceline.plan.advice import Advice, advise
+from paceline.plan.forecast import Forecaster
+from paceline.plan.losses import losses
+from paceline.plan.profile import LinkedCluster
+from paceline.plan.scaling import ScalingCurve
+from paceline.plan.search import Found
+from paceline.plan.spans import StepTimeline, step_timeline
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A plan for one job on one cluster."""
+
+    job: str
+    batch_size: int
+    linked: LinkedCluster
+    found: Found
+    curve: ScalingCurve
+    losses: tuple[dict[str, float], ...]
+    """Of each point of the curve, as `paceline.plan.losses` tells."""
+    timeline: StepTimeline
+    """Of the fastest layout."""
+    advice: Advice
+
+    def to_json(self) -> dict[str, Any]:
+        """What `plan.json` holds."""
+        return {
+            "layouts": [forecast.to_json() for forecast in self.found.fastest],
+            "curve": self.curve.to_json(),
+            "losses": [
+                {"workers": point.workers, "efficiency": point.efficiency, **lost}
+                for point, lost in zip(self.curve.points, self.losses, strict=True)
+            ],
+            "timeline": self.timeline.to_json(),
+            "advice": self.advice.to_json(),
+        }
+
+
+def planned(
+    forecaster: Forecaster,
+    found: Found,
+    curve: ScalingCurve,
+    *,
+    job: str | None = None,
+    memory_bytes: int | None = None,
+) -> Planned:
+    """What a search and a curve of `forecaster` come to.
+
+    Args:
+        job: what the job is called; None: as its profile says.
+        memory_bytes: what a worker may use, as they were given it.
+    """
+    lost = losses(forecaster, curve)
+    return Planned(
+        job=job or forecaster.profile.job,
+        batch_size=forecaster.profile.batch_size,
+        linked=forecaster.linked,
+        found=found,
+        curve=curve,
+        losses=lost,
+        timeline=step_timeline(forecaster, found.fastest[0].layout),
+        advice=advise(forecaster, found, curve, lost, memory_bytes=memory_bytes),
+    )

@@ -1,0 +1,117 @@
+"""`paceline plan` from beginning to end: measure, or take what was measured; forecast, rank, explain, draw."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from paceline.errors import ClusterError, LaunchError
+from paceline.launch.local import free_port, launch
+from paceline.launch.preflight import preflight
+from paceline.launch.spec import RunSpec
+from paceline.load import load_job_file
+from paceline.measure.machine import device_kind, local_workers
+from paceline.plan.described import read_cluster
+from paceline.plan.estimate import estimate
+from paceline.plan.forecast import Forecaster
+from paceline.plan.goal import time_to_goal
+from paceline.plan.kept import CLUSTER_FILE, check_fits, read_kept
+from paceline.plan.planned import planned
+from paceline.plan.profile import LinkedCluster, Profile
+from paceline.plan.scaling import scaling
+from paceline.plan.search import search
+from paceline.report import write_plan
+from paceline.report.goals import print_goal
+from paceline.report.noise import known_noise
+from paceline.report.plans import print_plan
+from paceline.run import new_directory, started_by_torchrun
+
+
+def plan(
+    spec: RunSpec,
+    console: Console,
+    *,
+    number: int,
+    memory_bytes: int | None = None,
+    port: int | None = None,
+    cluster_file: Path | None = None,
+    kept: Path | None = None,
+    noise: float | Path | None = None,
+    price: float | None = None,
+) -> None:
+    """Forecast the layouts of a job, and print the fastest ones, a step, the speed-up curve and what it advises.
+
+    With `spec.out` what was measured stays there, and `plan.json`, which holds what is printed, with a page and
+    pictures.
+
+    Args:
+        number: of layouts to print.
+        memory_bytes: that a worker may use; None: its share of its host's.
+        cluster_file: describes another cluster, for which the plan is made; what was measured here is scaled to it.
+        kept: what an earlier plan has kept; nothing is measured.
+        noise: gradient noise scale in samples, or the directory of a run that has measured one: time to a target too.
+        price: of a worker for an hour: cost of a target too.
+
+    Raises:
+        PacelineError: the job or a file is wrong, a worker failed, or no layout fits.
+    """
+    if started_by_torchrun():
+        raise LaunchError(
+            "`paceline plan` was started by torchrun",
+            next_step="run it by itself: it plans for the workers of this host",
+        )
+    described = None if cluster_file is None else read_cluster(cluster_file)
+    name = load_job_file(spec.job_file, spec.settings).name
+    known = known_noise(noise, name)
+    profile, linked, directory = _measure(spec, port) if kept is None else _kept(spec, kept)
+    notes: tuple[str, ...] = ()
+    if described is not None:
+        scaled = estimate(profile, linked, described)
+        profile, linked, notes = scaled.profile, scaled.linked, scaled.notes
+    elif linked is None:
+        raise ClusterError(
+            f"there is no {CLUSTER_FILE} beside {kept}",
+            next_step="give --cluster FILE, or the directory that `paceline plan JOB --out DIR` has made",
+        )
+    forecaster = Forecaster(profile, linked)
+    found = search(forecaster, number=number, memory_bytes=memory_bytes)
+    curve = scaling(forecaster, memory_bytes=memory_bytes)
+    whole = planned(forecaster, found, curve, job=name, memory_bytes=memory_bytes)
+    print_plan(console, whole, notes)
+    told = whole.to_json()
+    if described is not None:
+        told |= {"described": described.to_json(), "cluster": linked.to_json(), "notes": list(notes)}
+    if known is not None or price is not None:
+        scale, source = (known.samples, known.source) if known else (None, "")
+        goal = time_to_goal(profile, linked, scale, price_per_worker_hour=price, memory_bytes=memory_bytes)
+        print_goal(console, goal, source)
+        told["goal"] = goal.to_json()
+    if directory is not None:
+        (directory / "plan.json").write_text(json.dumps(told, indent=2) + "\n")
+        console.print(Text(f"\n{write_plan(whole, directory)}"), soft_wrap=True)
+
+
+def _measure(spec: RunSpec, port: int | None) -> tuple[Profile, LinkedCluster | None, Path | None]:
+    """What all workers of this host measure; and the directory where it stays, if `spec` has one."""
+    workers = local_workers(device_kind())
+    loaded = preflight(spec, device_kind(), workers)
+    directory = new_directory(spec, loaded) if spec.out else None
+    place = directory or Path(tempfile.mkdtemp(prefix="paceline-plan-"))
+    launch(spec.model_copy(update={"out": str(place), "store_port": free_port(port)}), workers)
+    measured = read_kept(place)
+    if directory is None:
+        shutil.rmtree(place)
+    return *measured, directory
+
+
+def _kept(spec: RunSpec, path: Path) -> tuple[Profile, LinkedCluster | None, Path | None]:
+    """What was measured of the same job before; and a new directory, if `spec` has one."""
+    loaded = load_job_file(spec.job_file, spec.settings)
+    measured = read_kept(path)
+    check_fits(measured[0], path, loaded.job.name or "job", loaded.job.batch_size)
+    return *measured, new_directory(spec, loaded) if spec.out else None
