@@ -14,12 +14,12 @@ from planning_examples import CABLE, GIB, MEMORY, linked, profile
 from paceline.errors import ClusterError
 from paceline.plan.curves import Curve
 from paceline.plan.described import DescribedCluster, DescribedHost
-from paceline.plan.estimate import GPU_BASE_BYTES, LAUNCH_S, estimate
+from paceline.plan.estimate import GPU_BASE_BYTES, GPU_ERROR, LAUNCH_S, estimate
 from paceline.plan.forecast import Forecaster
 from paceline.plan.kept import check_fits, read_kept
 from paceline.plan.links import Link, Placement, seconds
 from paceline.plan.presets import DEVICES, INTERCONNECTS, Device
-from paceline.plan.profile import LinkedCluster, Profile
+from paceline.plan.profile import LinkedCluster, Profile, Tried
 from paceline.plan.search import layouts, search
 from paceline.records import Layout
 
@@ -76,6 +76,7 @@ def on_gpus(device: Device, **changes: Any) -> DescribedHost:
 
 def test_the_machine_that_measured_described_gives_its_own_forecasts():
     job = measured()
+    job = job.model_copy(update={"action_s": 1e-3, "unexplained_s": {"data": 2e-3}})
     found = estimate(job, HERE, cluster(host()))
     assert found.profile == job
     own, other = Forecaster(job, HERE), Forecaster(found.profile, found.linked)
@@ -159,6 +160,17 @@ def test_the_example_in_the_documentation_is_right():
     block = block.model_copy(update={"operations": 40})
     job = job.model_copy(update={"costs": (costs.model_copy(update={"blocks": (block,)}),)})
     assert estimate(job, None, there).profile.costs[0].blocks[0].forward_s(8.0) == pytest.approx(0.2e-3)
+
+
+def test_what_trials_have_shown_is_of_cores_alone():
+    tried = (Tried(layout=Layout(dp_replicate=2), step_s=1.0),)
+    update = {"action_s": 1e-3, "unexplained_s": {"data": -2e-3}, "tried": tried, "past_error": 0.05}
+    job = measured().model_copy(update=update)
+    cores = estimate(job, HERE, cluster(host(speed=2.0))).profile
+    assert (cores.action_s, cores.unexplained_s, cores.tried) == (5e-4, {"data": -1e-3}, ())
+    assert cores.past_error == 0.05
+    gpus = estimate(job, HERE, cluster(on_gpus(gpu()))).profile
+    assert (gpus.action_s, gpus.unexplained_s, gpus.past_error) == (0.0, {}, GPU_ERROR)
 
 
 def test_without_a_bandwidth_all_goes_by_operations_and_half_of_the_peak_is_half():

@@ -59,10 +59,10 @@ def local_workers(device: str) -> int:
 
 
 def describe_host(device: str, workers: int) -> Host:
-    """This host as a record; memory is the device's where it has its own."""
+    """This host as a record; memory is that of its workers' devices where they have their own."""
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
-        name, memory_bytes = properties.name, properties.total_memory
+        name, memory_bytes = properties.name, properties.total_memory * workers
     else:
         name, memory_bytes = _cpu_name(), _memory_bytes()
     return Host(

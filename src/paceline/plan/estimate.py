@@ -24,6 +24,8 @@ LAUNCH_S = 5e-6
 """Of one operation on a GPU, as eager PyTorch tells them: an assumption."""
 GPU_BASE_BYTES = 1 << 30
 """What a GPU's runtime and its libraries take of its memory before there is a model: an assumption."""
+GPU_ERROR = 0.3
+"""Relative, of forecasts for GPUs that were not measured: an assumption, until they are held against some."""
 _BYTES_ADDED = 3.0
 """An addition in place reads two bytes and writes one for each byte of the result."""
 _BACKWARD = 2.0
@@ -63,12 +65,7 @@ def estimate(profile: Profile, measured: LinkedCluster | None, described: Descri
             "device": _kind(first),
             "costs": tuple(_scaled_costs(one, scales[0]) for one in costs),
             "base_bytes": profile.base_bytes if first.device is None else GPU_BASE_BYTES,
-            # What ways of splitting cost beyond their parts is of this machine; running a pipeline is the host's work.
-            "tried": (),
-            "action_s": profile.action_s * scales[0].host,
-            "unexplained_s": {way: seconds * scales[0].host for way, seconds in profile.unexplained_s.items()}
-            if first.device is None
-            else {},
+            **_corrections(profile, first, scales[0]),
         }
     )
     speeds = tuple(seconds[scales[0]] / seconds[scale] for scale in scales)
@@ -90,6 +87,19 @@ class Scale:
     """Of each operation, at least."""
     host: float = 1.0
     """Seconds of what the host does beside: reading data, and what every step costs."""
+
+
+def _corrections(profile: Profile, first: DescribedHost, scale: Scale) -> dict[str, Any]:
+    """What trials here have shown beyond the sum of the parts.
+
+    It comes from cores that share caches and memory, and from the code around a pipeline's actions: other cores are
+    like them, GPUs are not.
+    """
+    if first.device is not None:
+        error = max(profile.past_error, GPU_ERROR)
+        return {"tried": (), "action_s": 0.0, "unexplained_s": {}, "past_error": error}
+    unexplained_s = {way: seconds * scale.host for way, seconds in profile.unexplained_s.items()}
+    return {"tried": (), "action_s": profile.action_s * scale.host, "unexplained_s": unexplained_s}
 
 
 def _alone(profile: Profile) -> Costs:
