@@ -117,6 +117,10 @@ def test_advice_says_how_many_workers_to_take():
     used = told.found.fastest[0].layout.workers
     assert f": {used} of 4 workers," in told.advice.sentences[0]
     assert told.advice.sentences[0].endswith("more workers would be slower.")
+    # One block and a batch of two: a third worker would have nothing to do.
+    few = plan_of(profile((1.0,), 2, ()), linked(1, 4))
+    assert few.advice.sentences[0].startswith("Train with dp_replicate=2,threads=1: 2 of 4 workers,")
+    assert few.advice.sentences[0].endswith("; no layout that fits uses more.")
 
 
 def test_memory_is_advised_where_something_was_refused_for_it():

@@ -74,14 +74,17 @@ def _which(best: Forecast, curve: ScalingCurve, available: int) -> list[str]:
     if used > first.workers:
         gain = best.samples_per_s / first.forecast.samples_per_s
         text += f", {gain:.2f}× what {_workers(first.workers)} would reach"
-    text += "; more workers would be slower." if used < available else "."
+    if used < available:
+        is_slower = any(point.workers > used for point in curve.points)
+        text += "; more workers would be slower" if is_slower else "; no layout that fits uses more"
+    text += "."
     knee = next(point for point in curve.points if point.workers == curve.knee)
     if knee.workers >= used:
         return [text]
     share = knee.forecast.samples_per_s / best.samples_per_s
     return [
         text,
-        f"Where workers cost something, take {knee.workers}: they reach {_percent(share)} of that speed.",
+        f"Where workers cost something, take {knee.workers}: that gives {_percent(share)} of the speed.",
     ]
 
 
@@ -110,10 +113,12 @@ def _help(best: Forecast, changes: Sequence[Change]) -> str:
         text = f"What would help most: {first.what}, {first.factor:.2f}× the samples a second"
         text += f" with {first.layout}" if first.layout != best.layout else ""
         text += f"; next, {useful[1].what}, {useful[1].factor:.2f}×" if len(useful) > 1 else ""
-    else:
+    elif others:
         text = f"Less than {_percent(LEAST_GAIN)} more would come of {' or of '.join(c.what for c in others)}"
-    processors = next((change for change in changes if change.what == FASTER_PROCESSORS), None)
-    return f"{text}; {processors.what}, {processors.factor:.2f}×." if processors else f"{text}."
+    else:
+        text = "What would help"
+    processors = [f"{c.what}, {c.factor:.2f}×" for c in changes if c.what == FASTER_PROCESSORS]
+    return ("; " if others else ": ").join([text, *processors]) + "."
 
 
 def _forecast_changes(forecaster: Forecaster, found: Found, memory_bytes: int | None) -> Iterator[Change]:
