@@ -93,7 +93,7 @@ def plan(
         told["goal"] = goal.to_json()
     if directory is not None:
         (directory / "plan.json").write_text(json.dumps(told, indent=2) + "\n")
-        console.print(Text(f"\n{write_plan(whole, directory)}"), soft_wrap=True)
+        console.print(Text(f"\n{write_plan(whole, directory, notes)}"), soft_wrap=True)
 
 
 def _measure(spec: RunSpec, port: int | None) -> tuple[Profile, LinkedCluster | None, Path | None]:

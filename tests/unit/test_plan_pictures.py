@@ -233,13 +233,14 @@ def test_nothing_of_a_figure_is_cut_off(pipeline):
 
 
 def test_files_are_written_and_hold_the_numbers(pipeline, tmp_path):
-    page = write_plan(pipeline, tmp_path)
+    page = write_plan(pipeline, tmp_path, ["Speeds are <estimated>."])
     assert {path.name for path in tmp_path.iterdir()} == {"plan.html", "timeline.png", "speedup.png"}
     for name in ("timeline.png", "speedup.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     html = page.read_text()
     assert not re.search(r"<(script|link|img|iframe|object)|https?:|@import|url\((?!#)", html)
     assert "default-src 'none'" in html
+    assert "Speeds are &lt;estimated&gt;." in html
     body = html[html.index("<body>") :]
     assert re.findall(r"(?:fill|stroke|color): ?#\w+", body) == []
     used = set(re.findall(r"var\(--([\w-]+)\)", html))

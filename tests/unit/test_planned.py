@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 
 import pytest
-from planning_examples import CABLE, GIB, linked, profile, random_linked, random_profile
+from planning_examples import CABLE, GIB, MEMORY, linked, profile, random_linked, random_profile
 
 from paceline.errors import LayoutError
 from paceline.plan.advice import Advice
 from paceline.plan.curves import Curve
 from paceline.plan.forecast import Forecaster
+from paceline.plan.links import Link
 from paceline.plan.losses import CAUSES, losses
 from paceline.plan.planned import Planned, planned
 from paceline.plan.profile import Block, Costs, LinkedCluster, Profile
@@ -107,6 +108,35 @@ def test_advice_is_what_a_forecast_with_the_change_says():
     useful = next(change for change in told.advice.changes if "processors" not in change.what)
     assert f"What would help most: {useful.what}, {useful.factor:.2f}×" in told.advice.sentences[-1]
     assert Advice.from_json(told.advice.to_json()) == told.advice
+
+
+def test_advice_on_unequal_links_makes_all_of_them_faster():
+    slow = CABLE.model_copy(update={"name": "wifi", "bytes_per_s": 5e7})
+    there = linked(2, 2).model_copy(update={"between_of": (CABLE, slow), "within_of": (MEMORY, CABLE)})
+    job = profile((1.0,) * 4, 16, (2,))
+    told = plan_of(job, there)
+
+    def twice(link: Link) -> Link:
+        return link.model_copy(update={"latency_s": link.latency_s / 2, "bytes_per_s": 2 * link.bytes_per_s})
+
+    for what, changed in (
+        ("a link between hosts (gloo, wifi) twice as fast", {"between_of": (twice(CABLE), twice(slow))}),
+        (
+            "exchanges within a host (shared memory, gloo) twice as fast",
+            {"within_of": (twice(MEMORY), twice(CABLE))},
+        ),
+        (
+            "twice as many hosts",
+            {
+                "cluster": linked(4, 2).cluster,
+                "between_of": (CABLE, slow) * 2,
+                "within_of": (MEMORY, CABLE) * 2,
+            },
+        ),
+    ):
+        (then,) = search(Forecaster(job, there.model_copy(update=changed)), number=1).fastest
+        (change,) = [change for change in told.advice.changes if change.what == what]
+        assert change.factor == pytest.approx(then.samples_per_s / told.found.fastest[0].samples_per_s), what
 
 
 def test_advice_says_how_many_workers_to_take():

@@ -159,22 +159,36 @@ def _cases(
     speeds = tuple(2 * speed for speed in linked.speeds or (1.0,) * len(linked.cluster.hosts))
     yield case(FASTER_PROCESSORS, linked=linked.model_copy(update={"speeds": speeds}))
     if linked.cluster.workers > 1 and linked.per_host > 1:
-        faster = linked.model_copy(update={"within": _twice_as_fast(linked.within)})
-        yield case(f"exchanges within a host ({linked.within.name}) twice as fast", linked=faster)
+        faster = {
+            "within": _twice_as_fast(linked.within),
+            "within_of": tuple(map(_twice_as_fast, linked.within_of)),
+        }
+        name = _names(linked.within_of or (linked.within,))
+        yield case(f"exchanges within a host ({name}) twice as fast", linked=linked.model_copy(update=faster))
     if linked.between is not None:
-        faster = linked.model_copy(update={"between": _twice_as_fast(linked.between)})
-        yield case(f"a link between hosts ({linked.between.name}) twice as fast", linked=faster)
+        faster = {
+            "between": _twice_as_fast(linked.between),
+            "between_of": tuple(map(_twice_as_fast, linked.between_of)),
+        }
+        name = _names(linked.between_of or (linked.between,))
+        yield case(f"a link between hosts ({name}) twice as fast", linked=linked.model_copy(update=faster))
         hosts = linked.cluster.hosts
         more = linked.model_copy(
             update={
                 "cluster": linked.cluster.model_copy(update={"hosts": (*hosts, *hosts)}),
                 "speeds": (*linked.speeds, *linked.speeds),
+                "within_of": (*linked.within_of, *linked.within_of),
+                "between_of": (*linked.between_of, *linked.between_of),
             }
         )
         yield case("twice as many hosts", linked=more)
     if found.smallest is not None:
         room = memory_bytes or min(host.memory_bytes // host.workers for host in linked.cluster.hosts)
         yield case("twice the memory", memory_bytes=2 * room)
+
+
+def _names(links: Sequence[Link]) -> str:
+    return ", ".join(dict.fromkeys(link.name for link in links))
 
 
 def _twice_as_fast(link: Link) -> Link:

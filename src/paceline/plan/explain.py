@@ -34,6 +34,9 @@ def why_it_lost(loser: Forecast, winner: Forecast) -> str:
     if loser.step_s <= winner.step_s or more[name] <= 0:
         return f"{loser.layout} takes as long as {winner.layout}."
     unit, factor = ("ms", 1e3) if loser.step_s < 1 else ("s", 1.0)
+    if own_s > loser.step_s:
+        # A term that is taken off makes the others more than the step.
+        return f"{loser.layout}: {_WORDS[name]} takes {more[name] * factor:.3g} {unit} more than in {winner.layout}."
     return (
         f"{loser.layout}: {own_s * factor:.3g} of its {loser.step_s * factor:.3g} {unit} are {_WORDS[name]}, "
         f"{more[name] * factor:.3g} {unit} more than in {winner.layout}."

@@ -7,11 +7,20 @@ from paceline.plan.forecast import Forecast, Forecaster
 from paceline.plan.scaling import Point, ScalingCurve
 from paceline.plan.schedules import make_schedule
 
-CAUSES = ("small batches", "uneven stages", "slower computation", "communication", "bubbles", "fixed costs")
+CAUSES = (
+    "small batches",
+    "uneven stages",
+    "slower computation",
+    "communication",
+    "bubbles",
+    "fixed costs",
+    "unexplained",
+)
 """Small batches: what a sample takes more in the smaller micro-batches that are left for each worker. Uneven stages:
 what the busiest worker of a pipeline computes more than the average one. Slower computation: what it takes more for
-other reasons, such as computing again, and workers that share memory. Fixed costs: the optimizer, reading the data, and
-what every step costs, as far as they do not shrink with the number of workers."""
+other reasons, such as computing again, and workers that share memory. Fixed costs: the optimizer, reading the data,
+running a pipeline's actions, and what every step costs, as far as they do not shrink with the number of workers.
+Unexplained: what a timed step of this way of splitting took beyond the sum of its parts."""
 _OF_TERM = {
     "compute_s": "slower computation",
     "tensor_s": "communication",
@@ -19,6 +28,7 @@ _OF_TERM = {
     "gather_s": "communication",
     "gradients_s": "communication",
     "bubble_s": "bubbles",
+    "unexplained_s": "unexplained",
 }
 
 
@@ -58,7 +68,10 @@ def _uneven_s(forecaster: Forecaster, forecast: Forecast) -> float:
     stages = forecaster.parts(layout).stages
     schedule = make_schedule(layout.schedule, layout.pp, layout.micro, layout.stages)
     computed_s = [
-        layout.micro * sum(stages[s].busy_s - stages[s].tensor_s for s in schedule.stages_of(worker))
+        layout.micro
+        * sum(
+            stages[s].busy_s - stages[s].tensor_s - stages[s].overhead_s for s in schedule.stages_of(worker)
+        )
         for worker in range(layout.pp)
     ]
     return max(computed_s) - sum(computed_s) / layout.pp

@@ -23,6 +23,7 @@ TERM_OF = {
     "recompute": "compute_s",
     "backward": "compute_s",
     "weights": "compute_s",
+    "overhead": "overhead_s",
     "tensor": "tensor_s",
     "message": "messages_s",
     "bubble": "bubble_s",
@@ -30,11 +31,12 @@ TERM_OF = {
     "gradients": "gradients_s",
     "optimizer": "optimizer_s",
     "fixed": "fixed_s",
+    "unexplained": "unexplained_s",
     "wait": None,
 }
 """Kinds of spans, and the term of the forecast that each is part of. `weights` are gradients of weights where they are
-an action of their own; `tensor` is what tensor parallelism exchanges; `wait` is for the worker whose update takes
-longest."""
+an action of their own; `overhead` is what running an action takes beside its blocks; `tensor` is what tensor
+parallelism exchanges; `wait` is for the worker whose update takes longest."""
 
 _Pieces = Sequence[tuple[str, float]]
 """Kinds and seconds, one after the other."""
@@ -92,6 +94,7 @@ def step_timeline(forecaster: Forecaster, layout: Layout) -> StepTimeline:
     """
     forecast = forecaster.forecast(layout)
     parts, step_s, data_s = forecaster.parts(layout), forecast.step_s, forecast.terms.data_s
+    unexplained_s = forecast.terms.unexplained_s
     data = _cut(0.0, data_s, [("data", data_s)])
     if layout.pp == 1:
         rows = [data + _one_stage(layout, parts, data_s)]
@@ -99,11 +102,18 @@ def step_timeline(forecaster: Forecaster, layout: Layout) -> StepTimeline:
         rows = [data + row for row in _pipeline(layout, parts, data_s)]
     inner = layout.workers // layout.pp
     workers = tuple(
-        WorkerSpans(ranks=tuple(range(at * inner, (at + 1) * inner)), spans=_until(row, step_s))
+        WorkerSpans(
+            ranks=tuple(range(at * inner, (at + 1) * inner)),
+            spans=_until(_with_unexplained(row, step_s, unexplained_s), step_s),
+        )
         for at, row in enumerate(rows)
     )
     busy_s = [
-        sum(s for kind, s in worker.seconds().items() if TERM_OF[kind] in ("compute_s", "tensor_s"))
+        sum(
+            s
+            for kind, s in worker.seconds().items()
+            if TERM_OF[kind] in ("compute_s", "tensor_s", "overhead_s")
+        )
         for worker in workers
     ]
     return StepTimeline(
@@ -163,7 +173,7 @@ def _pipeline(layout: Layout, parts: Parts, data_s: float) -> list[list[StepSpan
         ):
             row += _waiting(data_s + now_s, data_s + span.begin_s, delay_s - before_s)
             action = span.action
-            pieces = _pieces(parts.stages[action.stage], action.kind)
+            pieces = _pieces(parts.stages[action.stage], action.kind, in_parts=schedule.in_parts)
             row += _cut(data_s + span.begin_s, data_s + span.end_s, pieces, action.stage, action.micro)
             now_s = span.end_s
         end_s = data_s + played.makespan_s
@@ -193,19 +203,39 @@ def _waiting(begin_s: float, end_s: float, sending_s: float) -> list[StepSpan]:
     return _cut(begin_s, end_s, [("bubble", end_s - begin_s - sending_s), ("message", sending_s)])
 
 
-def _pieces(stage: Stage, kind: str) -> _Pieces:
+def _with_unexplained(row: list[StepSpan], step_s: float, unexplained_s: float) -> list[StepSpan]:
+    """A step with what is unexplained at its end; where the terms are too much, all of it is as much shorter."""
+    known_s = step_s - unexplained_s
+    if unexplained_s >= 0:
+        return row + _cut(known_s, step_s, [("unexplained", unexplained_s)])
+    scale = step_s / known_s
+    return [
+        span.model_copy(update={"begin_s": span.begin_s * scale, "end_s": span.end_s * scale}) for span in row
+    ]
+
+
+def _pieces(stage: Stage, kind: str, *, in_parts: bool = False) -> _Pieces:
     """What an action is made of. Its exchanges come last, though each follows its own block."""
     backward_tensor_s = stage.tensor_s - stage.forward_tensor_s
-    input_s = stage.input_s - stage.again_s - backward_tensor_s
+    overhead_s = stage.overhead_s / (3 if in_parts else 2)
+    overhead = ("overhead", overhead_s)
+    input_s = stage.input_s - stage.again_s - backward_tensor_s - overhead_s
     match kind:
         case "F":
-            return [("forward", stage.forward_s - stage.forward_tensor_s), ("tensor", stage.forward_tensor_s)]
+            forward_s = stage.forward_s - stage.forward_tensor_s - overhead_s
+            return [overhead, ("forward", forward_s), ("tensor", stage.forward_tensor_s)]
         case "W":
-            return [("weights", stage.weight_s)]
+            return [overhead, ("weights", stage.weight_s - overhead_s)]
         case "I":
-            return [("recompute", stage.again_s), ("backward", input_s), ("tensor", backward_tensor_s)]
+            return [
+                overhead,
+                ("recompute", stage.again_s),
+                ("backward", input_s),
+                ("tensor", backward_tensor_s),
+            ]
         case _:
             return [
+                overhead,
                 ("recompute", stage.again_s),
                 ("backward", input_s + stage.weight_s),
                 ("tensor", backward_tensor_s),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from paceline.plan.planned import Planned
@@ -28,13 +29,17 @@ def write_report(run_directory: Path) -> Path:
     return write_page(log, run_directory)
 
 
-def write_plan(planned: Planned, directory: Path) -> Path:
-    """Write `plan.html`, `timeline.png` and, where there is a curve, `speedup.png`. Returns the page's path."""
+def write_plan(planned: Planned, directory: Path, notes: Sequence[str] = ()) -> Path:
+    """Write `plan.html`, `timeline.png` and, where there is a curve, `speedup.png`. Returns the page's path.
+
+    Args:
+        notes: what to know of the numbers before they are read.
+    """
     from paceline.report.plan_figures import drawings
     from paceline.report.plan_page import render
     from paceline.report.theme import save_png
 
     save_png(drawings(planned), directory)
     path = directory / "plan.html"
-    path.write_text(render(planned), encoding="utf-8")
+    path.write_text(render(planned, notes), encoding="utf-8")
     return path

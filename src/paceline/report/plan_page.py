@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from paceline.plan.explain import limited_by, why_it_lost
 from paceline.plan.forecast import Forecast
@@ -17,11 +18,15 @@ from paceline.report.plans import knee_sentence
 from paceline.report.theme import Drawing
 
 
-def render(planned: Planned) -> str:
-    """The whole page. What comes from the job is escaped."""
+def render(planned: Planned, notes: Sequence[str] = ()) -> str:
+    """The whole page. What comes from the job is escaped.
+
+    Args:
+        notes: what to know of the numbers before they are read.
+    """
     drawn = {drawing.name: drawing for drawing in drawings(planned)}
     parts = [
-        _headline(planned),
+        _headline(planned, notes),
         _numbers(planned),
         _layouts(planned),
         section("A step", figure(drawn["timeline"])),
@@ -33,9 +38,10 @@ def render(planned: Planned) -> str:
     return document(f"{planned.job}: paceline plan", parts)
 
 
-def _headline(planned: Planned) -> str:
+def _headline(planned: Planned, notes: Sequence[str]) -> str:
     first, *others = planned.advice.sentences
     told = "".join(f'<p class="why">{wrapped(sentence)}</p>' for sentence in others)
+    told += "".join(f'<p class="remark">{text(note)}</p>' for note in notes)
     return (
         f'<header><p class="kicker"><span>paceline plan</span></p><h1>{text(planned.job)}</h1>'
         f'<p class="lead">{wrapped(first)}</p>{told}</header>'
@@ -143,9 +149,9 @@ def _about(planned: Planned) -> str:
     )
     pairs = [("hosts", told)]
     if linked.cluster.workers > 1:
-        pairs.append(("within a host", text(_link(linked.within))))
+        pairs.append(("within a host", _links(linked.within_of or (linked.within,))))
     if linked.between is not None:
-        pairs.append(("between hosts", text(_link(linked.between))))
+        pairs.append(("between hosts", _links(linked.between_of or (linked.between,))))
     pairs.append(("batch", text(formats.plural(planned.batch_size, "sample"))))
     return section("The cluster", facts(pairs))
 
@@ -154,6 +160,10 @@ def _host(host: Host, speed: float) -> str:
     told = f"{host.device_name}, {formats.plural(host.cores, 'core')}, {formats.size(host.memory_bytes)} of memory"
     told += f", {formats.plural(host.workers, 'worker')}"
     return told if speed == 1 else f"{told}, {speed:.3g} times as fast as what was measured"
+
+
+def _links(links: Sequence[Link]) -> str:
+    return "<br>".join(dict.fromkeys(text(_link(link)) for link in links))
 
 
 def _link(link: Link) -> str:

@@ -23,6 +23,7 @@ SPANS = {
     "recompute": Look("computed again", "▞", "cyan", "recompute"),
     "backward": Look("backward", "█", "blue", "backward"),
     "weights": Look("weight gradients", "▓", "bright_blue", "weights"),
+    "overhead": Look("running actions", "▏", "", "overhead"),
     "tensor": Look("tensor-parallel exchange", "≈", "red", "tensor"),
     "message": Look("messages", "→", "yellow", "message"),
     "bubble": Look("bubble", "·", "dim", "idle"),
@@ -31,6 +32,7 @@ SPANS = {
     "optimizer": Look("optimizer", "◆", "magenta", "optimizer"),
     "data": Look("data", "▌", "green", "data"),
     "fixed": Look("fixed", "│", "", "other"),
+    "unexplained": Look("unexplained", "?", "", "unexplained"),
     "wait": Look("waiting", "-", "dim", "rest"),
 }
 """Of `paceline.plan.spans`, in the order of legends: computing, exchanging and waiting, updating."""
@@ -43,5 +45,6 @@ CAUSES = {
     "communication": Look("communication", "≈", "red", "communication"),
     "bubbles": Look("bubbles", "·", "dim", "idle"),
     "fixed costs": Look("fixed costs", "◆", "magenta", "other"),
+    "unexplained": Look("unexplained", "?", "", "unexplained"),
 }
 """Of `paceline.plan.losses`, in the order in which they are stacked."""

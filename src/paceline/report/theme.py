@@ -33,6 +33,8 @@ LIGHT = {
     "message": "#b98500",
     "gather": "#7d3c10",
     "idle": "#d3dae2",
+    "overhead": "#485563",
+    "unexplained": "#c48f9f",
 }
 """Token -> colour. Figures are drawn in these; no two are alike, so that SVG can name them again.
 
@@ -58,6 +60,8 @@ DARK = {
     "message": "#d9b84a",
     "gather": "#c98f5e",
     "idle": "#333b44",
+    "overhead": "#8793a1",
+    "unexplained": "#8f5f6f",
 }
 
 _STYLE: Any = {
