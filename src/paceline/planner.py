@@ -69,10 +69,10 @@ def plan(
     name = load_job_file(spec.job_file, spec.settings).name
     known = known_noise(noise, name)
     profile, linked, directory = _measure(spec, port) if kept is None else _kept(spec, kept)
-    notes: tuple[str, ...] = ()
+    notes = (profile.how_noisy,) if profile.how_noisy else ()
     if described is not None:
         scaled = estimate(profile, linked, described)
-        profile, linked, notes = scaled.profile, scaled.linked, scaled.notes
+        profile, linked, notes = scaled.profile, scaled.linked, (*notes, *scaled.notes)
     elif linked is None:
         raise ClusterError(
             f"there is no {CLUSTER_FILE} beside {kept}",

@@ -30,7 +30,7 @@ from paceline.measure import store
 from paceline.measure.machine import describe_host, device_kind, peak_memory_bytes, versions
 from paceline.plan.candidates import candidates
 from paceline.plan.choose import JobForecasts, choose, without_workers
-from paceline.plan.profile import LinkedCluster, Profile
+from paceline.plan.profile import MOST_SPREAD, LinkedCluster, Profile
 from paceline.plan.shortlist import shortlist
 from paceline.records import Cluster, Host, Layout, Plan, Proof, describe_layout
 from paceline.split.finding import Found
@@ -309,8 +309,11 @@ class Worker:
             )
             if measured is None:
                 return None
-            store.keep(key, [record.to_json() for record in measured])
             profile, linked = measured
+            if profile.spread <= MOST_SPREAD:
+                store.keep(key, [record.to_json() for record in measured])
+            else:
+                self._write("message", level="warning", text=profile.how_noisy)
         profile = profile.model_copy(update={"past_error": store.past_error()})
         planned = JobForecasts(profile, linked)
         self._write(

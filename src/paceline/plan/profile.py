@@ -12,6 +12,8 @@ from paceline.plan.curves import Curve
 from paceline.plan.links import Link
 from paceline.records import Cluster, Layout, Record
 
+MOST_SPREAD = 0.1
+"""Relative error of measurements above which they are not kept, and said to be noisy."""
 Exchange = tuple[str, float]
 """A collective and its bytes for one sample."""
 DATA, SHARDED, GATHERED, TENSOR, PIPELINE = "data", "sharded", "gathered", "tensor", "pipeline"
@@ -147,6 +149,16 @@ class Profile(Record):
     """Relative, of earlier forecasts on this machine."""
     spread: float = Field(default=0.0, ge=0)
     """Relative error of the measurements: of a median step, the largest of all conditions."""
+
+    @property
+    def how_noisy(self) -> str:
+        """A sentence where the measurements vary too much to plan with; else empty."""
+        if self.spread <= MOST_SPREAD:
+            return ""
+        return (
+            f"The machine was busy while it was measured: the median of the timed steps is uncertain by "
+            f"{self.spread:.0%}. Forecasts are as uncertain; measure again when other programs have ended."
+        )
 
     def of(self, threads: int | None, active: int) -> Costs:
         """The costs that come nearest: of as many threads if any, then of as many workers at a time."""
