@@ -28,6 +28,8 @@ _FRAME = 14
 """Of Ethernet, before every packet."""
 _LARGEST = 65536
 """Bytes of a packet that the kernel has not cut yet: it is cut at the end of its way, or never."""
+_CONGESTION_CONTROL = "cubic"
+"""TCP's, as most hosts have it. This machine's own may be BBR, which takes a burst for the link's round trip."""
 _BURST_S = 1e-3
 _QUEUE_S = 0.1
 _LEAST_QUEUE = 256 << 10
@@ -103,7 +105,7 @@ def lay_cables(switch: int, hosts: Sequence[int], bandwidth_bits_per_s: float | 
             "link set lo up",
             f"address add {address(host)}/24 dev {INTERFACE}",
             f"link set {INTERFACE} up",
-            f"route add {_NETWORK}.0.0/16 via {_NETWORK}.{host + 1}.1",
+            f"route add {_NETWORK}.0.0/16 via {_NETWORK}.{host + 1}.1 congctl {_CONGESTION_CONTROL}",
         ]
         if bandwidth_bits_per_s is not None:
             at_host.append(f"link set {INTERFACE} gso_max_size {shape(bandwidth_bits_per_s).packet_bytes}")

@@ -364,13 +364,17 @@ class Group:
         incoming: torch.Tensor,
         finish: Callable[[], object] | None = None,
     ) -> Pending:
-        """Send to, and receive from, the other of two workers."""
+        """Send to, and receive from, the other of two workers.
+
+        The receiving begins first: gloo sends nothing before it has heard that it is awaited, and that word would queue
+        behind what this worker sends: one way after the other.
+        """
         name = self._patience.name(operation, outgoing)
         other = 1 - self.rank
         with self._patience.translated(name):
             works = [
-                dist.isend(as_bytes(outgoing), group=self._process_group, group_dst=other),
                 dist.irecv(as_bytes(incoming), group=self._process_group, group_src=other),
+                dist.isend(as_bytes(outgoing), group=self._process_group, group_dst=other),
             ]
         return Work(self._patience, name, works, finish, f"rank {self.ranks[other]}")
 
