@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import dataclasses
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -56,7 +57,7 @@ class BoxHost:
 
     def __post_init__(self) -> None:
         if self.cores is not None and not self.cores > 0:
-            raise BoxError(f"a host with {self.cores} cores", next_step="give it more than none")
+            raise BoxError(f"a host with {self.cores:g} cores", next_step="give it more than none")
         if self.memory_bytes is not None and self.memory_bytes < 1 << 20:
             raise BoxError(
                 f"a host with {self.memory_bytes} bytes of memory",
@@ -253,7 +254,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if check(options) else 1
     hosts = [BoxHost(*limits) for limits in options.hosts]
     with Box(hosts, bandwidth_bits_per_s=options.bandwidth_bits_per_s, delay_s=options.delay_s) as box:
-        ended = box.torchrun(options.command, timeout_s=options.timeout_s, tell=_print)
+        # Lines have their host's name before them.
+        columns = shutil.get_terminal_size().columns - len("host0 | ")
+        ended = box.torchrun(
+            options.command,
+            timeout_s=options.timeout_s,
+            environment={"COLUMNS": str(columns)},
+            tell=_print,
+        )
         for number in range(len(hosts)):
             sent, received = box.sent_bytes(number), box.received_bytes(number)
             print(f"host{number} sent {sent / 1e6:,.1f} MB and received {received / 1e6:,.1f} MB")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from box_options import Options
 
 _PORT = 5001
-_ROUND_TRIPS = 300
+_ROUND_TRIPS = 60
 _STREAM_S = 3.0
 _SPIN_S = 4.0
 _TIMEOUT_S = 60.0
@@ -50,8 +50,9 @@ class Reading:
         asked = "–" if self.asked is None else f"{self.asked:.4g} {self.unit}".strip()
         error = f"{self.measured / self.asked - 1:+.1%}" if self.asked else "–"
         measured = f"{self.measured:.4g} {self.unit}".strip()
+        verdict = "–" if self.asked is None else "yes" if self.is_right else "NO"
         return (
-            f"| {box} | {self.what} | {asked} | {measured} | {error} | {'yes' if self.is_right else 'NO'} |"
+            f"| {box} | {self.what} | {asked} | {measured} | {error} | {verdict} |"
         )
 
 

@@ -21,7 +21,7 @@ from paceline.launch.local import free_port, launch
 from paceline.launch.preflight import preflight
 from paceline.launch.spec import AUTO, MEASURED_FILES, RunSpec
 from paceline.launch.worker import Worker
-from paceline.load import LoadedJob, load_job_file
+from paceline.load import LoadedJob
 from paceline.measure.machine import device_kind, local_workers
 from paceline.plan.forecast import Forecaster
 from paceline.plan.profile import LinkedCluster, Profile
@@ -95,26 +95,30 @@ def plan(
 ) -> None:
     """Measure the job on this machine, forecast its layouts, and print the fastest ones and the speed-up curve.
 
+    Under torchrun the machine is all hosts that it has started workers on; rank 0 prints.
+
     With `spec.out` the measured `profile.json` and `cluster.json` stay there, beside `plan.json`: what is printed.
 
     Raises:
         PacelineError: the job is wrong, a worker failed, or no layout fits.
     """
-    if started_by_torchrun():
-        raise LaunchError(
-            "`paceline plan` was started by torchrun",
-            next_step="run it by itself: it plans for the workers of this host",
-        )
-    workers = local_workers(device_kind())
-    preflight(spec, device_kind(), workers)
-    directory = _new_directory(spec, load_job_file(spec.job_file, spec.settings)) if spec.out else None
+    as_worker = started_by_torchrun()
+    is_first = not as_worker or int(os.environ["RANK"]) == 0
+    workers = int(os.environ["WORLD_SIZE"]) if as_worker else local_workers(device_kind())
+    loaded = preflight(spec, device_kind(), workers)
+    directory = _new_directory(spec, loaded) if spec.out and is_first else None
     place = directory or Path(tempfile.mkdtemp(prefix="paceline-plan-"))
-    spec = spec.model_copy(update={"out": str(place), "store_port": free_port(port)})
-    launch(spec, workers)
-    measured = [json.loads((place / name).read_text()) for name in MEASURED_FILES]
-    profile, linked = Profile.from_json(measured[0]), LinkedCluster.from_json(measured[1])
+    spec = spec.model_copy(update={"out": str(place)})
+    if as_worker:
+        Worker(spec).run()
+    else:
+        launch(spec.model_copy(update={"store_port": free_port(port)}), workers)
+    measured = [json.loads((place / name).read_text()) for name in MEASURED_FILES] if is_first else []
     if directory is None:
         shutil.rmtree(place)
+    if not is_first:
+        return
+    profile, linked = Profile.from_json(measured[0]), LinkedCluster.from_json(measured[1])
     forecaster = Forecaster(profile, linked)
     found = search(forecaster, number=number, memory_bytes=memory_bytes)
     curve = scaling(forecaster, memory_bytes=memory_bytes)
