@@ -169,7 +169,7 @@ def plan(
     timeout: Timeout = 300.0,
     port: Port = None,
 ) -> None:
-    """Measure a job on this machine, and forecast its layouts and what more workers would bring."""
+    """Measure a job here (under torchrun: on all hosts), and forecast its layouts and what more workers would bring."""
     console = Console()
 
     def run() -> None:

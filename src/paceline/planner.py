@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -10,10 +11,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from paceline.errors import ClusterError, LaunchError
+from paceline.errors import ClusterError
 from paceline.launch.local import free_port, launch
 from paceline.launch.preflight import preflight
 from paceline.launch.spec import RunSpec
+from paceline.launch.worker import Worker
 from paceline.load import load_job_file
 from paceline.measure.machine import device_kind, local_workers
 from paceline.plan.described import read_cluster
@@ -49,6 +51,8 @@ def plan(
     With `spec.out` what was measured stays there, and `plan.json`, which holds what is printed, with a page and
     pictures.
 
+    Under torchrun the machine is all hosts that it has started workers on; rank 0 prints.
+
     Args:
         number: of layouts to print.
         memory_bytes: that a worker may use; None: its share of its host's.
@@ -60,15 +64,13 @@ def plan(
     Raises:
         PacelineError: the job or a file is wrong, a worker failed, or no layout fits.
     """
-    if started_by_torchrun():
-        raise LaunchError(
-            "`paceline plan` was started by torchrun",
-            next_step="run it by itself: it plans for the workers of this host",
-        )
     described = None if cluster_file is None else read_cluster(cluster_file)
     name = load_job_file(spec.job_file, spec.settings).name
     known = known_noise(noise, name)
-    profile, linked, directory = _measure(spec, port) if kept is None else _kept(spec, kept)
+    found_here = _measure(spec, port) if kept is None else _kept(spec, kept)
+    if found_here is None:
+        return
+    profile, linked, directory = found_here
     notes = (profile.how_noisy,) if profile.how_noisy else ()
     if described is not None:
         scaled = estimate(profile, linked, described)
@@ -96,17 +98,23 @@ def plan(
         console.print(Text(f"\n{write_plan(whole, directory, notes)}"), soft_wrap=True)
 
 
-def _measure(spec: RunSpec, port: int | None) -> tuple[Profile, LinkedCluster | None, Path | None]:
-    """What all workers of this host measure; and the directory where it stays, if `spec` has one."""
-    workers = local_workers(device_kind())
+def _measure(spec: RunSpec, port: int | None) -> tuple[Profile, LinkedCluster | None, Path | None] | None:
+    """What all workers measure; and the directory where it stays, if `spec` has one. None on others than the first."""
+    as_worker = started_by_torchrun()
+    is_first = not as_worker or int(os.environ["RANK"]) == 0
+    workers = int(os.environ["WORLD_SIZE"]) if as_worker else local_workers(device_kind())
     loaded = preflight(spec, device_kind(), workers)
-    directory = new_directory(spec, loaded) if spec.out else None
+    directory = new_directory(spec, loaded) if spec.out and is_first else None
     place = directory or Path(tempfile.mkdtemp(prefix="paceline-plan-"))
-    launch(spec.model_copy(update={"out": str(place), "store_port": free_port(port)}), workers)
-    measured = read_kept(place)
+    spec = spec.model_copy(update={"out": str(place)})
+    if as_worker:
+        Worker(spec).run()
+    else:
+        launch(spec.model_copy(update={"store_port": free_port(port)}), workers)
+    measured = read_kept(place) if is_first else None
     if directory is None:
         shutil.rmtree(place)
-    return *measured, directory
+    return None if measured is None else (*measured, directory)
 
 
 def _kept(spec: RunSpec, path: Path) -> tuple[Profile, LinkedCluster | None, Path | None]:

@@ -83,10 +83,13 @@ def _cpu_name() -> str:
 
 
 def _memory_bytes() -> int:
-    for line in _read_lines(Path("/proc/meminfo")):
-        if line.startswith("MemTotal:"):
-            return int(line.split()[1]) * 1024
-    return 0
+    """Of this machine, or what cgroups let this process and its like have of it."""
+    whole = [
+        int(line.split()[1]) * 1024
+        for line in _read_lines(Path("/proc/meminfo"))
+        if line.startswith("MemTotal:")
+    ]
+    return min([*whole, *(limit for limit, _ in _cgroup_memory())], default=0)
 
 
 def available_memory_bytes(device: str) -> int:
@@ -98,12 +101,12 @@ def available_memory_bytes(device: str) -> int:
         for line in _read_lines(Path("/proc/meminfo"))
         if line.startswith("MemAvailable:")
     ]
-    return min([*free, *_cgroup_memory_left()], default=0)
+    return min([*free, *(limit - used for limit, used in _cgroup_memory())], default=0)
 
 
-def _cgroup_memory_left() -> list[int]:
-    """The bytes that the cgroups of this process leave it, where they set a limit."""
-    left = []
+def _cgroup_memory() -> list[tuple[int, int]]:
+    """Limit and use in bytes of the cgroups of this process, where they set a limit."""
+    found = []
     for line in _read_lines(Path("/proc/self/cgroup")):
         _, controllers, path = line.split(":", 2)
         if controllers == "memory":
@@ -115,8 +118,8 @@ def _cgroup_memory_left() -> list[int]:
         directory = Path("/sys/fs/cgroup") / names[0]
         limit, used = (_read_words(directory / name) for name in names[1:])
         if limit and used and limit[0] != "max":
-            left.append(int(limit[0]) - int(used[0]))
-    return left
+            found.append((int(limit[0]), int(used[0])))
+    return found
 
 
 def _read_lines(path: Path) -> list[str]:

@@ -26,6 +26,7 @@ from paceline.split.granularity import NUMBERS, TENSORS, granularity
 from paceline.train.build import build_model, build_optimizer
 from paceline.train.profiling import Measured, measure_costs, measure_division
 from paceline.train.session import Datasets
+from paceline.train.speeds import measure_speeds
 from paceline.train.trial import LayoutTimer
 
 BUDGET_S = 12.0
@@ -33,7 +34,10 @@ BUDGET_S = 12.0
 _SIZES = (4, 64 << 10, 1 << 20, 16 << 20)
 """Bytes of what is exchanged."""
 _CALLS_S = 0.05
-"""About how long one size of one collective is repeated."""
+"""About how long one size of one collective is repeated in a turn."""
+_TURNS = 5
+_LONGEST_S = 0.5
+"""Sizes that would take longer are left out: a slow link is as good as a straight line by then."""
 
 
 def measure_all(
@@ -107,6 +111,7 @@ def measure_all(
         rounds=(2, 5),
     )
     trials = timer.run() if layouts else []
+    speeds = measure_speeds(job, datasets, world, everyone, cluster, seed=seed)
     if world.rank != 0:
         return None
     costs = [m.costs.model_copy(update={"meeting_s": meeting_s}) for m in found]
@@ -122,7 +127,7 @@ def measure_all(
         base_bytes=base_bytes,
         spread=max(m.spread for m in found),
     )
-    linked = LinkedCluster(cluster=cluster, within=within, between=between)
+    linked = LinkedCluster(cluster=cluster, within=within, between=between, speeds=speeds)
     profile = _with_temporaries(profile, linked, Layout(threads=conditions[0][0]), peak_bytes)
     tried = [Tried(layout=t.layout, step_s=median(t.step_s)) for t in trials if t.step_s]
     return corrected(profile, linked, tried), linked
@@ -173,8 +178,10 @@ def _with_divisions(costs: Costs, divided: Costs) -> Costs:
 def _ways_of_splitting(
     batch_size: int, cluster: Cluster, condition: tuple[int, int], *, can_divide: bool
 ) -> list[Layout]:
-    """One layout of each way of splitting over the workers of the first host, as far as the batch allows."""
-    threads, n = condition
+    """One layout of each way of splitting over the workers of the first host, or of all, as far as the batch allows."""
+    threads, here = condition
+    # Where each host has one worker, over the cable between them.
+    n = here if here > 1 else cluster.workers
     if n == 1:
         return []
     micro = next(m for m in (3 * n, 2 * n, n, 1) if batch_size % m == 0)
@@ -243,21 +250,24 @@ def _measure_links(world: World, everyone: Group, cluster: Cluster) -> tuple[Lin
     if len(here) > 1:
         group = world.group_of(here, busy=len(here), mailbox=True)
         if group is not None:
-            within = _measure_link(group)
+            within = _measure_link(group, is_shared=group.device.type == "cpu")
             meeting_s = _seconds(group, functools.partial(group.barrier, "a measured meeting"))
         everyone.barrier("after the link within a host")
     if len(firsts) > 1:
         group = world.group_of(firsts, busy=len(firsts))
-        between = none if group is None else _measure_link(group)
+        # Each host has a cable of its own.
+        between = none if group is None else _measure_link(group, is_shared=False)
         everyone.barrier("after the link between hosts")
     return within, between, meeting_s
 
 
-def _measure_link(group: Group) -> Link:
+def _measure_link(group: Group, *, is_shared: bool) -> Link:
     found = []
     for kind in ("all-reduce", "all-gather", "reduce-scatter", "message"):
-        seconds = {}
+        seconds: dict[float, float] = {}
         for num_bytes in _SIZES:
+            if len(seconds) > 1 and _expected(seconds, num_bytes) > _LONGEST_S:
+                break
             numel = -(-num_bytes // 4 // group.size) * group.size
             tensor = torch.ones(numel, device=group.device)
             seconds[float(4 * numel)] = _seconds(group, _call(group, kind, tensor))
@@ -267,9 +277,15 @@ def _measure_link(group: Group) -> Link:
         name=group.transport,
         latency_s=least_s,
         bytes_per_s=most_bytes / max(most_s - least_s, 1e-9),
-        is_shared=group.device.type == "cpu",
+        is_shared=is_shared,
         measured=tuple(found),
     )
+
+
+def _expected(seconds: dict[float, float], num_bytes: int) -> float:
+    """Of a larger size, in proportion to the last one."""
+    last_bytes, last_s = max(seconds.items())
+    return last_s * num_bytes / last_bytes
 
 
 def _call(group: Group, kind: str, tensor: torch.Tensor) -> Callable[[], object]:
@@ -289,7 +305,7 @@ def _call(group: Group, kind: str, tensor: torch.Tensor) -> Callable[[], object]
 
 
 def _seconds(group: Group, call: Callable[[], object]) -> float:
-    """Of one call, all workers at once: the median of several turns of several calls."""
+    """Of one call, all workers at once: the median of several turns of several calls, as rank 0 has measured it."""
 
     def turn(count: int) -> float:
         group.barrier("before a turn")
@@ -300,10 +316,18 @@ def _seconds(group: Group, call: Callable[[], object]) -> float:
         group.barrier("after a turn")
         return (time.perf_counter() - begin_s) / count
 
-    turn(2)
-    count = torch.tensor([max(1.0, min(200.0, _CALLS_S / max(turn(2), 1e-6)))], device=group.device)
-    group.broadcast_(count, "the number of calls")
-    return median(turn(int(count)) for _ in range(5))
+    turn(1)
+    first_s = max(_agreed(group, turn(2)), 1e-6)
+    count = int(max(1.0, min(200.0, _CALLS_S / first_s)))
+    # What takes long is repeated less often: little of it is noise.
+    turns = int(max(1.0, min(_TURNS, _TURNS * _CALLS_S / first_s)))
+    return _agreed(group, median(turn(count) for _ in range(turns)))
+
+
+def _agreed(group: Group, seconds: float) -> float:
+    """Rank 0's, on all workers."""
+    told = torch.tensor([seconds], dtype=torch.float64, device=group.device)
+    return float(group.broadcast_(told, "what was measured"))
 
 
 def _shares_update(job: Job, seed: int, device: torch.device) -> bool:

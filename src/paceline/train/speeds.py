@@ -1,0 +1,72 @@
+"""How fast the hosts of a cluster are, measured by the job itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from paceline.comm.group import Group
+from paceline.comm.threads import take_cores
+from paceline.comm.world import World
+from paceline.job import Job
+from paceline.records import Cluster
+from paceline.train.data import ShareLoader
+from paceline.train.replica import Replica
+from paceline.train.session import Datasets
+
+_BUDGET_S = 1.0
+_FEWEST = 3
+"""Steps of the slowest."""
+_SAME = 0.05
+"""Hosts that differ by less are taken to be equally fast: so much is noise."""
+
+
+def measure_speeds(
+    job: Job, datasets: Datasets, world: World, everyone: Group, cluster: Cluster, *, seed: int
+) -> tuple[float, ...]:
+    """Of each host, relative to the first; empty: all equally fast. A collective call of all workers.
+
+    All workers train at once, each by itself; a host is as fast as its slowest worker. Of the steps the mean counts,
+    not the median: a host with a quota of processor time runs at full speed until it is spent, and then not at all.
+
+    Raises:
+        PacelineError: the job fails on its first steps.
+    """
+    if len(cluster.hosts) == 1:
+        return ()
+    take_cores(world.local_rank, world.local_size)
+    own_s = _step_s(job, datasets, world, everyone, seed)
+    rows = everyone.gather(
+        torch.tensor([own_s], dtype=torch.float64, device=world.device), "the hosts' speeds"
+    )
+    return relative(rows.view(-1).tolist(), [host.workers for host in cluster.hosts])
+
+
+def relative(step_s: Sequence[float], workers: Sequence[int]) -> tuple[float, ...]:
+    """The hosts' speeds from the seconds of each worker, host after host, and the number of each host's workers."""
+    slowest_s, first = [], 0
+    for count in workers:
+        slowest_s.append(max(step_s[first : first + count]))
+        first += count
+    speeds = tuple(slowest_s[0] / seconds for seconds in slowest_s)
+    return () if all(abs(speed - 1) < _SAME for speed in speeds) else speeds
+
+
+def _step_s(job: Job, datasets: Datasets, world: World, everyone: Group, seed: int) -> float:
+    """Seconds of this worker for a step of a whole batch, beside all others."""
+    replica = Replica(job, seed=seed, device=world.device, precision="fp32", total_steps=job.steps or 1000)
+    loader = ShareLoader(job, datasets["train"], seed=seed, micro=1, size=1, rank=0, device=world.device)
+    batches = loader.endless()
+    for _ in range(2):
+        replica.step(next(batches))
+    everyone.barrier("before measuring speeds")
+    samples, num_steps, taken_s = 0, 0, 0.0
+    begin_s = time.perf_counter()
+    while num_steps < _FEWEST or taken_s < _BUDGET_S:
+        samples += replica.step(next(batches)).samples
+        num_steps += 1
+        taken_s = time.perf_counter() - begin_s
+    # The last batch of an epoch may be smaller than the others.
+    return taken_s * job.batch_size / samples
