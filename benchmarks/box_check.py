@@ -51,9 +51,7 @@ class Reading:
         error = f"{self.measured / self.asked - 1:+.1%}" if self.asked else "–"
         measured = f"{self.measured:.4g} {self.unit}".strip()
         verdict = "–" if self.asked is None else "yes" if self.is_right else "NO"
-        return (
-            f"| {box} | {self.what} | {asked} | {measured} | {error} | {verdict} |"
-        )
+        return f"| {box} | {self.what} | {asked} | {measured} | {error} | {verdict} |"
 
 
 def check_links(box: Box, stream_s: float = _STREAM_S) -> list[Reading]:
