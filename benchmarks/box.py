@@ -12,7 +12,6 @@ torchrun. It needs root.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import os
@@ -276,7 +275,5 @@ if __name__ == "__main__":
         sys.exit(main())
     except PacelineError as error:
         sys.exit(str(error))
-    except argparse.ArgumentTypeError as error:
-        sys.exit(f"box.py: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -237,15 +237,15 @@ def remove(directories: Sequence[Path], patience_s: float = _REMOVAL_S) -> list[
 
 
 def remove_left_over(hierarchy: Hierarchy) -> list[Path]:
-    """Remove the groups of boxes whose makers are dead, with what still runs in them; returns them."""
+    """Remove the groups of boxes whose makers are dead, with what still runs in them; returns those removed."""
     found = [
         path
         for mount in hierarchy.mounts
         for path in mount.rglob(f"{PREFIX}*")
         if path.is_dir() and is_left_over(path.name)
     ]
-    remove(found)
-    return found
+    remain = remove(found)
+    return [path for path in found if path not in remain]
 
 
 def share_out(cores: Sequence[float | None], cpus: Sequence[int]) -> list[list[int]]:

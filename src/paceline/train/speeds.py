@@ -16,7 +16,7 @@ from paceline.train.data import ShareLoader
 from paceline.train.replica import Replica
 from paceline.train.session import Datasets
 
-_BUDGET_S = 1.0
+_BUDGET_S = 0.6
 _FEWEST = 3
 """Steps of the slowest."""
 _SAME = 0.05
