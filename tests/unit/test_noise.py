@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
 import paceline
+from paceline.errors import LossError
 from paceline.events import EventWriter
 from paceline.plan.noise import Measurement, Smoothing
 from paceline.report.reader import read_log
@@ -249,3 +250,24 @@ def test_steps_are_measured_so_seldom_that_it_takes_less_than_one_hundredth_of_t
     assert found[0].cost_s > 5e-3
     assert found[0].every == 2  # what it cost says little about the others
     assert sum(f.cost_s for f in found[1:]) < 0.01 * now_s
+
+
+def test_a_step_that_fails_while_it_is_measured_leaves_nothing_behind():
+    job, fails = gaussian_job(), [False]
+
+    def loss(outputs: torch.Tensor, batch: object) -> torch.Tensor:
+        return outputs.mean() * (math.nan if fails[0] else 1.0)
+
+    object.__setattr__(job, "loss", loss)
+    with Session(job, "micro=2", seed=1) as session:
+        found = []
+        for number, batch in enumerate(session.batches(steps=8)):
+            fails[0] = number == 1  # the first that is measured
+            if fails[0]:
+                with pytest.raises(LossError):
+                    session.step(batch)
+                session.optimizer.zero_grad()
+            else:
+                found.append(session.step(batch).noise)
+    assert [f.measured.step for f in found if f is not None] == [2, 4, 6]
+    assert all(not parameter._backward_hooks for parameter in session.model.parameters())

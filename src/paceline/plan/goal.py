@@ -82,6 +82,7 @@ class GoalCurve(Record):
     """The number of workers with the least cost."""
 
     def at(self, workers: int) -> GoalPoint:
+        """The point of so many workers, which is there."""
         return next(point for point in self.points if point.workers == workers)
 
 

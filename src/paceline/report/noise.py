@@ -81,6 +81,7 @@ def known_noise(given: float | Path | None, job_name: str) -> KnownNoise | None:
 
 
 def in_samples(scale: float) -> str:
+    """Three digits: more are not known of a noise scale."""
     return f"{formats.number(float(f'{scale:.3g}'))} samples"
 
 

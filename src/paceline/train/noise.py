@@ -82,6 +82,11 @@ class _Measuring:
     """What makes `Σ w |g|² / Σ w` of the sum over all parts, where g is the gradient of a part alone."""
     handles: list[torch.utils.hooks.RemovableHandle] = dataclasses.field(default_factory=list)
 
+    def remove_hooks(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
 
 class NoiseMeter:
     """Measures every so many steps. All workers have one, and call the same methods in the same steps.
@@ -146,7 +151,7 @@ class NoiseMeter:
         """Before the passes of step number `step`, from 0."""
         few = self._mixes_samples or len(batch.parts) * self._mesh.data.size < 2
         if self._now is not None:  # its step failed
-            self._close(self._now)
+            self._now.remove_hooks()
             self._now = None
         if step < self._next or self._sent is not None or batch.samples != self._batch_size or few:
             return
@@ -243,9 +248,7 @@ class NoiseMeter:
 
     def _close(self, now: _Measuring) -> None:
         begin_s = time.perf_counter()
-        for handle in now.handles:
-            handle.remove()
-        now.handles.clear()
+        now.remove_hooks()
         for (_, part), gradient in now.pieces.items():
             now.norms[part].append(norms(gradient))
         now.pieces.clear()
