@@ -30,10 +30,11 @@ from closed_form import closed_form_s
 from megatron_table import ROWS, Row, S, V, check
 
 from paceline.plan.curves import Curve
-from paceline.plan.forecast import Forecast, Forecaster
+from paceline.plan.forecast import Forecaster
 from paceline.plan.links import Link
 from paceline.plan.presets import DEVICES, INTERCONNECTS
 from paceline.plan.profile import Block, Costs, Division, LinkedCluster, Profile
+from paceline.plan.terms import Forecast
 from paceline.records import Cluster, Host
 
 A100 = DEVICES["a100-80gb"]

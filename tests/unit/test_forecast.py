@@ -13,13 +13,14 @@ from paceline.plan import links
 from paceline.plan.corrections import corrected
 from paceline.plan.curves import Curve
 from paceline.plan.explain import limited_by, why_it_lost
-from paceline.plan.forecast import Forecast, Forecaster, Memory, Terms
+from paceline.plan.forecast import Forecaster
 from paceline.plan.links import KINDS, Link, MeasuredCollective, Placement
 from paceline.plan.profile import Block, Costs, Profile, Tried
 from paceline.plan.scaling import find_knee, scaling
 from paceline.plan.schedules import SCHEDULES, make_schedule
 from paceline.plan.search import layouts, search
 from paceline.plan.stages import partition
+from paceline.plan.terms import Forecast, Memory, Terms
 from paceline.plan.timeline import coded, makespan_s, simulate
 from paceline.records import Layout
 

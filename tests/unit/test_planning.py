@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from paceline.errors import LayoutError
 from paceline.plan.candidates import candidates
 from paceline.plan.choose import LEAST_GAIN, choose, without_workers
-from paceline.plan.forecast import Forecast, Memory, Terms
 from paceline.plan.shortlist import shortlist
+from paceline.plan.terms import Forecast, Memory, Terms
 from paceline.records import Cluster, Host, Layout, Trial
 
 

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planning_examples import linked, profile, random_linked, random_profile
 
-from paceline.plan.forecast import Forecaster, Terms
+from paceline.plan.forecast import Forecaster
 from paceline.plan.links import Link
 from paceline.plan.schedules import SCHEDULES, make_schedule
 from paceline.plan.search import layouts
 from paceline.plan.spans import TERM_OF, StepTimeline, WorkerSpans, step_timeline
+from paceline.plan.terms import Terms
 from paceline.records import Layout
 
 

@@ -18,20 +18,18 @@ from typing import Any
 
 from paceline.comm.group import Group
 from paceline.comm.mesh import Mesh, make_mesh
-from paceline.comm.threads import take_cores, threads_for, user_threads
+from paceline.comm.threads import take_cores, threads_for
 from paceline.comm.world import World, join
 from paceline.errors import LayoutError, PacelineError
 from paceline.events import SCHEMA, EventWriter
 from paceline.job import Job
+from paceline.launch.choosing import Choosing
 from paceline.launch.failure import record
 from paceline.launch.spec import AUTO, MEASURED_FILES, RunSpec
 from paceline.load import LoadedJob, load_job_file
 from paceline.measure import store
 from paceline.measure.machine import describe_host, device_kind, peak_memory_bytes, versions
-from paceline.plan.candidates import candidates
-from paceline.plan.choose import JobForecasts, choose, without_workers
-from paceline.plan.profile import MOST_SPREAD, LinkedCluster, Profile
-from paceline.plan.shortlist import shortlist
+from paceline.plan.choose import without_workers
 from paceline.records import Cluster, Host, Layout, Plan, Proof, describe_layout
 from paceline.split.finding import Found
 from paceline.train.allocator import keep_freed_memory
@@ -43,14 +41,9 @@ from paceline.train.proof import prove_and_find, require
 from paceline.train.room import PROOF_BYTES, why_no_room
 from paceline.train.session import Datasets, Session
 from paceline.train.target import Length, Target, plan_length
-from paceline.train.trial import LayoutTimer
 from paceline.train.watch import Watch
 
 _PR_SET_PDEATHSIG = 1
-_TRIAL_S = 6.0
-"""What timing the layouts of a shortlist may take, once each has run its first steps."""
-_TOLD = 10
-"""Forecasts that a run's events tell."""
 
 
 class Worker:
@@ -252,78 +245,8 @@ class Worker:
             local = min(world.local_size, layout.workers)
             label = describe_layout(layout, threads_for(local, layout.threads), cluster.device)
             return Plan(layout=layout, label=label, reason="as asked for", chosen_by="user")
-        layouts = candidates(cluster, job.batch_size, threads=user_threads())
-        if len(layouts) == 1:
-            return Plan(
-                layout=layouts[0],
-                label=describe_layout(layouts[0], threads_for(1, layouts[0].threads), cluster.device),
-                reason="it is the only layout that this machine and batch size allow",
-                chosen_by="trial",
-            )
-        planned = self._forecast(loaded, world, everyone, cluster, datasets, precision)
-        told = None
-        if planned is not None:
-            told = [str(layout) for layout in shortlist(planned.found.fastest, layouts)]
-        layouts = [Layout.parse(text) for text in everyone.gather_json(told, "layouts to time")[0]]
-        timer = LayoutTimer(
-            job, layouts, world, datasets, seed=spec.seed, precision=precision, budget_s=_TRIAL_S
-        )
-        trials = timer.run()
-        for trial in trials:
-            self._write("trial", **trial.to_json())
-        # Every worker has the same trials; rank 0 decides for all.
-        decided = None
-        if planned is not None:
-            plan = choose(trials)
-            forecast = planned.of(plan.layout)
-            update = {"planned_step_s": forecast.step_s, "planned_error_s": forecast.error_s}
-            decided = plan.model_copy(update=update).to_json()
-        return Plan.from_json(everyone.gather_json(decided, "the plan")[0])
-
-    def _forecast(
-        self,
-        loaded: LoadedJob,
-        world: World,
-        everyone: Group,
-        cluster: Cluster,
-        datasets: Datasets,
-        precision: str,
-    ) -> JobForecasts | None:
-        """On rank 0 the forecasts of this job's layouts, from what is measured now, or was within the last week."""
-        spec, job = self._spec, loaded.job
-        threads = user_threads()
-        key, kept = "", None
-        if world.rank == 0:
-            about = (cluster.to_json(), versions(), precision, job.batch_size, threads, everyone.transport)
-            key = store.key_of(loaded.path, loaded.options, *about)
-            kept = None if spec.remeasure else store.kept(key)
-        is_kept = everyone.gather_json(kept is not None, "what is known of the job")[0]
-        begin_s = time.time()
-        if is_kept:
-            if kept is None:
-                return None
-            profile, linked = Profile.from_json(kept[0]), LinkedCluster.from_json(kept[1])
-        else:
-            measured = measure_all(
-                job, datasets, world, everyone, cluster, seed=spec.seed, precision=precision, threads=threads
-            )
-            if measured is None:
-                return None
-            profile, linked = measured
-            if profile.spread <= MOST_SPREAD:
-                store.keep(key, [record.to_json() for record in measured])
-            else:
-                self._write("message", level="warning", text=profile.how_noisy)
-        profile = profile.model_copy(update={"past_error": store.past_error()})
-        planned = JobForecasts(profile, linked)
-        self._write(
-            "forecasts",
-            source="kept" if is_kept else "measured",
-            measuring_s=time.time() - begin_s,
-            possible=planned.found.num_possible,
-            forecasts=[forecast.to_json() for forecast in planned.found.fastest[:_TOLD]],
-        )
-        return planned
+        search = Choosing(spec, loaded, world, everyone, cluster, datasets, precision, self._write)
+        return search.run()
 
     def _check_enough(self, layout: Layout, world: World) -> None:
         if layout.workers > world.size:

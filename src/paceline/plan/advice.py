@@ -8,11 +8,12 @@ from collections.abc import Iterator, Sequence
 from paceline.errors import LayoutError
 from paceline.plan.curves import Curve
 from paceline.plan.explain import limited_by
-from paceline.plan.forecast import Forecast, Forecaster
+from paceline.plan.forecast import Forecaster
 from paceline.plan.links import Link
 from paceline.plan.profile import LinkedCluster, Profile
 from paceline.plan.scaling import ScalingCurve
 from paceline.plan.search import Found, search
+from paceline.plan.terms import Forecast
 from paceline.records import Layout, Record
 
 LEAST_GAIN = 0.02

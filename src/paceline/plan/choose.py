@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from statistics import median
 
 from paceline.errors import LayoutError
-from paceline.plan.forecast import Forecast, Forecaster
+from paceline.plan.forecast import Forecaster
 from paceline.plan.profile import LinkedCluster, Profile
 from paceline.plan.search import search
+from paceline.plan.terms import Forecast
 from paceline.records import Layout, Plan, Trial
 
 LEAST_GAIN = 0.02

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from paceline.plan.forecast import Forecast
+from paceline.plan.terms import Forecast
 
 _WORDS = {
     "compute_s": "computation",

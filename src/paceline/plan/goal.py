@@ -20,10 +20,11 @@ from typing import Any
 from pydantic import Field
 
 from paceline.errors import LayoutError
-from paceline.plan.forecast import Forecast, Forecaster
+from paceline.plan.forecast import Forecaster
 from paceline.plan.profile import LinkedCluster, Profile
 from paceline.plan.scaling import worker_counts
 from paceline.plan.search import MEMORY_MARGIN, search
+from paceline.plan.terms import Forecast
 from paceline.records import Layout, Record
 
 _SMALLEST, _LARGEST = 1 / 16, 16.0

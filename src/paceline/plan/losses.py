@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from paceline.errors import LayoutError
-from paceline.plan.forecast import Forecast, Forecaster
+from paceline.plan.forecast import Forecaster
 from paceline.plan.scaling import Point, ScalingCurve
 from paceline.plan.schedules import make_schedule
+from paceline.plan.terms import Forecast
 
 CAUSES = (
     "small batches",

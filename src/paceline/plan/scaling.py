@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from paceline.errors import LayoutError
-from paceline.plan.forecast import Forecast, Forecaster
+from paceline.plan.forecast import Forecaster
 from paceline.plan.search import FEW, MEMORY_MARGIN, search
+from paceline.plan.terms import Forecast
 from paceline.records import Record
 
 LEAST_SHARE = 0.5

@@ -11,8 +11,9 @@ import dataclasses
 from collections.abc import Iterator
 
 from paceline.errors import LayoutError
-from paceline.plan.forecast import Forecast, Forecaster
+from paceline.plan.forecast import Forecaster
 from paceline.plan.schedules import SCHEDULES
+from paceline.plan.terms import Forecast
 from paceline.records import RECOMPUTE, Layout
 
 MEMORY_MARGIN = 0.1

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 from paceline.plan.explain import limited_by, why_it_lost
-from paceline.plan.forecast import Forecast
 from paceline.plan.links import Link
 from paceline.plan.planned import Planned
+from paceline.plan.terms import Forecast
 from paceline.records import Host
 from paceline.report import formats
 from paceline.report.markup import Cell, document, facts, figure, section, table, text, wrapped
