@@ -1,4 +1,4 @@
-"""`--layout auto`: measure the job, or take what is known of it; forecast; time what may be fastest; take the fastest."""
+"""`--layout auto`: measure a job, or take what is known of it; forecast; time what may be fastest; take the fastest."""
 
 from __future__ import annotations
 

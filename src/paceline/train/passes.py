@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from statistics import median
 from typing import Any
 
 import torch
@@ -39,6 +40,11 @@ class Timing:
     forward_s: list[list[float]] = dataclasses.field(default_factory=list)
     backward_s: list[list[float]] = dataclasses.field(default_factory=list)
     whole_s: list[float] = dataclasses.field(default_factory=list)
+
+    def sum_of_medians_s(self) -> float:
+        """Of all calls, forward and backward."""
+        passes = (self.forward_s, self.backward_s)
+        return float(sum(median(call) for seconds in passes for call in zip(*seconds, strict=True)))
 
 
 @dataclasses.dataclass

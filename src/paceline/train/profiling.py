@@ -87,9 +87,10 @@ def measure_costs(
     steps.measure(budget_s / 8, go_on)
     step_s, data_s, optimizer_s = steps.medians()
     calls = passes.describe(batches[sizes[-1]], sizes[-1])
-    # The blocks of a step cannot take longer than the step does.
     rest_s = step_s - data_s - optimizer_s
-    scale = min(1.0, rest_s / median(of_size[sizes[-1]].whole_s))
+    # Blocks add up to the whole pass, which a pause lengthens that most calls do not see, and to no more than the step.
+    whole = of_size[sizes[-1]]
+    scale = min(rest_s, median(whole.whole_s)) / whole.sum_of_medians_s()
     blocks, row = _blocks(calls, of_size, among, scale, 1 if group is None else group.size)
     blocks = with_work(blocks, row, count_work(job, replica, batches[sizes[-1]]), sizes[-1])
     whole_s = sum(blocks[at].forward_s(job.batch_size) + blocks[at].backward_s(job.batch_size) for at in row)
