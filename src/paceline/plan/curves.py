@@ -14,8 +14,8 @@ from paceline.records import Record
 class Curve(Record):
     """Seconds (or bytes) against a size, never falling, piecewise linear through the points.
 
-    Below the smallest size the line through the first two points goes on, but never below zero; above the largest the
-    line through the last two. One point alone is proportional to the size.
+    Below the smallest size the line through the first two points goes on, but never below what is proportional to the
+    size: what is smaller is not cheaper by the piece. Above the largest the line through the last two goes on. One point alone is proportional to the size.
     """
 
     points: tuple[tuple[float, float], ...]
@@ -58,7 +58,8 @@ class Curve(Record):
         at = bisect.bisect_left(points, (size,))
         at = min(max(at, 1), len(points) - 1)
         (x0, y0), (x1, y1) = points[at - 1], points[at]
-        return max(0.0, y0 + (y1 - y0) * (size - x0) / (x1 - x0))
+        on_line = y0 + (y1 - y0) * (size - x0) / (x1 - x0)
+        return max(on_line, y0 * size / x0) if size < x0 else on_line
 
     def scaled(self, factor: float) -> Curve:
         """The same at `factor` times the cost."""

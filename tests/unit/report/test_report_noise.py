@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from paceline.errors import RunError
+from paceline.report.markup import text
 from paceline.report.noise import KnownNoise, known_noise, noise_sentence
 from paceline.report.page import render
 from paceline.report.reader import read_log
@@ -34,7 +35,7 @@ def test_a_sentence_says_what_the_batch_size_makes_of_it(write_noise):
         "65 measurements). With batches of 64, 75 % of the samples' worth is used: a target takes 1.33× the fewest "
         "samples and 4.01× the fewest steps. Batches of 128 would take 0.62× the steps and 1.25× the samples."
     )
-    assert noise_sentence(log).split(". ")[0] in render(log).replace("\u00a0", " ").replace("&#x27;", "'")
+    assert text(noise_sentence(log)) in render(log)
     console = Console(file=io.StringIO(), width=400)
     print_summary(console, log)
     assert "is 192 samples" in console.file.getvalue()
