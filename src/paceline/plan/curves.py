@@ -15,7 +15,8 @@ class Curve(Record):
     """Seconds (or bytes) against a size, never falling, piecewise linear through the points.
 
     Below the smallest size the line through the first two points goes on, but never below what is proportional to the
-    size: what is smaller is not cheaper by the piece. Above the largest the line through the last two goes on. One point alone is proportional to the size.
+    size: what is smaller is not cheaper by the piece. Above the largest the line through the last two goes on. One
+    point alone is proportional to the size.
     """
 
     points: tuple[tuple[float, float], ...]
@@ -73,7 +74,7 @@ class Curve(Record):
             points = [(0.0, 0.0), (only, value)] if only else [(0.0, value), (1.0, value)]
         (x0, y0), (x1, y1) = points[:2]
         if x0 > 0:
-            points.insert(0, (0.0, y0 - (y1 - y0) / (x1 - x0) * x0))
+            points.insert(0, (0.0, max(0.0, y0 - (y1 - y0) / (x1 - x0) * x0)))
         (x0, y0), (x1, y1) = points[-2:]
         if y1 > y0:
             # Its last line comes out of what it must not be below, if not before then after its last point.
