@@ -48,13 +48,15 @@ class Cell:
     layout: str
     forecast_s: float
     round_s: list[float]
+    step_s: float | None
+    """Median of all timed steps."""
     error: str = ""
     was_tried: bool = False
     """While the job was measured this layout was timed for a moment: its forecast is no forecast."""
 
     @property
     def measured_s(self) -> float:
-        return median(self.round_s)
+        return self.step_s or median(self.round_s)
 
     @property
     def off(self) -> float:
@@ -123,7 +125,9 @@ def work(job_name: str, rounds: int, out: Path) -> None:
     trials = timer.run()
     if world.rank == 0:
         cells = [
-            Cell(job_name, text, seconds, list(found.step_s), found.error or "", was_tried)
+            Cell(
+                job_name, text, seconds, list(found.step_s), found.median_step_s, found.error or "", was_tried
+            )
             for (text, seconds, was_tried), found in zip(wanted, trials, strict=True)
         ]
         out.write_text(json.dumps([dataclasses.asdict(cell) for cell in cells]))

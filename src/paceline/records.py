@@ -246,6 +246,8 @@ class Trial(Record):
     threads: int = Field(ge=1)
     step_s: tuple[float, ...] = ()
     """Seconds per step, one entry per interleaved round."""
+    median_step_s: float | None = None
+    """Of all its steps, on rank 0: the first of a round, whose memory is cold, counts like any other."""
     compute_s: float | None = None
     communication_s: float | None = None
     data_s: float | None = None

@@ -129,7 +129,7 @@ def measure_all(
     )
     linked = LinkedCluster(cluster=cluster, within=within, between=between, speeds=speeds)
     profile = _with_temporaries(profile, linked, Layout(threads=conditions[0][0]), peak_bytes)
-    tried = [Tried(layout=t.layout, step_s=median(t.step_s)) for t in trials if t.step_s]
+    tried = [Tried(layout=t.layout, step_s=t.median_step_s) for t in trials if t.median_step_s]
     return corrected(profile, linked, tried), linked
 
 

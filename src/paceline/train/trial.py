@@ -172,6 +172,7 @@ class LayoutTimer:
             workers=layout.workers,
             threads=threads,
             step_s=tuple(candidate.round_s),
+            median_step_s=median(r.step_s for r in results) if results else None,
             compute_s=median(r.compute_s for r in results) if results else None,
             communication_s=median(r.communication_s for r in results) if results else None,
             data_s=median(r.data_s for r in results) if results else None,
