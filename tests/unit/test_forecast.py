@@ -391,6 +391,16 @@ def test_a_forecast_of_what_was_tried_is_what_it_took(text, ratio, way):
     assert forecast.error_s < Forecaster(made, cluster).forecast(layout).error_s
 
 
+@pytest.mark.parametrize("ratio", [0.9, 1.4])
+@pytest.mark.parametrize("text", ["dp_replicate=2", "dp_shard=2,zero=3", "pp=2,micro=4"])
+def test_what_was_tried_on_unequal_hosts_is_what_it_took_there(text, ratio):
+    made, cluster = profile(tps=()), linked(2, 1, speeds=(1.0, 0.5))
+    layout = Layout.parse(text)
+    step_s = Forecaster(made, cluster).forecast(layout).step_s * ratio
+    found = corrected(made, cluster, [Tried(layout=layout, step_s=step_s)])
+    assert Forecaster(found, cluster).forecast(layout).step_s == pytest.approx(step_s, rel=1e-9)
+
+
 def test_what_was_tried_moves_forecasts_of_the_same_way_and_no_others():
     made, cluster = profile(), linked()
     before = Forecaster(made, cluster)

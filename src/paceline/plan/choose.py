@@ -14,8 +14,6 @@ from paceline.records import Layout, Plan, Trial
 
 LEAST_GAIN = 0.02
 """Share of a step's time that several workers must save over one process, or one process is taken."""
-
-
 _FORECASTS = 30
 """Layouts that a shortlist is made of."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from paceline.plan.forecast import Forecaster, ways_of
-from paceline.plan.profile import GATHERED, PIPELINE, TENSOR, LinkedCluster, Profile, Tried
+from paceline.plan.profile import PIPELINE, LinkedCluster, Profile, Tried
 
 _HALVINGS = 40
 
@@ -31,13 +31,13 @@ def corrected(profile: Profile, linked: LinkedCluster, tried: Sequence[Tried]) -
         if len(ways) != 1:
             continue
         (way,) = ways
-        missing_s = one.step_s - Forecaster(found, linked).forecast(layout).step_s
+        forecaster = Forecaster(found, linked)
+        missing_s = one.step_s - forecaster.forecast(layout).step_s
         if way == PIPELINE and missing_s > 0:
             action_s = _action_s(found, linked, one)
             continue
-        blocks = len(found.costs[0].model) if way == GATHERED else 1
-        times = layout.micro * blocks if way in (GATHERED, TENSOR) else 1
-        unexplained_s[way] = missing_s / times
+        # In seconds of the device that was measured: slower hosts pay more.
+        unexplained_s[way] = missing_s * linked.slowest(layout.workers) / forecaster.times_of(layout, way)
     return found.model_copy(update={"action_s": action_s, "unexplained_s": unexplained_s})
 
 

@@ -119,11 +119,15 @@ class Forecaster:
         """A step with what its ways of splitting took beyond the sum of the terms, when they were tried."""
         more_s = 0.0
         for way in ways_of(layout):
-            blocks = len(self.profile.costs[0].model) if way == GATHERED else 1
-            times = layout.micro * blocks if way in (GATHERED, TENSOR) else 1
-            more_s += self.profile.unexplained_s.get(way, 0.0) * times
+            more_s += self.profile.unexplained_s.get(way, 0.0) * self.times_of(layout, way)
         more_s /= self.linked.slowest(layout.workers)
         return max(step_s + more_s, step_s * (1 - _MOST_TAKEN_OFF))
+
+    def times_of(self, layout: Layout, way: str) -> int:
+        """How often a step of a layout pays what a way of splitting costs beyond its parts."""
+        if way == GATHERED:
+            return layout.micro * len(self.profile.costs[0].model)
+        return layout.micro if way == TENSOR else 1
 
     def _heaviest(self, layout: Layout, stages: Sequence[Stage]) -> list[Stage]:
         """The stages of the worker that has most parameters to update."""

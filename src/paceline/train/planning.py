@@ -71,18 +71,18 @@ def measure_all(
     sizes = _micro_batches(job.batch_size, cluster.workers)
     parts = len(conditions) + 2
     found = []
-    for threads, active in conditions:
+    for count, active in conditions:
         group = world.group(active)
         everyone.barrier("before measuring")
         if group is not None:
-            take_cores(world.local_rank, active, threads)
+            take_cores(world.local_rank, active, count)
             measured = measure_costs(
                 job,
                 datasets,
                 seed=seed,
                 device=world.device,
                 sizes=sizes,
-                threads=threads,
+                threads=count,
                 group=group if active > 1 else None,
                 precision=precision,
                 budget_s=budget_s / parts,
