@@ -10,10 +10,7 @@ from torch import nn
 
 from paceline.comm.group import Group, Pending
 from paceline.errors import JobError
-
-# One bucket on a CPU (one for each type of number): what carries it takes its time from the very cores that
-# compute, so that little should be hidden behind the backward pass (not measured).
-_BUCKET_BYTES = {"cpu": 1 << 62, "cuda": 25 << 20}
+from paceline.plan.overlap import bucket_bytes
 
 
 @dataclasses.dataclass
@@ -49,11 +46,12 @@ class GradientSync:
         self._group = group
         self._parameters = list(parameters)
         self._num_sums = num_sums
-        self._buckets = self._fill_buckets(_BUCKET_BYTES[group.device.type])
+        size_bytes = bucket_bytes(group.device.type, over_network=group.is_over_network)
+        self._buckets = self._fill_buckets(size_bytes)
         self._tail = self._make_tail()
         self._ready_in_order = 0
         self._last_backward = False
-        if len(self._buckets) > 1 and group.device.type != "cpu":
+        if size_bytes is not None and len(self._buckets) > 1:
             for bucket in self._buckets:
                 for parameter in bucket.parameters:
                     parameter.register_post_accumulate_grad_hook(self._make_hook(bucket))
@@ -102,12 +100,13 @@ class GradientSync:
                 parameter.grad = view if flags[id(parameter)] > 0 else None
         return sums
 
-    def _fill_buckets(self, bucket_bytes: int) -> list[_Bucket]:
+    def _fill_buckets(self, most_bytes: int | None) -> list[_Bucket]:
         groups: list[list[nn.Parameter]] = []
         size_bytes = 0
         for parameter in reversed(self._parameters):
             num_bytes = parameter.numel() * parameter.element_size()
-            if not groups or groups[-1][-1].dtype != parameter.dtype or size_bytes + num_bytes > bucket_bytes:
+            is_full = most_bytes is not None and size_bytes + num_bytes > most_bytes
+            if not groups or groups[-1][-1].dtype != parameter.dtype or is_full:
                 groups.append([])
                 size_bytes = 0
             groups[-1].append(parameter)

@@ -65,6 +65,8 @@ class Group:
         self._wire: Wire | None = None
         self.why_no_memory = ""
         """The reason, where `share_memory` found that memory cannot be shared."""
+        self.is_over_network = False
+        """Whether its workers, which compute on CPUs, are on several hosts."""
         self.grid: HostGrid | None = None
         """Who is on which host, where the workers of each host talk through its memory."""
 

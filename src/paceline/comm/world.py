@@ -77,6 +77,7 @@ class World:
         if self.rank not in ranks:
             return None
         group = Group(process_group, ranks, ranks.index(self.rank), self.device, self.timeout_s)
+        group.is_over_network = len({self.hosts[r] for r in ranks}) > 1 if self.hosts else False
         if self._shares_memory(group):
             if self.hosts:
                 hosts = [self.hosts[r] for r in ranks]

@@ -15,6 +15,7 @@ from typing import Any
 from paceline.errors import LayoutError
 from paceline.plan import links
 from paceline.plan.links import Placement
+from paceline.plan.overlap import bucket_bytes, exposed_s
 from paceline.plan.profile import (
     DATA,
     GATHERED,
@@ -228,15 +229,19 @@ class Forecaster:
             in_parts = SCHEDULES[layout.schedule].in_parts
         key += (action_s, in_parts)
         if key not in self._stages:
-            costs = self.costs_of(layout)
-            computed = {id(b): self._compute(layout, b, micro) for b in costs.blocks}
-            row = [computed[id(b)] for b in costs.model]
+            row = self._row(layout)
             # By computation alone: a faster link does not move the cuts, and so never makes a forecast slower.
             cuts = partition([piece.busy_s - piece.tensor_s for piece in row], number)
             self._stages[key] = tuple(
                 join(row[a:b], action_s, in_parts=in_parts) for a, b in itertools.pairwise(cuts)
             )
         return self._stages[key]
+
+    def _row(self, layout: Layout) -> list[Stage]:
+        """Each block of the model as a stage of its own."""
+        costs, micro = self.costs_of(layout), self.micro_samples(layout)
+        computed = {id(b): self._compute(layout, b, micro) for b in costs.blocks}
+        return [computed[id(b)] for b in costs.model]
 
     def _compute(self, layout: Layout, block: Block, micro: float) -> Stage:
         """One block as a stage of its own."""
@@ -384,8 +389,9 @@ class Forecaster:
                 "fixed_s": costs.fixed_s + 2 * costs.meeting_s,
             }
         if layout.dp_shard == 1:
+            reduce_s = self._link_s("all-reduce", place, trained)
             return {
-                "gradients_s": 2 * trained * add_s + self._link_s("all-reduce", place, trained),
+                "gradients_s": 2 * trained * add_s + self._exposed_s(layout, place, reduce_s),
                 "optimizer_s": trained * update_s,
                 "fixed_s": costs.fixed_s,
             }
@@ -402,6 +408,19 @@ class Forecaster:
             "optimizer_s": trained / layout.dp_shard * update_s,
             "fixed_s": costs.fixed_s,
         }
+
+    def _exposed_s(self, layout: Layout, place: Placement, reduce_s: float) -> float:
+        """What is left of an all-reduce of the gradients after the backward pass. Pipelines begin it then."""
+        bucket = bucket_bytes(self.profile.device, over_network=place.hosts > 1)
+        if bucket is None or layout.pp > 1:
+            return reduce_s
+        key = ("exposed", layout.threads, layout.workers, layout.tp, layout.micro, layout.recompute, reduce_s)
+        if key not in self._played:
+            blocks = [
+                (block.input_s + block.weight_s, block.trained_bytes) for block in reversed(self._row(layout))
+            ]
+            self._played[key] = exposed_s(blocks, bucket, reduce_s)
+        return self._played[key]
 
     def _memory(self, layout: Layout, mine: Sequence[Stage], worker: int) -> Memory:
         trained = sum(stage.trained_bytes for stage in mine)

@@ -1,0 +1,42 @@
+"""Adding up gradients while the backward pass goes on: how much of it is left to wait for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+_GPU_BYTES, _NETWORK_BYTES = 25 << 20, 1 << 20
+
+
+def bucket_bytes(device: str, *, over_network: bool) -> int | None:
+    """How many bytes of gradients workers send together, while they compute the others; None: all, in the end.
+
+    Through a network as many as are worth a message. Within a host of CPUs all of them: what carries them takes its
+    time from the very cores that compute.
+    """
+    if device == "cuda":
+        return _GPU_BYTES
+    return _NETWORK_BYTES if over_network else None
+
+
+def exposed_s(blocks: Sequence[tuple[float, float]], bucket: int, whole_s: float) -> float:
+    """Seconds from the end of the last backward pass until all gradients are added up.
+
+    Gradients are there when their block's backward pass has ended. As soon as those that have not been sent yet fill
+    a bucket they are on their way, one bucket after the other.
+
+    Args:
+        blocks: of each block, in the order of the backward pass: its seconds, and bytes of gradients.
+        bucket: see `bucket_bytes`.
+        whole_s: of adding up all of them at once.
+    """
+    total = sum(num_bytes for _, num_bytes in blocks)
+    now_s = busy_until_s = waiting = 0.0
+    for block_s, num_bytes in blocks:
+        now_s += block_s
+        waiting += num_bytes
+        if waiting >= bucket:
+            busy_until_s = max(busy_until_s, now_s) + whole_s * waiting / total
+            waiting = 0.0
+    if waiting:
+        busy_until_s = max(busy_until_s, now_s) + whole_s * waiting / total
+    return max(0.0, busy_until_s - now_s)
