@@ -15,8 +15,8 @@ from closed_form import closed_form_s
 from megatron_table import ROWS, check
 
 from paceline.plan.forecast import Forecaster
-from paceline.plan.overlap import exposed_s
 from paceline.plan.links import Link
+from paceline.plan.overlap import exposed_s
 from paceline.records import Layout
 
 FREE = Link(name="free", latency_s=0.0, bytes_per_s=1e15)
