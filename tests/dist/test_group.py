@@ -122,6 +122,24 @@ def test_messages_arrive_in_the_order_of_their_channel(size, transport):
     assert run_group(messages, size, transport=transport) == {rank: [] for rank in range(size)}
 
 
+def series(world: World) -> list[int]:
+    """Rank 0 sends messages of kinds that do not come in turn; which of them have not arrived as they were."""
+    group = everyone(world)
+    numels = [5, 5, 900, 5, 7, 7, 5, 900, 900, 7, 5]
+    if world.rank == 0:
+        sent = [torch.full((n,), float(at)) for at, n in enumerate(numels)]
+        pending = [group.start_send(tensor, 1, "a series") for tensor in sent]
+        for one in pending:
+            one.wait()
+        return []
+    received = [group.receive_(torch.zeros(n), 0, "a series") for n in numels]
+    return [at for at, tensor in enumerate(received) if not bool((tensor == at).all())]
+
+
+def test_a_message_of_another_kind_than_was_awaited_arrives_as_well():
+    assert run_group(series, 2, transport="gloo") == {0: [], 1: []}
+
+
 def storm(world: World, num_small: int, num_large: int, flushes: bool) -> bool:
     """All send everything before anyone receives anything; the tensors are used again where that is allowed."""
     group = everyone(world)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import datetime
 import zlib
 from typing import Any
@@ -17,12 +18,57 @@ from paceline.errors import CollectiveError
 MOST_CHANNELS = 1 << 16
 
 
+_Kind = tuple[torch.dtype, int]
+"""Type and number of elements of a message."""
+
+
+@dataclasses.dataclass
+class _Posted:
+    """A receive that has begun."""
+
+    into: torch.Tensor
+    work: Any
+
+
+class _Ahead:
+    """What is received from one worker on one channel, and what is likely to come next.
+
+    gloo carries nothing before its receiver has said that it waits: a message that is not awaited until it is needed
+    comes a round trip and its own length later. So after each message the next one is awaited already. Messages of
+    one channel follow each other in the same order step after step: after one of a kind comes what came after the last
+    of that kind. A guess that was wrong stays for the next message of its kind.
+    """
+
+    def __init__(self) -> None:
+        self.heads: collections.deque[_Posted] = collections.deque()
+        self.bodies: dict[_Kind, collections.deque[_Posted]] = collections.defaultdict(collections.deque)
+        self._free: dict[_Kind, list[torch.Tensor]] = collections.defaultdict(list)
+        self._next: dict[_Kind, _Kind] = {}
+        self._last: _Kind | None = None
+
+    def after(self, kind: _Kind) -> _Kind:
+        """The likely kind of the message after one of `kind`, which has just come."""
+        if self._last is not None:
+            self._next[self._last] = kind
+        self._last = kind
+        return self._next.get(kind, kind)
+
+    def room(self, kind: _Kind) -> torch.Tensor:
+        """Where a message is received before anyone has asked for it."""
+        free = self._free[kind]
+        return free.pop() if free else torch.empty(kind[1], dtype=kind[0])
+
+    def give_back(self, room: torch.Tensor) -> None:
+        self._free[room.dtype, room.numel()].append(room)
+
+
 class Wire:
     """Point-to-point messages of a group through gloo.
 
     Each message is two: a head of 24 bytes (channel, type, number of elements), and the tensor. Both are on
     their way at once, under tags of their own, so that a receiver who expects something else learns it from the head.
-    Sending returns at once; the tensor must stay as it is until `wait()`, which returns when the receiver has it.
+    Sending returns at once; the tensor must stay as it is until `wait()`, which returns when the receiver has it, or
+    has room for it. A channel takes the memory of one message more than it carries.
     """
 
     def __init__(self, process_group: Any, ranks: tuple[int, ...], device: torch.device, patience: Patience):
@@ -36,6 +82,9 @@ class Wire:
             device,
             patience,
         )
+        self._ahead: dict[tuple[int, int], _Ahead] = collections.defaultdict(_Ahead)
+        """By sender and channel."""
+        self._tags: dict[tuple[bool, int, int], dict[_Kind, int]] = collections.defaultdict(dict)
 
     def start_send(self, tensor: torch.Tensor, to: int, what: str, channel: int) -> Pending:
         """Begin to send the contiguous `tensor` to rank `to` of the group."""
@@ -43,7 +92,8 @@ class Wire:
         name = self._patience.name(f"sending {what} to {other}", tensor)
         head = _head(tensor, channel)
         with self._patience.translated(name, other):
-            works = [self._send(head, to, _tag(channel)), self._send(tensor, to, _tag(channel, tensor))]
+            tag = self._tag_of(True, to, channel, (tensor.dtype, tensor.numel()))
+            works = [self._send(head, to, _head_tag(channel)), self._send(tensor, to, tag)]
         # The head must live as long as the works that read it.
         return Work(self._patience, name, works, head.detach, other)
 
@@ -51,13 +101,44 @@ class Wire:
         """Fill the contiguous `tensor` with what rank `source` of the group sends next on this channel."""
         other = f"rank {self._ranks[source]}"
         name = self._patience.name(f"receiving {what} from {other}", tensor)
-        head = torch.zeros(_HEAD_NUMEL, dtype=torch.int64)
+        kind = (tensor.dtype, tensor.numel())
+        ahead = self._ahead[source, channel]
         with self._patience.translated(name, other):
-            announced = self._receive(head, source, _tag(channel))
-            work = self._receive(tensor, source, _tag(channel, tensor))
-            announced.wait()
-            self._check(head, tensor, source, name)
-            work.wait()
+            head = ahead.heads.popleft() if ahead.heads else self._post_head(source, channel)
+            bodies = ahead.bodies[kind]
+            body = bodies.popleft() if bodies else self._post(source, channel, tensor)
+            head.work.wait()
+            self._check(head.into, tensor, source, name)
+            body.work.wait()
+            likely = ahead.after(kind)
+            ahead.heads.append(self._post_head(source, channel))
+            if not ahead.bodies[likely]:
+                ahead.bodies[likely].append(self._post(source, channel, ahead.room(likely)))
+        if body.into is not tensor:
+            tensor.view(-1).copy_(body.into)
+            ahead.give_back(body.into)
+
+    def _post_head(self, source: int, channel: int) -> _Posted:
+        head = torch.zeros(_HEAD_NUMEL, dtype=torch.int64)
+        return _Posted(head, self._receive(head, source, _head_tag(channel)))
+
+    def _post(self, source: int, channel: int, into: torch.Tensor) -> _Posted:
+        tag = self._tag_of(False, source, channel, (into.dtype, into.numel()))
+        return _Posted(into, self._receive(into, source, tag))
+
+    def _tag_of(self, sends: bool, other: int, channel: int, kind: _Kind) -> int:
+        """Of a message: one of another length must not be written over the end of a tensor.
+
+        No two kinds of a channel have the same; both ends have seen its kinds come in the same order.
+        """
+        tags = self._tags[sends, other, channel]
+        salt = 0
+        while kind not in tags:
+            tag = _tag(channel, f"{kind[0]} {kind[1]}{salt or ''}")
+            if tag not in tags.values():
+                tags[kind] = tag
+            salt += 1
+        return tags[kind]
 
     def _send(self, tensor: torch.Tensor, to: int, tag: int) -> Any:
         return dist.isend(as_bytes(tensor), group=self._process_group, group_dst=to, tag=tag)
@@ -148,13 +229,14 @@ def _head(tensor: torch.Tensor, channel: int) -> torch.Tensor:
     return torch.tensor([channel, DTYPES.index(tensor.dtype), tensor.numel()])
 
 
-def _tag(channel: int, tensor: torch.Tensor | None = None) -> int:
-    """Of a head, or of a message: one of another length must not be written over the end of a tensor."""
+def _head_tag(channel: int) -> int:
     assert 0 <= channel < MOST_CHANNELS
-    if tensor is None:
-        return _OWN_BIT | _HEAD_BIT | channel
-    kind = zlib.crc32(f"{tensor.dtype} {tensor.numel()}".encode())
-    return _OWN_BIT | channel << 13 | kind & 0x1FFF
+    return _OWN_BIT | _HEAD_BIT | channel
+
+
+def _tag(channel: int, text: str) -> int:
+    assert 0 <= channel < MOST_CHANNELS
+    return _OWN_BIT | channel << 13 | zlib.crc32(text.encode()) & 0x1FFF
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
