@@ -51,7 +51,7 @@ def _headline(planned: Planned, notes: Sequence[str]) -> str:
 def _numbers(planned: Planned) -> str:
     best, curve = planned.found.fastest[0], planned.curve
     tiles = [
-        ("time per step", formats.seconds(best.step_s), ""),
+        ("time per step", formats.seconds(best.step_s), _error(best)),
         (
             "samples per second",
             formats.number(best.samples_per_s),
@@ -81,7 +81,7 @@ def _layouts(planned: Planned) -> str:
     rows: list[list[str | Cell]] = [
         [
             str(forecast.layout),
-            Cell(f"{time} ms"),
+            Cell(f"{time} ms", _error(forecast)),
             Cell(formats.number(forecast.samples_per_s)),
             Cell(formats.size(forecast.memory.total)),
             limited_by(forecast),
@@ -102,6 +102,10 @@ def _layouts(planned: Planned) -> str:
     return section("Layouts", table(head, rows, chosen=0), lost, note=note)
 
 
+def _error(forecast: Forecast) -> str:
+    return f"± {formats.seconds(forecast.error_s)}" if forecast.error_s else ""
+
+
 def _reason(loser: Forecast, winner: Forecast) -> str:
     layout = str(loser.layout)
     return f"<b>{wrapped(layout)}</b>{wrapped(why_it_lost(loser, winner).removeprefix(layout))}"
@@ -116,8 +120,11 @@ def _curve(planned: Planned, drawn: dict[str, Drawing]) -> str:
             [
                 Cell(formats.count(point.workers), marks.get(point.workers, "")),
                 str(point.forecast.layout),
-                Cell(formats.seconds(point.forecast.step_s)),
-                Cell(formats.times(point.speedup)),
+                Cell(formats.seconds(point.forecast.step_s), _error(point.forecast)),
+                Cell(
+                    formats.times(point.speedup),
+                    f"± {point.speedup_error:.2g}" if point.speedup_error else "",
+                ),
                 Cell(formats.percent(point.efficiency)),
                 *(Cell(lost_share(lost[cause])) for cause in there),
             ]
