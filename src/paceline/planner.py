@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -93,14 +94,14 @@ def plan(
     curve = scaling(forecaster, memory_bytes=memory_bytes)
     whole = planned(forecaster, found, curve, job=name, memory_bytes=memory_bytes)
     print_plan(console, whole, notes)
-    told = whole.to_json()
-    if described is not None:
-        told |= {"described": described.to_json(), "cluster": linked.to_json(), "notes": list(notes)}
     if known is not None or price is not None:
         scale, source = (known.samples, known.source) if known else (None, "")
         goal = time_to_goal(profile, linked, scale, price_per_worker_hour=price, memory_bytes=memory_bytes)
         print_goal(console, goal, source)
-        told["goal"] = goal.to_json()
+        whole = dataclasses.replace(whole, goal=goal, noise_source=source)
+    told = whole.to_json()
+    if described is not None:
+        told |= {"described": described.to_json(), "cluster": linked.to_json(), "notes": list(notes)}
     if directory is not None:
         (directory / "plan.json").write_text(json.dumps(told, indent=2) + "\n")
         console.print(Text(f"\n{write_plan(whole, directory, notes)}"), soft_wrap=True)

@@ -12,7 +12,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from paceline.plan.planned import Planned
 from paceline.plan.scaling import ScalingCurve
 from paceline.plan.spans import StepSpan, StepTimeline, WorkerSpans
-from paceline.report import formats
+from paceline.report import formats, goal_figures
 from paceline.report.axes import error_bars, legend_below, time_unit
 from paceline.report.plan_text import causes_of, chosen_rows, marks_of, name_of
 from paceline.report.span_kinds import CAUSES, EFFICIENT, SPANS, Look
@@ -28,8 +28,10 @@ _INCHES_FOR_BORDERS = 0.05
 
 def drawings(planned: Planned) -> list[Drawing]:
     """All figures of a plan, in the order of the page."""
-    found = [_timeline(planned.timeline)]
-    return [*found, _speedup(planned)] if len(planned.curve.points) > 1 else found
+    found: list[Drawing | None] = [_timeline(planned.timeline)]
+    found.append(_speedup(planned) if len(planned.curve.points) > 1 else None)
+    found.append(goal_figures.drawing(planned.goal) if planned.goal else None)
+    return [drawing for drawing in found if drawing is not None]
 
 
 # --- timeline --------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from paceline.plan.planned import Planned
 from paceline.plan.terms import Forecast
 from paceline.records import Host
 from paceline.report import formats
+from paceline.report.goal_page import goal_section
 from paceline.report.markup import Cell, document, facts, figure, section, table, text, wrapped
 from paceline.report.plan_figures import drawings
 from paceline.report.plan_text import causes_of, lost_share, marks_of
@@ -32,6 +33,7 @@ def render(planned: Planned, notes: Sequence[str] = ()) -> str:
         section("A step", figure(drawn["timeline"])),
         _curve(planned, drawn),
         _changes(planned),
+        "" if planned.goal is None else goal_section(planned.goal, planned.noise_source, drawn.get("goal")),
         _about(planned),
         "<footer>All numbers are forecasts, from plan.json, profile.json and cluster.json beside this page.</footer>",
     ]
