@@ -41,7 +41,7 @@ def critical_batch(curve: GoalCurve, source: str) -> str:
     if curve.noise_scale is None:
         return ""
     whence = f" ({source})" if source else ""
-    return f"With a gradient noise scale of {in_samples(curve.noise_scale)}{whence}, the critical batch size."
+    return f"With a gradient noise scale of {in_samples(curve.noise_scale)}{whence}, that is the critical batch size."
 
 
 def _row(curve: GoalCurve, point: GoalPoint) -> list[str]:
