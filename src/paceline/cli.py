@@ -204,6 +204,50 @@ def plan(
 
 
 @app.command()
+def measure(
+    job_file: Annotated[
+        Path | None,
+        typer.Argument(metavar="[FILE]", help="Python file with a `job`; none: measure the machine alone."),
+    ] = None,
+    seed: Seed = 0,
+    settings: Settings = None,
+    out: Annotated[Path | None, typer.Option(help="A new directory for what was measured, as JSON.")] = None,
+    precision: Annotated[str, typer.Option(help="Of the job, as in train: fp32, bf16, or auto.")] = "auto",
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            min=0.1, help="Seconds that measuring may take, about, beside starting; some 15 by default."
+        ),
+    ] = None,
+    transport: Transport = "auto",
+    timeout: Timeout = 300.0,
+    port: Port = None,
+) -> None:
+    """Measure this machine (under torchrun: all hosts), or what a job costs on it, and print what was found."""
+    console = Console()
+
+    def run() -> None:
+        from paceline.launch.spec import RunSpec
+        from paceline.planner import measure as carry_out
+
+        spec = RunSpec(
+            purpose="measure",
+            job_file=str(job_file) if job_file else "",
+            settings=_read_settings(settings or []),
+            out=str(out) if out else "",
+            seed=seed,
+            precision=precision,
+            budget_s=budget,
+            transport=transport,
+            timeout_s=timeout,
+            command=["paceline", *sys.argv[1:]],
+        )
+        carry_out(spec, console, port=port)
+
+    _run_plainly(run)
+
+
+@app.command()
 def report(run_directory: Annotated[Path, typer.Argument(help="A run's directory.")]) -> None:
     """Write a run's report.html and figures again, from its events."""
 

@@ -1,16 +1,20 @@
-"""`paceline plan` from beginning to end: measure, or take what was measured; forecast, rank, explain, draw."""
+"""`paceline plan` and `measure` from beginning to end: measure, or take what was measured; forecast, explain, draw."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 from rich.text import Text
 
+from paceline.comm.world import resolve_transport
 from paceline.errors import ClusterError
 from paceline.launch.local import free_port, launch
 from paceline.launch.preflight import preflight
@@ -22,16 +26,21 @@ from paceline.plan.described import read_cluster
 from paceline.plan.estimate import estimate
 from paceline.plan.forecast import Forecaster
 from paceline.plan.goal import time_to_goal
-from paceline.plan.kept import CLUSTER_FILE, check_fits, read_kept
+from paceline.plan.hardware import HARDWARE_FILE, Hardware
+from paceline.plan.kept import CLUSTER_FILE, check_fits, read_kept, read_record
 from paceline.plan.planned import planned
 from paceline.plan.profile import LinkedCluster, Profile
 from paceline.plan.scaling import scaling
 from paceline.plan.search import search
 from paceline.report import write_plan
 from paceline.report.goals import print_goal
+from paceline.report.hardware_text import print_hardware
 from paceline.report.noise import known_noise
 from paceline.report.plans import print_plan
+from paceline.report.profile_text import print_profile
 from paceline.run import new_directory, started_by_torchrun
+
+_Read = TypeVar("_Read")
 
 
 def plan(
@@ -85,36 +94,81 @@ def plan(
     curve = scaling(forecaster, memory_bytes=memory_bytes)
     whole = planned(forecaster, found, curve, job=name, memory_bytes=memory_bytes)
     print_plan(console, whole, notes)
-    told = whole.to_json()
-    if described is not None:
-        told |= {"described": described.to_json(), "cluster": linked.to_json(), "notes": list(notes)}
     if known is not None or price is not None:
         scale, source = (known.samples, known.source) if known else (None, "")
         goal = time_to_goal(profile, linked, scale, price_per_worker_hour=price, memory_bytes=memory_bytes)
         print_goal(console, goal, source)
-        told["goal"] = goal.to_json()
+        whole = dataclasses.replace(whole, goal=goal, noise_source=source)
+    told = whole.to_json()
+    if described is not None:
+        told |= {"described": described.to_json(), "cluster": linked.to_json(), "notes": list(notes)}
     if directory is not None:
         (directory / "plan.json").write_text(json.dumps(told, indent=2) + "\n")
         console.print(Text(f"\n{write_plan(whole, directory, notes)}"), soft_wrap=True)
 
 
+def measure(spec: RunSpec, console: Console, *, port: int | None = None) -> None:
+    """Measure the job of `spec`, or without one this machine, under torchrun all hosts; print what was found.
+
+    Of a job it is kept where `paceline train` with the same job looks for it. With `spec.out` it stays there as JSON,
+    as `plan(kept=…)` reads it.
+
+    Raises:
+        PacelineError: the job is wrong, or a worker failed.
+    """
+    if not spec.job_file:
+        found = _with_workers(spec, port, lambda place: read_record(place / HARDWARE_FILE, Hardware))
+        if found is not None:
+            hardware, directory = found
+            print_hardware(console, hardware)
+            _say_where(console, directory)
+        return
+    measured = _measure(spec, port)
+    if measured is None:
+        return
+    profile, linked, directory = measured
+    assert linked is not None
+    print_profile(console, profile, linked)
+    if profile.how_noisy:
+        console.print("\nNot kept for paceline train, as the machine was busy.")
+    else:
+        console.print("\nKept for a week: paceline train of this job, as it is, need not measure it.")
+    _say_where(console, directory)
+
+
+def _say_where(console: Console, directory: Path | None) -> None:
+    if directory is not None:
+        console.print(Text(f"\n{directory}"), soft_wrap=True)
+
+
 def _measure(spec: RunSpec, port: int | None) -> tuple[Profile, LinkedCluster | None, Path | None] | None:
     """What all workers measure; and the directory where it stays, if `spec` has one. None on others than the first."""
+    found = _with_workers(spec, port, read_kept)
+    return None if found is None else (*found[0], found[1])
+
+
+def _with_workers(
+    spec: RunSpec, port: int | None, read: Callable[[Path], _Read]
+) -> tuple[_Read, Path | None] | None:
+    """What is read in the directory where all workers have measured; and that, if it stays."""
     as_worker = started_by_torchrun()
     is_first = not as_worker or int(os.environ["RANK"]) == 0
     workers = int(os.environ["WORLD_SIZE"]) if as_worker else local_workers(device_kind())
-    loaded = preflight(spec, device_kind(), workers)
-    directory = new_directory(spec, loaded) if spec.out and is_first else None
-    place = directory or Path(tempfile.mkdtemp(prefix="paceline-plan-"))
+    if spec.job_file:
+        preflight(spec, device_kind(), workers)
+    else:
+        resolve_transport(spec.transport, device_kind())
+    directory = new_directory(spec) if spec.out and is_first else None
+    place = directory or Path(tempfile.mkdtemp(prefix=f"paceline-{spec.purpose}-"))
     spec = spec.model_copy(update={"out": str(place)})
     if as_worker:
         Worker(spec).run()
     else:
         launch(spec.model_copy(update={"store_port": free_port(port)}), workers)
-    measured = read_kept(place) if is_first else None
+    found = read(place) if is_first else None
     if directory is None:
         shutil.rmtree(place)
-    return None if measured is None else (*measured, directory)
+    return None if found is None else (found, directory)
 
 
 def _kept(spec: RunSpec, path: Path) -> tuple[Profile, LinkedCluster | None, Path | None]:
@@ -122,4 +176,4 @@ def _kept(spec: RunSpec, path: Path) -> tuple[Profile, LinkedCluster | None, Pat
     loaded = load_job_file(spec.job_file, spec.settings)
     measured = read_kept(path)
     check_fits(measured[0], path, loaded.job.name or "job", loaded.job.batch_size)
-    return *measured, new_directory(spec, loaded) if spec.out else None
+    return *measured, new_directory(spec) if spec.out else None

@@ -20,7 +20,6 @@ from paceline.launch.local import free_port, launch
 from paceline.launch.preflight import preflight
 from paceline.launch.spec import AUTO, RunSpec
 from paceline.launch.worker import Worker
-from paceline.load import LoadedJob
 from paceline.measure.machine import device_kind, local_workers
 from paceline.records import Layout
 from paceline.report import write_report
@@ -48,7 +47,7 @@ def train(spec: RunSpec, console: Console, *, quiet: bool, port: int | None = No
         raise LaunchError(
             "this host has no device to train on", next_step="see `nvidia-smi`, or hide the GPUs"
         )
-    directory = new_directory(spec, loaded)
+    directory = new_directory(spec, loaded.name)
     spec = spec.model_copy(update={"out": str(directory), "store_port": free_port(port)})
     _carry_out(directory, console, quiet, lambda: launch(spec, num_workers))
     return directory
@@ -103,7 +102,7 @@ def _train_as_worker(spec: RunSpec, console: Console, *, quiet: bool) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         Worker(spec).run()
         return directory
-    directory = new_directory(spec, loaded)
+    directory = new_directory(spec, loaded.name)
     spec = spec.model_copy(update={"out": str(directory)})
     spec.write()
     _carry_out(directory, console, quiet, lambda: Worker(spec).run())
@@ -188,12 +187,13 @@ def _end_failed(directory: Path, begin_s: float, error: PacelineError) -> None:
     writer.close()
 
 
-def new_directory(spec: RunSpec, loaded: LoadedJob) -> Path:
+def new_directory(spec: RunSpec, name: str = "") -> Path:
+    """That of `spec`, or a new one below `runs/` after a job of this name."""
     if spec.out:
         directory = Path(spec.out)
     else:
         now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        directory = Path("runs") / f"{loaded.name}-{now}"
+        directory = Path("runs") / f"{name}-{now}"
     directory = directory.resolve()
     if (directory / "events.jsonl").exists():
         raise RunError(

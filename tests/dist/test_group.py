@@ -49,6 +49,10 @@ def collectives(world: World) -> list[str]:
             wanted = torch.cat([t.view(size, length)[rank] for rank, t in enumerate(inputs)])
             if not torch.equal(full, wanted):
                 wrong.append(f"all-gather of {length} × {dtype}")
+            received = torch.empty_like(full)
+            group.all_to_all_(received, inputs[world.rank], "a test")
+            if not torch.equal(received, torch.cat([t.view(size, length)[world.rank] for t in inputs])):
+                wrong.append(f"all-to-all of {length} × {dtype}")
             if not torch.equal(group.gather(inputs[world.rank], "a test"), torch.stack(inputs)):
                 wrong.append(f"gather of {length} × {dtype}")
             if dtype == torch.bool:

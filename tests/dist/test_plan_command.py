@@ -48,6 +48,7 @@ def test_what_was_measured_is_kept_and_gives_the_same_forecasts(planned, default
         assert {(costs.active > 1) for costs in profile.costs} == {False, True}
         assert {found.workers for found in linked.within.measured} == {workers}
     assert len(plan["layouts"]) == 3
+    assert plan["goal"].pop("noise_source") == ""
     goal = GoalCurve.from_json(plan["goal"])
     assert (goal.noise_scale, goal.batch_size, goal.price_per_worker_hour) == (50, 12, 2)
     assert [point.workers for point in goal.points] == [point["workers"] for point in plan["curve"]["points"]]
@@ -68,6 +69,8 @@ def test_pictures_and_a_page_are_written(planned):
     assert advice.startswith("Train with ")
     assert advice.split(",")[0] in page
     assert f"<h1>{TOY.stem}</h1>" in page
+    assert "Time to a target" in page
+    assert (out / "goal.png").stat().st_size > 10_000
     assert (out / "timeline.png").stat().st_size > 10_000
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import random
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -19,7 +20,10 @@ from paceline.plan.forecast import Forecaster
 from paceline.plan.goal import GoalCurve, samples_needed, steps_needed, time_to_goal
 from paceline.plan.profile import Profile
 from paceline.plan.search import MEMORY_MARGIN, layouts
+from paceline.report.goal_figures import drawing
+from paceline.report.goal_page import goal_section
 from paceline.report.goals import goal_lines, print_goal
+from paceline.report.theme import Size
 
 positive = st.floats(0.1, 1e6)
 
@@ -191,3 +195,54 @@ def test_options_that_contradict_each_other_or_say_nothing_are_refused(tmp_path)
     for wrong in ((5.0, tmp_path, None), (0.0, None, None), (None, None, -1.0), (float("nan"), None, None)):
         with pytest.raises(OptionError, match="Next step: "):
             _one_noise(*wrong)
+
+
+def test_times_err_as_two_forecasts_do():
+    curve = planned(100.0)
+    alone, several = curve.points
+    own = next(choice for choice in alone.choices if choice.forecast.samples == curve.batch_size)
+    assert (own.time, own.time_error) == (1.0, 0.0)
+    best = several.best
+    relative = [one.forecast.error_s / one.forecast.step_s for one in (own, best)]
+    assert best.time_error == pytest.approx(best.time * math.hypot(*relative))
+
+
+@pytest.mark.parametrize("size", list(Size))
+def test_the_picture_shows_each_batch_size_and_each_number_of_workers(size):
+    curve = planned(100.0)
+    drawn = drawing(curve)
+    assert drawn is not None
+    figure = drawn.figure(size)
+    batches, workers = figure.axes
+    shown = [(list(line.get_xdata()), list(line.get_ydata())) for line in (*batches.lines, *workers.lines)]
+    for point in curve.points:
+        choices = point.choices
+        assert ([c.forecast.samples for c in choices], [c.time for c in choices]) in shown
+    numbers = [point.workers for point in curve.points]
+    assert (numbers, [point.best.time for point in curve.points]) in shown
+    assert (numbers, [point.cost for point in curve.points]) in shown
+    figure.draw_without_rendering()
+    assert figure.get_tightbbox().x1 <= figure.get_size_inches()[0] + 0.01
+    (legend,) = figure.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == ["1 worker", "2 workers", "time", "cost"]
+
+
+def test_there_is_no_picture_where_nothing_can_be_compared():
+    assert drawing(time_to_goal(profile(), linked(1, 1), None, price_per_worker_hour=1.0)) is None
+    only_workers = drawing(planned(None, price_per_worker_hour=1.0))
+    assert only_workers is not None
+    assert len(only_workers.figure(Size.WIDE).axes) == 1
+
+
+def test_the_page_has_the_table_and_what_it_says():
+    curve = planned(100.0, price_per_worker_hour=2.5)
+    html = goal_section(curve, "a <run>", drawing(curve))
+    text = re.sub(r"<[^>]+>", " ", html).replace("\u00a0", " ").replace("&#x27;", "'")
+    assert "a gradient noise scale of 100 samples (a &lt;run&gt;)" in text
+    for line in goal_lines(curve):
+        assert line in text
+    for point in curve.points:
+        assert f"{point.best.time:.3f}" in text
+        assert f"{point.cost:.3f}" in text
+    assert 'class="wide"' in html

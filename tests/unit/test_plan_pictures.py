@@ -118,8 +118,9 @@ def test_the_curve_shows_what_of_the_time_counts(pipeline):
     for line, point, lost in zip(lines[1:], pipeline.curve.points, pipeline.losses, strict=False):
         assert line.split()[:2] == [str(point.workers), f"{point.speedup:.2f}×"]
         assert formats.percent(point.efficiency) in line
-        bar = line[31:].split("  ")[0]
-        assert len(bar) == len(lines[1][31:].split("  ")[0])
+        assert (f"× ± {point.speedup_error:.2g} " in line) == (point.workers > 1)
+        bar = line[38:].split("  ")[0]
+        assert len(bar) == len(lines[1][38:].split("  ")[0])
         assert abs(bar.count("█") - len(bar) * point.efficiency) <= 0.5
         for cause, share in lost.items():
             assert abs(bar.count(CAUSES[cause].block) - len(bar) * share) <= 1
@@ -137,7 +138,7 @@ def test_what_is_printed_into_a_pipe_is_plain_and_complete(pipeline):
     for sentence in (*pipeline.advice.sentences, knee_sentence(pipeline)):
         assert sentence in flat
     for forecast in pipeline.found.fastest:
-        assert re.search(rf"^{re.escape(str(forecast.layout))} +{forecast.step_s * 1e3:.4g} ", text, re.M)
+        assert re.search(rf"^{re.escape(str(forecast.layout))} +{forecast.step_s * 1e3:.4g} ± ", text, re.M)
     rows = [" ".join(line.split()) for line in text.splitlines()]
     for point, lost in zip(pipeline.curve.points, pipeline.losses, strict=True):
         shares = [lost_share(lost[cause]) for cause in causes_of(pipeline)]
@@ -188,6 +189,11 @@ def test_bars_of_the_curve_are_its_losses(pipeline):
     curve, shares = drawn.figure(Size.WIDE).axes
     line = next(line for line in curve.lines if len(line.get_xdata()) == len(pipeline.curve.points))
     assert list(line.get_ydata()) == [point.speedup for point in pipeline.curve.points]
+    (bars,) = curve.collections
+    ends = [y for path in bars.get_paths() for y in sorted(y for _, y in path.vertices)]
+    several = pipeline.curve.points[1:]
+    wanted = [point.speedup + sign * point.speedup_error for point in several for sign in (-1, 1)]
+    assert ends == pytest.approx(wanted)
     heights: dict[tuple[int, str], float] = {}
     tops: dict[int, float] = {}
     for patch in shares.patches:
@@ -253,6 +259,7 @@ def test_files_are_written_and_hold_the_numbers(pipeline, tmp_path):
         formats.seconds(best.step_s),
         formats.size(best.memory.total),
         *(formats.times(point.speedup) for point in pipeline.curve.points),
+        *(f"± {formats.seconds(forecast.error_s)}" for forecast in pipeline.found.fastest),
         *(formats.times(change.factor) for change in pipeline.advice.changes),
         *(str(forecast.layout) for forecast in pipeline.found.fastest),
         "4 hosts, each",

@@ -8,7 +8,8 @@ from torch import nn
 
 from paceline.plan.curves import Curve
 from paceline.plan.profile import Block
-from paceline.train.work import Work, product_flops_per_s, with_work
+from paceline.train.device_speeds import product_flops_per_s
+from paceline.train.work import Work, with_work
 
 
 def counted(module: nn.Module, *inputs: torch.Tensor) -> Work:

@@ -291,6 +291,23 @@ class Group:
             ).wait()
         return tensor
 
+    def all_to_all_(self, received: torch.Tensor, sent: torch.Tensor, what: str) -> torch.Tensor:
+        """Exchange equal ranges of `sent` (1-D): the one numbered `r` goes to rank `r`, and is `received` by sender."""
+        if self.size == 1:
+            received.copy_(sent)
+        elif isinstance(self._memory, SharedMemory):
+            with self._patience.counted():
+                self._memory.all_to_all(received.chunk(self.size), sent.chunk(self.size), what)
+        else:
+            self._start(
+                f"all-to-all of {what}",
+                sent,
+                lambda: dist.all_to_all_single(
+                    as_bytes(received), as_bytes(sent), group=self._process_group, async_op=True
+                ),
+            ).wait()
+        return received
+
     def start_send(self, tensor: torch.Tensor, to: int, what: str, channel: int = 0) -> Pending:
         """Begin to send the contiguous `tensor` to group rank `to`. Returns at once.
 

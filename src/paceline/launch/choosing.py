@@ -5,21 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from pydantic import ValidationError
-
 from paceline.comm.group import Group
 from paceline.comm.threads import threads_for, user_threads
 from paceline.comm.world import World
+from paceline.launch.measuring import Measuring
 from paceline.launch.spec import RunSpec
 from paceline.load import LoadedJob
 from paceline.measure import store
-from paceline.measure.machine import versions
 from paceline.plan.candidates import candidates
 from paceline.plan.choose import JobForecasts, choose
-from paceline.plan.profile import MOST_SPREAD, LinkedCluster, Profile
 from paceline.plan.shortlist import shortlist
 from paceline.records import Cluster, Layout, Plan, describe_layout
-from paceline.train.planning import measure_all
 from paceline.train.session import Datasets
 from paceline.train.trial import LayoutTimer
 
@@ -27,8 +23,6 @@ _TRIAL_S = 6.0
 """What timing the layouts of a shortlist may take, once each has run its first steps."""
 _TOLD = 10
 """Forecasts that a run's events tell."""
-
-Known = tuple[Profile, LinkedCluster]
 
 
 class Choosing:
@@ -51,6 +45,7 @@ class Choosing:
         """
         self._spec, self._loaded, self._world, self._everyone = spec, loaded, world, everyone
         self._cluster, self._datasets, self._precision, self._write = cluster, datasets, precision, write
+        self._measuring = Measuring(spec, loaded, world, everyone, cluster, datasets, precision)
 
     def run(self) -> Plan:
         """The plan, the same on all workers. Single processes and plain data parallelism are always timed.
@@ -94,11 +89,12 @@ class Choosing:
     def _forecast(self) -> JobForecasts | None:
         """On rank 0 the forecasts of this job's layouts."""
         begin_s = time.time()
-        key = self._key() if self._world.rank == 0 else ""
-        known = None if not key or self._spec.remeasure else _kept(key)
+        known = None if self._spec.remeasure else self._measuring.kept()
         is_kept: bool = self._everyone.gather_json(known is not None, "what is known of the job")[0]
         if not is_kept:
-            known = self._measure(key)
+            known = self._measuring.measure()
+            if known is not None and known[0].how_noisy:
+                self._write("message", level="warning", text=known[0].how_noisy)
         if known is None:
             return None
         profile = known[0].model_copy(update={"past_error": store.past_error()})
@@ -111,49 +107,3 @@ class Choosing:
             forecasts=[forecast.to_json() for forecast in planned.found.fastest[:_TOLD]],
         )
         return planned
-
-    def _key(self) -> str:
-        """Under which what is measured is kept."""
-        loaded = self._loaded
-        about = (
-            self._cluster.to_json(),
-            versions(),
-            self._precision,
-            loaded.job.batch_size,
-            user_threads(),
-            self._everyone.transport,
-        )
-        return store.key_of(loaded.path, loaded.options, *about)
-
-    def _measure(self, key: str) -> Known | None:
-        """All workers measure; on rank 0 what they found, which is kept."""
-        measured = measure_all(
-            self._loaded.job,
-            self._datasets,
-            self._world,
-            self._everyone,
-            self._cluster,
-            seed=self._spec.seed,
-            precision=self._precision,
-            threads=user_threads(),
-        )
-        if measured is None:
-            return None
-        profile, _ = measured
-        if profile.spread <= MOST_SPREAD:
-            store.keep(key, [record.to_json() for record in measured])
-        else:
-            self._write("message", level="warning", text=profile.how_noisy)
-        return measured
-
-
-def _kept(key: str) -> Known | None:
-    """What an earlier run has kept; None where that is nothing, or another version's."""
-    values = store.kept(key)
-    if values is None:
-        return None
-    try:
-        profile, linked = values
-        return Profile.from_json(profile), LinkedCluster.from_json(linked)
-    except (ValidationError, ValueError, TypeError):
-        return None

@@ -18,8 +18,9 @@ MEASURED_FILES = (PROFILE_FILE, CLUSTER_FILE)
 class RunSpec(Record):
     """One run, as the command line asked for it."""
 
-    purpose: Literal["train", "verify", "plan"] = "train"
+    purpose: Literal["train", "verify", "plan", "measure"] = "train"
     job_file: str
+    """Empty: there is none, and what is measured are the hosts."""
     settings: dict[str, str] = {}
     """Values of the job's own options, as text."""
     layout: str = AUTO
@@ -33,6 +34,8 @@ class RunSpec(Record):
     precision: str = "auto"
     remeasure: bool = False
     """Measure the job for its plan, even if what was measured in the last week is kept."""
+    budget_s: float | None = None
+    """About how long measuring may take; None: as long as it takes to be good."""
     verify: bool = True
     """Prove a layout of several workers before training in it."""
     transport: str = AUTO

@@ -25,18 +25,23 @@ from paceline.events import SCHEMA, EventWriter
 from paceline.job import Job
 from paceline.launch.choosing import Choosing
 from paceline.launch.failure import record
-from paceline.launch.spec import AUTO, MEASURED_FILES, RunSpec
+from paceline.launch.measuring import (
+    agree_on_precision,
+    gather_cluster,
+    measure_for_plan,
+    measure_for_training,
+    measure_hosts,
+)
+from paceline.launch.spec import AUTO, RunSpec
 from paceline.load import LoadedJob, load_job_file
 from paceline.measure import store
-from paceline.measure.machine import describe_host, device_kind, peak_memory_bytes, versions
+from paceline.measure.machine import device_kind, peak_memory_bytes, versions
 from paceline.plan.choose import without_workers
-from paceline.records import Cluster, Host, Layout, Plan, Proof, describe_layout
+from paceline.records import Cluster, Layout, Plan, Proof, describe_layout
 from paceline.split.finding import Found
 from paceline.train.allocator import keep_freed_memory
 from paceline.train.data import num_batches, num_samples
 from paceline.train.loop import Outcome, TrainingLoop, save, showcase
-from paceline.train.planning import measure_all
-from paceline.train.precision import choose_precision
 from paceline.train.proof import prove_and_find, require
 from paceline.train.room import PROOF_BYTES, why_no_room
 from paceline.train.session import Datasets, Session
@@ -70,16 +75,20 @@ class Worker:
 
     def _run(self) -> None:
         spec = self._spec
-        loaded = load_job_file(spec.job_file, spec.settings)
+        loaded = load_job_file(spec.job_file, spec.settings) if spec.job_file else None
         world = join(device_kind(), spec.timeout_s, spec.store_port, spec.transport)
         try:
             self._stop_on_signal()
             if world.rank == 0:
                 self._writer = EventWriter(spec.directory / "events.jsonl")
-            if spec.purpose == "verify":
+            if loaded is None:
+                measure_hosts(spec, world)
+            elif spec.purpose == "verify":
                 self._verify(loaded, world)
             elif spec.purpose == "plan":
-                self._measure(loaded, world)
+                measure_for_plan(spec, loaded, world)
+            elif spec.purpose == "measure":
+                measure_for_training(spec, loaded, world)
             else:
                 self._train(loaded, world)
         finally:
@@ -91,18 +100,6 @@ class Worker:
         mesh = make_mesh(world, layout)
         if mesh is not None:
             self._prove(loaded.job, world, mesh, Datasets(loaded.job, self._spec.seed))
-
-    def _measure(self, loaded: LoadedJob, world: World) -> None:
-        """Leave what the planner has to know in the run's directory."""
-        everyone = world.group(world.size)
-        assert everyone is not None
-        keep_freed_memory()
-        cluster = _gather_cluster(everyone, world)
-        datasets = Datasets(loaded.job, self._spec.seed)
-        found = measure_all(loaded.job, datasets, world, everyone, cluster, seed=self._spec.seed)
-        if found is not None:
-            for name, record in zip(MEASURED_FILES, found, strict=True):
-                (self._spec.directory / name).write_text(json.dumps(record.to_json(), indent=2) + "\n")
 
     def _prove(self, job: Job, world: World, mesh: Mesh, datasets: Datasets) -> tuple[Proof, Found | None]:
         layout = mesh.layout
@@ -117,12 +114,9 @@ class Worker:
         assert everyone is not None
         take_cores(world.local_rank, world.local_size)
         keep_freed_memory()
-        cluster = _gather_cluster(everyone, world)
+        cluster = gather_cluster(everyone, world)
         datasets = Datasets(job, spec.seed)
-        chosen = None
-        if world.rank == 0:
-            chosen = self._choose_precision(job, datasets, world)
-        precision, precision_reason = everyone.gather_json(chosen, "the precision")[0]
+        precision, precision_reason = agree_on_precision(spec, loaded, datasets, world, everyone)
         length = self._length(loaded, datasets)
         target = Target.parse(spec.until, job) if spec.until is not None else None
         self._write(
@@ -183,12 +177,6 @@ class Worker:
         watch = Watch(plan.forecast_step_s or plan.planned_step_s, plan.planned_error_s or 0.0)
         outcome = TrainingLoop(session, length, target, self._writer, watch).run()
         self._finish(session, world, outcome, plan)
-
-    def _choose_precision(self, job: Job, datasets: Datasets, world: World) -> tuple[str, str]:
-        spec = self._spec
-        if spec.precision == AUTO and spec.layout != AUTO and Layout.parse(spec.layout).splits_model:
-            return "fp32", "the layout splits the model: what one process would gain was not timed"
-        return choose_precision(spec.precision, job, datasets, seed=spec.seed, device=world.device)
 
     def _has_room(self, job: Job, mesh: Mesh, world: World) -> bool:
         """Whether one process can hold what a proof compares with; if not, that is said."""
@@ -320,15 +308,6 @@ class Worker:
 
         signal.signal(signal.SIGTERM, stop)
         signal.signal(signal.SIGINT, stop)
-
-
-def _gather_cluster(everyone: Group, world: World) -> Cluster:
-    """The hosts of all workers, in the order of their ranks."""
-    own = describe_host(world.device.type, world.local_size).to_json()
-    firsts = [
-        host for host in everyone.gather_json(own if world.local_rank == 0 else None, "the hosts") if host
-    ]
-    return Cluster(hosts=tuple(Host.from_json(host) for host in firsts))
 
 
 def _end_with_the_launcher() -> None:

@@ -14,6 +14,7 @@ that N stays what it is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,6 +49,8 @@ class Choice(Record):
     """Of a step; its `samples` are the batch size."""
     time: float = Field(gt=0)
     """To the target; 1 is what the fewest workers take with the job's own batch size."""
+    time_error: float = Field(ge=0)
+    """How far it may be from that, as both forecasts err by themselves."""
     efficiency: float | None
     """E_min / E; None where no noise scale is known."""
     is_beyond: bool
@@ -129,13 +132,14 @@ def time_to_goal(
         assert failure is not None
         raise failure
     fewest = min(found)
-    unit_s = _unit_s(found[fewest], own, noise_scale)
+    unit = _unit(found[fewest], own)
     points = []
     for number, forecasts in sorted(found.items()):
         choices = tuple(
             Choice(
                 forecast=forecast,
-                time=_goal_s(forecast, noise_scale) / unit_s,
+                time=_goal_s(forecast, noise_scale) / _goal_s(unit, noise_scale),
+                time_error=_time_error(forecast, unit, noise_scale),
                 efficiency=None if noise_scale is None else 1 / samples_needed(forecast.samples, noise_scale),
                 is_beyond=is_beyond,
             )
@@ -171,10 +175,16 @@ def _goal_s(forecast: Forecast, noise_scale: float | None) -> float:
     return forecast.step_s * steps_needed(forecast.samples, noise_scale)
 
 
-def _unit_s(found: Sequence[tuple[Forecast, bool]], own: int, noise_scale: float | None) -> float:
-    """Of the job's own batch size, or where that does not fit the one next to it."""
-    nearest = min(found, key=lambda pair: abs(pair[0].samples - own))
-    return _goal_s(nearest[0], noise_scale)
+def _unit(found: Sequence[tuple[Forecast, bool]], own: int) -> Forecast:
+    """Of the job's own batch size, or where that does not fit the one next to it: it takes a time of 1."""
+    return min(found, key=lambda pair: abs(pair[0].samples - own))[0]
+
+
+def _time_error(forecast: Forecast, unit: Forecast, noise_scale: float | None) -> float:
+    if forecast is unit:
+        return 0.0
+    relative = math.hypot(forecast.error_s / forecast.step_s, unit.error_s / unit.step_s)
+    return relative * _goal_s(forecast, noise_scale) / _goal_s(unit, noise_scale)
 
 
 class _WithinMeasured(Forecaster):

@@ -27,9 +27,9 @@ def read_kept(path: Path) -> tuple[Profile, LinkedCluster | None]:
         ClusterError: there is none, or it cannot be read.
     """
     file = path / PROFILE_FILE if path.is_dir() else path
-    profile = _read(file, Profile)
+    profile = read_record(file, Profile)
     beside = file.parent / CLUSTER_FILE
-    return profile, _read(beside, LinkedCluster) if beside.exists() else None
+    return profile, read_record(beside, LinkedCluster) if beside.exists() else None
 
 
 def check_fits(profile: Profile, path: Path, job: str, batch_size: int) -> None:
@@ -47,7 +47,12 @@ def check_fits(profile: Profile, path: Path, job: str, batch_size: int) -> None:
             )
 
 
-def _read(file: Path, kind: type[_Kept]) -> _Kept:
+def read_record(file: Path, kind: type[_Kept]) -> _Kept:
+    """A record that was written as JSON.
+
+    Raises:
+        ClusterError: it cannot be read, or is none of this kind.
+    """
     try:
         return kind.from_json(json.loads(file.read_text()))
     except OSError as error:

@@ -7,6 +7,7 @@ from typing import Any
 
 from paceline.plan.advice import Advice, advise
 from paceline.plan.forecast import Forecaster
+from paceline.plan.goal import GoalCurve
 from paceline.plan.losses import losses
 from paceline.plan.profile import LinkedCluster
 from paceline.plan.scaling import ScalingCurve
@@ -28,10 +29,14 @@ class Planned:
     timeline: StepTimeline
     """Of the fastest layout."""
     advice: Advice
+    goal: GoalCurve | None = None
+    """Time and cost to a target, where they were asked for."""
+    noise_source: str = ""
+    """Where the goal's noise scale is from."""
 
     def to_json(self) -> dict[str, Any]:
         """What `plan.json` holds."""
-        return {
+        told: dict[str, Any] = {
             "layouts": [forecast.to_json() for forecast in self.found.fastest],
             "curve": self.curve.to_json(),
             "losses": [
@@ -41,6 +46,9 @@ class Planned:
             "timeline": self.timeline.to_json(),
             "advice": self.advice.to_json(),
         }
+        if self.goal is not None:
+            told["goal"] = {**self.goal.to_json(), "noise_source": self.noise_source}
+        return told
 
 
 def planned(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from paceline.errors import LayoutError
@@ -21,6 +22,8 @@ class Point(Record):
     forecast: Forecast
     speedup: float
     """Over the fewest workers that the job fits; those count for as many as they are."""
+    speedup_error: float
+    """How far it may be from that, as both forecasts err by themselves; 0 of the fewest workers."""
     eaten_s: dict[str, float]
     """Where the ideal went: seconds of a step above what these workers would take if nothing were lost."""
 
@@ -77,6 +80,7 @@ def scaling(
             workers=number,
             forecast=best,
             speedup=first * alone.step_s / best.step_s,
+            speedup_error=0.0 if number == first else _ratio_error(alone, best) * first,
             eaten_s=_eaten(alone, best, first / number),
         )
         for number, best in found
@@ -101,6 +105,12 @@ def find_knee(workers: Sequence[int], speedups: Sequence[float], least_share: fl
         if all((s - speedup) / (n - number) < least_share * ideal for n, s in later):
             return number
     return workers[-1]
+
+
+def _ratio_error(alone: Forecast, several: Forecast) -> float:
+    """Of one step over the other."""
+    relative = math.hypot(alone.error_s / alone.step_s, several.error_s / several.step_s)
+    return relative * alone.step_s / several.step_s
 
 
 def _eaten(alone: Forecast, several: Forecast, share: float) -> dict[str, float]:

@@ -30,7 +30,9 @@ def write_report(run_directory: Path) -> Path:
 
 
 def write_plan(planned: Planned, directory: Path, notes: Sequence[str] = ()) -> Path:
-    """Write `plan.html`, `timeline.png` and, where there is a curve, `speedup.png`. Returns the page's path.
+    """Write `plan.html`, `timeline.png` and, where there are such curves, `speedup.png` and `goal.png`.
+
+    Returns the page's path.
 
     Args:
         notes: what to know of the numbers before they are read.

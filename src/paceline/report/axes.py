@@ -8,6 +8,8 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from paceline.report.theme import LIGHT
+
 _SPACING = {"borderpad": 0.2, "handlelength": 1.1, "handletextpad": 0.5, "columnspacing": 1.2}
 
 
@@ -19,6 +21,20 @@ def legend(axes: Axes, columns: int = 2) -> None:
 def legend_below(figure: Figure, handles: Sequence[Artist], columns: int) -> None:
     """Of a whole figure, below it."""
     figure.legend(handles=handles, loc="outside lower left", ncols=columns, borderaxespad=0.4, **_SPACING)
+
+
+def error_bars(axes: Axes, x: Sequence[float], y: Sequence[float], errors: Sequence[float]) -> None:
+    """Of points that are drawn already; none where there is no error. They end above 0, as axes may be logarithmic."""
+    there = [at for at, error in enumerate(errors) if error > 0]
+    if not there:
+        return
+    places = [x[at] for at in there]
+    low, high = [max(y[at] - errors[at], 0.05 * y[at]) for at in there], [y[at] + errors[at] for at in there]
+    axes.vlines(places, low, high, color=LIGHT["muted"], linewidth=1.0, zorder=1.9)
+    axes.plot(
+        [*places, *places], [*low, *high], color=LIGHT["muted"], linestyle="none", marker="_", markersize=6,
+        markerfacecolor=LIGHT["muted"], markeredgecolor=LIGHT["muted"], zorder=1.9,
+    )  # fmt: skip
 
 
 def time_unit(longest_s: float) -> tuple[float, str]:

@@ -21,9 +21,7 @@ def print_goal(console: Console, curve: GoalCurve, source: str = "") -> None:
         source: where the noise scale is from.
     """
     console.print()
-    if curve.noise_scale is not None:
-        whence = f" ({source})" if source else ""
-        told = f"With a gradient noise scale of {in_samples(curve.noise_scale)}{whence}, the critical batch size:"
+    if told := critical_batch(curve, source):
         console.print(Text(told), soft_wrap=True)
     table = Table(title="Time and cost to a target, by forecast", title_justify="left")
     for name in ("workers", "batch", "ms per step", "samples/s", "efficiency", "time", "cost"):
@@ -36,6 +34,14 @@ def print_goal(console: Console, curve: GoalCurve, source: str = "") -> None:
     console.print(table)
     for line in goal_lines(curve):
         console.print(Text(line), soft_wrap=True)
+
+
+def critical_batch(curve: GoalCurve, source: str) -> str:
+    """The noise scale, and where it is from; nothing where none is known."""
+    if curve.noise_scale is None:
+        return ""
+    whence = f" ({source})" if source else ""
+    return f"With a gradient noise scale of {in_samples(curve.noise_scale)}{whence}, that is the critical batch size."
 
 
 def _row(curve: GoalCurve, point: GoalPoint) -> list[str]:

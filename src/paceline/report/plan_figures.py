@@ -12,8 +12,8 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from paceline.plan.planned import Planned
 from paceline.plan.scaling import ScalingCurve
 from paceline.plan.spans import StepSpan, StepTimeline, WorkerSpans
-from paceline.report import formats
-from paceline.report.axes import legend_below, time_unit
+from paceline.report import formats, goal_figures
+from paceline.report.axes import error_bars, legend_below, time_unit
 from paceline.report.plan_text import causes_of, chosen_rows, marks_of, name_of
 from paceline.report.span_kinds import CAUSES, EFFICIENT, SPANS, Look
 from paceline.report.theme import LIGHT, Drawing, Size
@@ -28,8 +28,10 @@ _INCHES_FOR_BORDERS = 0.05
 
 def drawings(planned: Planned) -> list[Drawing]:
     """All figures of a plan, in the order of the page."""
-    found = [_timeline(planned.timeline)]
-    return [*found, _speedup(planned)] if len(planned.curve.points) > 1 else found
+    found: list[Drawing | None] = [_timeline(planned.timeline)]
+    found.append(_speedup(planned) if len(planned.curve.points) > 1 else None)
+    found.append(goal_figures.drawing(planned.goal) if planned.goal else None)
+    return [drawing for drawing in found if drawing is not None]
 
 
 # --- timeline --------------------------------------------------------------------------------------
@@ -123,8 +125,8 @@ def _numbered(rows: list[WorkerSpans], inch_s: float) -> list[tuple[int, StepSpa
 
 def _speedup(planned: Planned) -> Drawing:
     caption = (
-        "First the speed-up over the fewest workers, and dashed the ideal; then the share of the workers' time that "
-        "brings speed-up, which is the efficiency, and what takes the rest."
+        "First the speed-up over the fewest workers, its error as bars, and dashed the ideal; then the share of the "
+        "workers' time that brings speed-up, which is the efficiency, and what takes the rest."
     )
     return Drawing("speedup", "What more workers bring", caption, functools.partial(_draw_speedup, planned))
 
@@ -148,6 +150,7 @@ def _draw_curve(axes: Axes, curve: ScalingCurve) -> None:
     ends = [workers[0], workers[-1]]
     axes.plot(ends, ends, color=LIGHT["muted"], linestyle=(0, (5, 3)), linewidth=1.1)
     axes.plot(workers, speedups, color=LIGHT["computation"], linewidth=1.8, marker="o", markersize=4)
+    error_bars(axes, workers, speedups, [point.speedup_error for point in curve.points])
     if workers[-1] > _LINEAR_UP_TO:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)

@@ -11,6 +11,7 @@ from paceline.plan.planned import Planned
 from paceline.plan.terms import Forecast
 from paceline.records import Host
 from paceline.report import formats
+from paceline.report.goal_page import goal_section
 from paceline.report.markup import Cell, document, facts, figure, section, table, text, wrapped
 from paceline.report.plan_figures import drawings
 from paceline.report.plan_text import causes_of, lost_share, marks_of
@@ -32,6 +33,7 @@ def render(planned: Planned, notes: Sequence[str] = ()) -> str:
         section("A step", figure(drawn["timeline"])),
         _curve(planned, drawn),
         _changes(planned),
+        "" if planned.goal is None else goal_section(planned.goal, planned.noise_source, drawn.get("goal")),
         _about(planned),
         "<footer>All numbers are forecasts, from plan.json, profile.json and cluster.json beside this page.</footer>",
     ]
@@ -51,7 +53,7 @@ def _headline(planned: Planned, notes: Sequence[str]) -> str:
 def _numbers(planned: Planned) -> str:
     best, curve = planned.found.fastest[0], planned.curve
     tiles = [
-        ("time per step", formats.seconds(best.step_s), ""),
+        ("time per step", formats.seconds(best.step_s), _error(best)),
         (
             "samples per second",
             formats.number(best.samples_per_s),
@@ -81,7 +83,7 @@ def _layouts(planned: Planned) -> str:
     rows: list[list[str | Cell]] = [
         [
             str(forecast.layout),
-            Cell(f"{time} ms"),
+            Cell(f"{time} ms", _error(forecast)),
             Cell(formats.number(forecast.samples_per_s)),
             Cell(formats.size(forecast.memory.total)),
             limited_by(forecast),
@@ -102,6 +104,10 @@ def _layouts(planned: Planned) -> str:
     return section("Layouts", table(head, rows, chosen=0), lost, note=note)
 
 
+def _error(forecast: Forecast) -> str:
+    return f"± {formats.seconds(forecast.error_s)}" if forecast.error_s else ""
+
+
 def _reason(loser: Forecast, winner: Forecast) -> str:
     layout = str(loser.layout)
     return f"<b>{wrapped(layout)}</b>{wrapped(why_it_lost(loser, winner).removeprefix(layout))}"
@@ -116,8 +122,11 @@ def _curve(planned: Planned, drawn: dict[str, Drawing]) -> str:
             [
                 Cell(formats.count(point.workers), marks.get(point.workers, "")),
                 str(point.forecast.layout),
-                Cell(formats.seconds(point.forecast.step_s)),
-                Cell(formats.times(point.speedup)),
+                Cell(formats.seconds(point.forecast.step_s), _error(point.forecast)),
+                Cell(
+                    formats.times(point.speedup),
+                    f"± {point.speedup_error:.2g}" if point.speedup_error else "",
+                ),
                 Cell(formats.percent(point.efficiency)),
                 *(Cell(lost_share(lost[cause])) for cause in there),
             ]

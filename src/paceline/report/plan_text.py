@@ -21,6 +21,8 @@ MOST_ROWS = 16
 _LEAST_SHOWN = 0.0005
 """Share of the time below which a loss is none."""
 _LEAST_WIDTH = 20
+_BAR_AT = 38
+"""Of the curve: characters before its bars."""
 _WIDE = 120
 
 
@@ -112,13 +114,14 @@ def lost_share(share: float) -> str:
 
 def curve_text(planned: Planned, width: int) -> list[Text]:
     """A line for each number of workers: the bar is all their time, and shows what of it counts and what is lost."""
-    lines = [Text("workers  speed-up  efficiency  what becomes of the workers' time", style="bold")]
-    columns = max(_LEAST_WIDTH, min(60, width - 31 - 17))
+    lines = [Text("workers  speed-up         efficiency  what becomes of the workers' time", style="bold")]
+    columns = max(_LEAST_WIDTH, min(60, width - _BAR_AT - 17))
     there = causes_of(planned)
     marks = {at: name for name, at in marks_of(planned.curve).items()}
     for point, lost in zip(planned.curve.points, planned.losses, strict=True):
         efficiency = formats.percent(point.efficiency)
-        line = Text(f"{point.workers:>7}  {point.speedup:>7.2f}×  {efficiency:>10}  ")
+        error = f"± {point.speedup_error:.2g}" if point.speedup_error else ""
+        line = Text(f"{point.workers:>7}  {point.speedup:>7.2f}× {error:<6}  {efficiency:>10}  ")
         shares = [
             (EFFICIENT, 1 - sum(lost.values())),
             *((look, lost[cause]) for cause, look in CAUSES.items()),

@@ -14,7 +14,7 @@ from paceline.plan.search import Found
 from paceline.report import formats
 from paceline.report.plan_text import curve_text, losses_table, timeline_text
 
-_NUMBERS_WIDTH = 35
+_NUMBERS_WIDTH = 38
 """Of the table's columns with numbers, and what is between all columns."""
 
 
@@ -63,14 +63,14 @@ def _ranking(found: Found, width: int) -> Table:
     has_limits = width >= longest + _NUMBERS_WIDTH + max(map(len, limits))
     table = Table(box=None, pad_edge=False, header_style="")
     table.add_column("layout", overflow="fold")
-    for name in ("ms/step", "samples/s", "MiB"):
+    for name in ("step, ms\n± error", "samples/s", "MiB"):
         table.add_column(name, justify="right", no_wrap=True)
     if has_limits:
         table.add_column("limited by")
     for forecast, limit in zip(found.fastest, limits, strict=True):
         table.add_row(
             str(forecast.layout),
-            f"{forecast.step_s * 1e3:.4g}",
+            f"{forecast.step_s * 1e3:.4g} ± {forecast.error_s * 1e3:.2g}",
             f"{forecast.samples_per_s:.4g}",
             f"{forecast.memory.total / 2**20:,.0f}",
             *([limit] if has_limits else []),

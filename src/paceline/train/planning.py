@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import time
-from collections.abc import Callable, Iterator
-from statistics import median
+from collections.abc import Iterator
 
 import torch
 
@@ -17,13 +15,12 @@ from paceline.errors import LayoutError
 from paceline.job import Job
 from paceline.measure.machine import peak_memory_bytes
 from paceline.plan.corrections import corrected
-from paceline.plan.curves import Curve
 from paceline.plan.forecast import Forecaster
-from paceline.plan.links import Link, MeasuredCollective
 from paceline.plan.profile import Block, Costs, LinkedCluster, Profile, Tried
-from paceline.records import Cluster, Layout
+from paceline.records import Cluster, Host, Layout
 from paceline.split.granularity import NUMBERS, TENSORS, granularity
 from paceline.train.build import build_model, build_optimizer
+from paceline.train.link_speeds import measure_links
 from paceline.train.profiling import Measured, measure_costs, measure_division
 from paceline.train.session import Datasets
 from paceline.train.speeds import measure_speeds
@@ -31,13 +28,6 @@ from paceline.train.trial import LayoutTimer
 
 BUDGET_S = 12.0
 """What measuring a job takes, about."""
-_SIZES = (4, 64 << 10, 1 << 20, 16 << 20)
-"""Bytes of what is exchanged."""
-_CALLS_S = 0.05
-"""About how long one size of one collective is repeated in a turn."""
-_TURNS = 5
-_LONGEST_S = 0.5
-"""Sizes that would take longer are left out: a slow link is as good as a straight line by then."""
 
 
 def measure_all(
@@ -67,7 +57,7 @@ def measure_all(
     _ = datasets["train"]
     base_bytes = peak_memory_bytes(world.device.type)
     peak_bytes = 0
-    conditions = list(_conditions(cluster, threads))
+    conditions = list(conditions_of(cluster.hosts[0], threads))
     sizes = _micro_batches(job.batch_size, cluster.workers)
     parts = len(conditions) + 2
     found = []
@@ -97,7 +87,7 @@ def measure_all(
             job, datasets, world, found, conditions[-1], sizes, seed, precision, budget_s / parts / 2
         )
         everyone.barrier("after measuring divided blocks")
-    within, between, meeting_s = _measure_links(world, everyone, cluster)
+    within, between, meeting_s = measure_links(world, everyone, cluster)
     layouts = _ways_of_splitting(job.batch_size, cluster, conditions[-1], can_divide=divided is not None)
     layouts = [Layout.parse(t) for t in everyone.gather_json([str(x) for x in layouts], "layouts to try")[0]]
     timer = LayoutTimer(
@@ -221,10 +211,9 @@ def _as_rank_0(group: Group, wish: bool) -> bool:
     return bool(group.sum_(own, "a measured pass") > 0)
 
 
-def _conditions(cluster: Cluster, threads: int | None) -> Iterator[tuple[int, int]]:
-    """Threads, and workers at a time."""
-    host = cluster.hosts[0]
-    on_cpu = cluster.device == "cpu"
+def conditions_of(host: Host, threads: int | None = None) -> Iterator[tuple[int, int]]:
+    """Threads of each worker and workers at a time, under which a host is measured."""
+    on_cpu = host.device == "cpu"
     yield threads or 1, 1
     if on_cpu and host.cores > 1 and threads is None:
         yield host.cores, 1
@@ -239,95 +228,6 @@ def _micro_batches(batch_size: int, workers: int) -> list[int]:
     Two samples at least: batch norm has no statistics of one alone, and its workers take those of all together.
     """
     return sorted({max(min(2, batch_size), batch_size // n) for n in (1, workers, 4 * workers)})
-
-
-def _measure_links(world: World, everyone: Group, cluster: Cluster) -> tuple[Link, Link | None, float]:
-    """Within the first host, between the hosts' first workers; and how long a meeting takes within a host."""
-    none = Link(name="none", latency_s=0.0, bytes_per_s=1e12)
-    within, between, meeting_s = none, None, 0.0
-    firsts = tuple(sum(h.workers for h in cluster.hosts[:number]) for number in range(len(cluster.hosts)))
-    here = tuple(range(cluster.hosts[0].workers))
-    if len(here) > 1:
-        group = world.group_of(here, busy=len(here), mailbox=True)
-        if group is not None:
-            within = _measure_link(group, is_shared=group.device.type == "cpu")
-            meeting_s = _seconds(group, functools.partial(group.barrier, "a measured meeting"))
-        everyone.barrier("after the link within a host")
-    if len(firsts) > 1:
-        group = world.group_of(firsts, busy=len(firsts))
-        # Each host has a cable of its own.
-        between = none if group is None else _measure_link(group, is_shared=False)
-        everyone.barrier("after the link between hosts")
-    return within, between, meeting_s
-
-
-def _measure_link(group: Group, *, is_shared: bool) -> Link:
-    found = []
-    for kind in ("all-reduce", "all-gather", "reduce-scatter", "message"):
-        seconds: dict[float, float] = {}
-        for num_bytes in _SIZES:
-            if len(seconds) > 1 and _expected(seconds, num_bytes) > _LONGEST_S:
-                break
-            numel = -(-num_bytes // 4 // group.size) * group.size
-            tensor = torch.ones(numel, device=group.device)
-            seconds[float(4 * numel)] = _seconds(group, _call(group, kind, tensor))
-        found.append(MeasuredCollective(kind=kind, workers=group.size, seconds=Curve.of(seconds)))
-    (_, least_s), *_, (most_bytes, most_s) = found[-1].seconds.points
-    return Link(
-        name=group.transport,
-        latency_s=least_s,
-        bytes_per_s=most_bytes / max(most_s - least_s, 1e-9),
-        is_shared=is_shared,
-        measured=tuple(found),
-    )
-
-
-def _expected(seconds: dict[float, float], num_bytes: int) -> float:
-    """Of a larger size, in proportion to the last one."""
-    last_bytes, last_s = max(seconds.items())
-    return last_s * num_bytes / last_bytes
-
-
-def _call(group: Group, kind: str, tensor: torch.Tensor) -> Callable[[], object]:
-    def message() -> None:
-        """From the first worker to the second; the others wait for none."""
-        if group.rank == 0:
-            group.start_send(tensor, 1, "a measured message").wait()
-        elif group.rank == 1:
-            group.receive_(tensor, 0, "a measured message")
-
-    return {
-        "all-reduce": lambda: group.sum_(tensor, "a measured sum"),
-        "all-gather": lambda: group.all_gather_(tensor, "a measured gathering"),
-        "reduce-scatter": lambda: group.reduce_scatter_(tensor, "a measured scattering"),
-        "message": message,
-    }[kind]
-
-
-def _seconds(group: Group, call: Callable[[], object]) -> float:
-    """Of one call, all workers at once: the median of several turns of several calls, as rank 0 has measured it."""
-
-    def turn(count: int) -> float:
-        group.barrier("before a turn")
-        begin_s = time.perf_counter()
-        for _ in range(count):
-            call()
-        # A message has arrived when its receiver says so.
-        group.barrier("after a turn")
-        return (time.perf_counter() - begin_s) / count
-
-    turn(1)
-    first_s = max(_agreed(group, turn(2)), 1e-6)
-    count = int(max(1.0, min(200.0, _CALLS_S / first_s)))
-    # What takes long is repeated less often: little of it is noise.
-    turns = int(max(1.0, min(_TURNS, _TURNS * _CALLS_S / first_s)))
-    return _agreed(group, median(turn(count) for _ in range(turns)))
-
-
-def _agreed(group: Group, seconds: float) -> float:
-    """Rank 0's, on all workers."""
-    told = torch.tensor([seconds], dtype=torch.float64, device=group.device)
-    return float(group.broadcast_(told, "what was measured"))
 
 
 def _shares_update(job: Job, seed: int, device: torch.device) -> bool:

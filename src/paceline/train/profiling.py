@@ -24,13 +24,11 @@ from paceline.job import Job
 from paceline.plan.curves import Curve
 from paceline.plan.profile import Block, Costs, Division, Exchange
 from paceline.train.data import ShareLoader, few_samples, num_samples, to_device
+from paceline.train.device_speeds import MOVED_BYTES, addition_s, product_flops_per_s
 from paceline.train.passes import FEWEST, MOST, Call, GoOn, Passes, Timing
 from paceline.train.replica import Replica, StepResult
 from paceline.train.session import Datasets
-from paceline.train.work import count_work, product_flops_per_s, with_work
-
-_ADDED_BYTES = 32 << 20
-"""Of the tensors whose addition is timed: more than the caches hold, as gradients of a large model are."""
+from paceline.train.work import count_work, with_work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +100,7 @@ def measure_costs(
         blocks=blocks,
         row=row,
         optimizer_s_per_byte=optimizer_s / trained_bytes,
-        add_s_per_byte=_addition_s(device, go_on) / _ADDED_BYTES,
+        add_s_per_byte=addition_s(device, go_on) / MOVED_BYTES,
         product_flops_per_s=product_flops_per_s(device, go_on),
         data_s=Curve(points=((float(job.batch_size), data_s),)),
         fixed_s=max(0.0, rest_s - whole_s),
@@ -271,20 +269,6 @@ def _curve(passes_s: dict[int, list[list[float]]], numbers: Sequence[int]) -> Cu
 
 def _mean_of_medians(passes: list[list[float]], numbers: Sequence[int]) -> float:
     return sum(median(seconds[n] for seconds in passes) for n in numbers) / len(numbers)
-
-
-def _addition_s(device: torch.device, go_on: GoOn) -> float:
-    """Seconds to add two tensors of `_ADDED_BYTES`, in place."""
-    one, other = (torch.ones(_ADDED_BYTES // 4, device=device) for _ in range(2))
-    found = []
-    for _ in range(7):
-        go_on(True)
-        begin_s = time.perf_counter()
-        one.add_(other)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        found.append(time.perf_counter() - begin_s)
-    return median(found[2:])
 
 
 def _first_samples(job: Job, dataset: Any, count: int, device: torch.device) -> Any:

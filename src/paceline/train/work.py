@@ -1,13 +1,12 @@
-"""What a job computes, counted; and how fast this device computes a large product of matrices.
+"""What a job computes, counted.
 
-With the two a plan for another device can tell which part of a block's time its products take.
+With that, and the speed of a large product of matrices, a plan for another device can tell which part of a block's
+time its products take.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from statistics import median
 from typing import Any
 
 import torch
@@ -20,9 +19,6 @@ from paceline.split.pieces import Piece, find_pieces
 from paceline.split.stages import PieceCalls
 from paceline.train.calling import caller
 from paceline.train.replica import Replica
-
-_SIZE = {"cpu": 1024, "cuda": 8192}
-"""Of the square matrices whose product is timed: large enough for the device's best speed."""
 
 
 class Work(TorchDispatchMode):
@@ -108,24 +104,3 @@ def with_work(
         operations = round(sum(count for _, count in mine) / len(mine))
         found.append(block.model_copy(update={"flops": flops, "operations": operations}))
     return tuple(found)
-
-
-def product_flops_per_s(
-    device: torch.device, go_on: Callable[[bool], bool] = bool, dtype: torch.dtype = torch.float32
-) -> float:
-    """Floating-point operations a second of a product of two large square matrices: the median of a few.
-
-    Args:
-        go_on: lets several workers begin each product together.
-    """
-    size = _SIZE.get(device.type, 1024)
-    one, other = (torch.rand(size, size, device=device, dtype=dtype) for _ in range(2))
-    found = []
-    for _ in range(12):
-        go_on(True)
-        begin_s = time.perf_counter()
-        torch.mm(one, other)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        found.append(time.perf_counter() - begin_s)
-    return 2 * size**3 / median(found[2:])

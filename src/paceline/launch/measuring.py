@@ -1,0 +1,156 @@
+"""Measuring by all workers of a launch together: hosts alone, or a job, of which what they found is kept for later."""
+
+from __future__ import annotations
+
+import json
+
+from pydantic import ValidationError
+
+from paceline.comm.group import Group
+from paceline.comm.threads import take_cores, user_threads
+from paceline.comm.world import World
+from paceline.launch.spec import AUTO, MEASURED_FILES, RunSpec
+from paceline.load import LoadedJob
+from paceline.measure import store
+from paceline.measure.machine import describe_host, versions
+from paceline.plan.hardware import HARDWARE_FILE
+from paceline.plan.profile import MOST_SPREAD, LinkedCluster, Profile
+from paceline.records import Cluster, Host, Layout, Record
+from paceline.train.allocator import keep_freed_memory
+from paceline.train.planning import BUDGET_S as JOB_BUDGET_S
+from paceline.train.planning import measure_all
+from paceline.train.precision import choose_precision
+from paceline.train.session import Datasets
+from paceline.train.survey import BUDGET_S, survey
+
+Known = tuple[Profile, LinkedCluster]
+
+
+class Measuring:
+    """Measuring a job; and the cache of what was found, on rank 0."""
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        loaded: LoadedJob,
+        world: World,
+        everyone: Group,
+        cluster: Cluster,
+        datasets: Datasets,
+        precision: str,
+    ) -> None:
+        self._spec, self._loaded, self._world, self._everyone = spec, loaded, world, everyone
+        self._cluster, self._datasets, self._precision = cluster, datasets, precision
+        self._key = self._make_key() if world.rank == 0 else ""
+
+    def kept(self) -> Known | None:
+        """What an earlier run has kept; None where that is nothing, or another version's, and on other ranks."""
+        values = store.kept(self._key) if self._key else None
+        if values is None:
+            return None
+        try:
+            profile, linked = values
+            return Profile.from_json(profile), LinkedCluster.from_json(linked)
+        except (ValidationError, ValueError, TypeError):
+            return None
+
+    def measure(self) -> Known | None:
+        """On rank 0 what all workers find; it is kept, unless the machine was too busy. A collective call.
+
+        Raises:
+            PacelineError: the job fails on its first steps.
+        """
+        measured = measure_all(
+            self._loaded.job,
+            self._datasets,
+            self._world,
+            self._everyone,
+            self._cluster,
+            seed=self._spec.seed,
+            precision=self._precision,
+            threads=user_threads(),
+            budget_s=self._spec.budget_s or JOB_BUDGET_S,
+        )
+        if measured is not None and measured[0].spread <= MOST_SPREAD:
+            store.keep(self._key, [record.to_json() for record in measured])
+        return measured
+
+    def _make_key(self) -> str:
+        """Under which what is measured is kept."""
+        loaded = self._loaded
+        about = (
+            self._cluster.to_json(),
+            versions(),
+            self._precision,
+            loaded.job.batch_size,
+            user_threads(),
+            self._everyone.transport,
+        )
+        return store.key_of(loaded.path, loaded.options, *about)
+
+
+def gather_cluster(everyone: Group, world: World) -> Cluster:
+    """The hosts of all workers, in the order of their ranks."""
+    own = describe_host(world.device.type, world.local_size).to_json()
+    firsts = [
+        host for host in everyone.gather_json(own if world.local_rank == 0 else None, "the hosts") if host
+    ]
+    return Cluster(hosts=tuple(Host.from_json(host) for host in firsts))
+
+
+def agree_on_precision(
+    spec: RunSpec, loaded: LoadedJob, datasets: Datasets, world: World, everyone: Group
+) -> tuple[str, str]:
+    """What rank 0 chooses, on all workers, and why."""
+    chosen = None
+    if world.rank == 0:
+        if spec.precision == AUTO and spec.layout != AUTO and Layout.parse(spec.layout).splits_model:
+            chosen = "fp32", "the layout splits the model: what one process would gain was not timed"
+        else:
+            chosen = choose_precision(
+                spec.precision, loaded.job, datasets, seed=spec.seed, device=world.device
+            )
+    precision, reason = everyone.gather_json(chosen, "the precision")[0]
+    return precision, reason
+
+
+def measure_for_plan(spec: RunSpec, loaded: LoadedJob, world: World) -> None:
+    """Leave what the planner has to know of a job in the run's directory."""
+    everyone = world.group(world.size)
+    assert everyone is not None
+    keep_freed_memory()
+    cluster = gather_cluster(everyone, world)
+    datasets = Datasets(loaded.job, spec.seed)
+    found = measure_all(loaded.job, datasets, world, everyone, cluster, seed=spec.seed)
+    _leave(spec, found)
+
+
+def measure_for_training(spec: RunSpec, loaded: LoadedJob, world: World) -> None:
+    """The same for a run of the job, with its precision and the user's threads; it is kept for that, too."""
+    everyone = world.group(world.size)
+    assert everyone is not None
+    take_cores(world.local_rank, world.local_size)
+    keep_freed_memory()
+    cluster = gather_cluster(everyone, world)
+    datasets = Datasets(loaded.job, spec.seed)
+    precision, _ = agree_on_precision(spec, loaded, datasets, world, everyone)
+    _leave(spec, Measuring(spec, loaded, world, everyone, cluster, datasets, precision).measure())
+
+
+def measure_hosts(spec: RunSpec, world: World) -> None:
+    """Leave what there is to know of the hosts in the run's directory."""
+    everyone = world.group(world.size)
+    assert everyone is not None
+    keep_freed_memory()
+    found = survey(world, everyone, gather_cluster(everyone, world), spec.budget_s or BUDGET_S)
+    if found is not None:
+        _write(spec, HARDWARE_FILE, found)
+
+
+def _leave(spec: RunSpec, found: Known | None) -> None:
+    for name, record in zip(MEASURED_FILES, found or (), strict=found is not None):
+        _write(spec, name, record)
+
+
+def _write(spec: RunSpec, name: str, record: Record) -> None:
+    (spec.directory / name).write_text(json.dumps(record.to_json(), indent=2) + "\n")
