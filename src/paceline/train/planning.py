@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import time
-from collections.abc import Callable, Iterator
-from statistics import median
+from collections.abc import Iterator
 
 import torch
 
@@ -15,15 +13,15 @@ from paceline.comm.threads import take_cores
 from paceline.comm.world import World
 from paceline.errors import LayoutError
 from paceline.job import Job
-from paceline.measure.machine import peak_memory_bytes
+from paceline.measure.machine import launcher_memory_bytes
 from paceline.plan.corrections import corrected
-from paceline.plan.curves import Curve
 from paceline.plan.forecast import Forecaster
-from paceline.plan.links import Link, MeasuredCollective
 from paceline.plan.profile import Block, Costs, LinkedCluster, Profile, Tried
 from paceline.records import Cluster, Layout
 from paceline.split.granularity import NUMBERS, TENSORS, granularity
 from paceline.train.build import build_model, build_optimizer
+from paceline.train.held_memory import HeldMemory, measure_held_memory
+from paceline.train.link_speeds import measure_links
 from paceline.train.profiling import Measured, measure_costs, measure_division
 from paceline.train.session import Datasets
 from paceline.train.speeds import measure_speeds
@@ -31,13 +29,6 @@ from paceline.train.trial import LayoutTimer
 
 BUDGET_S = 12.0
 """What measuring a job takes, about."""
-_SIZES = (4, 64 << 10, 1 << 20, 16 << 20)
-"""Bytes of what is exchanged."""
-_CALLS_S = 0.05
-"""About how long one size of one collective is repeated in a turn."""
-_TURNS = 5
-_LONGEST_S = 0.5
-"""Sizes that would take longer are left out: a slow link is as good as a straight line by then."""
 
 
 def measure_all(
@@ -64,9 +55,13 @@ def measure_all(
     Raises:
         PacelineError: the job fails on its first steps.
     """
-    _ = datasets["train"]
-    base_bytes = peak_memory_bytes(world.device.type)
-    peak_bytes = 0
+    # What a run reads is there, of both splits, when memory is measured.
+    _ = datasets["train"], datasets["test"]
+    held = None
+    if world.rank == 0:
+        take_cores(0, 1, threads or 1)
+        held = measure_held_memory(job, datasets, seed=seed, device=world.device, precision=precision)
+    everyone.barrier("after memory was measured")
     conditions = list(_conditions(cluster, threads))
     sizes = _micro_batches(job.batch_size, cluster.workers)
     parts = len(conditions) + 2
@@ -89,7 +84,6 @@ def measure_all(
                 go_on=functools.partial(_as_rank_0, group),
             )
             found.append(measured)
-        peak_bytes = peak_bytes or peak_memory_bytes(world.device.type)
         everyone.barrier("after measuring")
     divided = None
     if conditions[-1][1] > 1:
@@ -97,7 +91,7 @@ def measure_all(
             job, datasets, world, found, conditions[-1], sizes, seed, precision, budget_s / parts / 2
         )
         everyone.barrier("after measuring divided blocks")
-    within, between, meeting_s = _measure_links(world, everyone, cluster)
+    within, between, meeting_s = measure_links(world, everyone, cluster)
     layouts = _ways_of_splitting(job.batch_size, cluster, conditions[-1], can_divide=divided is not None)
     layouts = [Layout.parse(t) for t in everyone.gather_json([str(x) for x in layouts], "layouts to try")[0]]
     timer = LayoutTimer(
@@ -112,7 +106,7 @@ def measure_all(
     )
     trials = timer.run() if layouts else []
     speeds = measure_speeds(job, datasets, world, everyone, cluster, seed=seed)
-    if world.rank != 0:
+    if held is None:
         return None
     costs = [m.costs.model_copy(update={"meeting_s": meeting_s}) for m in found]
     if divided is not None:
@@ -124,12 +118,26 @@ def measure_all(
         costs=tuple(costs),
         state_per_byte=max(m.state_per_byte for m in found),
         shares_update=_shares_update(job, seed, world.device),
-        base_bytes=base_bytes,
+        base_bytes=0,
         spread=max(m.spread for m in found),
     )
-    linked = LinkedCluster(cluster=cluster, within=within, between=between, speeds=speeds)
-    profile = _with_temporaries(profile, linked, Layout(threads=conditions[0][0]), peak_bytes)
-    tried = [Tried(layout=t.layout, step_s=t.median_step_s) for t in trials if t.median_step_s]
+    linked = LinkedCluster(
+        cluster=cluster,
+        within=within,
+        between=between,
+        speeds=speeds,
+        launcher_bytes=launcher_memory_bytes() if world.device.type == "cpu" else 0,
+    )
+    profile = _with_memory(profile, linked, conditions[0][0], held)
+    tried = [
+        Tried(
+            layout=t.layout,
+            step_s=t.median_step_s,
+            peak_bytes=None if t.grown_bytes is None else held.empty + t.grown_bytes,
+        )
+        for t in trials
+        if t.median_step_s
+    ]
     return corrected(profile, linked, tried), linked
 
 
@@ -197,22 +205,27 @@ def _ways_of_splitting(
     return [layout for layout in layouts if batch_size % (layout.data_parallel * layout.micro) == 0]
 
 
-def _with_temporaries(profile: Profile, linked: LinkedCluster, alone: Layout, peak_bytes: int) -> Profile:
-    """The profile with what one process needed at its worst beyond what is known to be there: of each sample as much.
+def _with_memory(profile: Profile, linked: LinkedCluster, threads: int, held: HeldMemory) -> Profile:
+    """The profile with what one process held beyond what is known to be there: of each sample as much, and the rest."""
+    forecaster = Forecaster(profile, linked)
 
-    Args:
-        alone: what that process did, on whole batches.
-        peak_bytes: the most that it held.
-    """
-    known = Forecaster(profile, linked).forecast(alone).memory.total
-    each = max(0, peak_bytes - known) / profile.batch_size
+    def rest(micro: int, peak_bytes: int) -> int:
+        return peak_bytes - forecaster.forecast(Layout(micro=micro, threads=threads)).memory.total
+
+    whole, in_parts = rest(1, held.peak), rest(held.micro, held.peak_in_parts)
+    fewer = profile.batch_size - profile.batch_size // held.micro
+    each = max(0, whole - in_parts) / fewer if fewer else 0.0
 
     def larger(block: Block) -> Block:
         divisions = tuple(d.model_copy(update={"peak_bytes": each / d.tp}) for d in block.divisions)
         return block.model_copy(update={"peak_bytes": each, "divisions": divisions})
 
     costs = (c.model_copy(update={"blocks": tuple(map(larger, c.blocks))}) for c in profile.costs)
-    return profile.model_copy(update={"costs": tuple(costs)})
+    every = max(0, round(whole - each * profile.batch_size))
+    files = min(held.files, every)
+    return profile.model_copy(
+        update={"costs": tuple(costs), "base_bytes": every - files, "mapped_bytes": files}
+    )
 
 
 def _as_rank_0(group: Group, wish: bool) -> bool:
@@ -239,95 +252,6 @@ def _micro_batches(batch_size: int, workers: int) -> list[int]:
     Two samples at least: batch norm has no statistics of one alone, and its workers take those of all together.
     """
     return sorted({max(min(2, batch_size), batch_size // n) for n in (1, workers, 4 * workers)})
-
-
-def _measure_links(world: World, everyone: Group, cluster: Cluster) -> tuple[Link, Link | None, float]:
-    """Within the first host, between the hosts' first workers; and how long a meeting takes within a host."""
-    none = Link(name="none", latency_s=0.0, bytes_per_s=1e12)
-    within, between, meeting_s = none, None, 0.0
-    firsts = tuple(sum(h.workers for h in cluster.hosts[:number]) for number in range(len(cluster.hosts)))
-    here = tuple(range(cluster.hosts[0].workers))
-    if len(here) > 1:
-        group = world.group_of(here, busy=len(here), mailbox=True)
-        if group is not None:
-            within = _measure_link(group, is_shared=group.device.type == "cpu")
-            meeting_s = _seconds(group, functools.partial(group.barrier, "a measured meeting"))
-        everyone.barrier("after the link within a host")
-    if len(firsts) > 1:
-        group = world.group_of(firsts, busy=len(firsts))
-        # Each host has a cable of its own.
-        between = none if group is None else _measure_link(group, is_shared=False)
-        everyone.barrier("after the link between hosts")
-    return within, between, meeting_s
-
-
-def _measure_link(group: Group, *, is_shared: bool) -> Link:
-    found = []
-    for kind in ("all-reduce", "all-gather", "reduce-scatter", "message"):
-        seconds: dict[float, float] = {}
-        for num_bytes in _SIZES:
-            if len(seconds) > 1 and _expected(seconds, num_bytes) > _LONGEST_S:
-                break
-            numel = -(-num_bytes // 4 // group.size) * group.size
-            tensor = torch.ones(numel, device=group.device)
-            seconds[float(4 * numel)] = _seconds(group, _call(group, kind, tensor))
-        found.append(MeasuredCollective(kind=kind, workers=group.size, seconds=Curve.of(seconds)))
-    (_, least_s), *_, (most_bytes, most_s) = found[-1].seconds.points
-    return Link(
-        name=group.transport,
-        latency_s=least_s,
-        bytes_per_s=most_bytes / max(most_s - least_s, 1e-9),
-        is_shared=is_shared,
-        measured=tuple(found),
-    )
-
-
-def _expected(seconds: dict[float, float], num_bytes: int) -> float:
-    """Of a larger size, in proportion to the last one."""
-    last_bytes, last_s = max(seconds.items())
-    return last_s * num_bytes / last_bytes
-
-
-def _call(group: Group, kind: str, tensor: torch.Tensor) -> Callable[[], object]:
-    def message() -> None:
-        """From the first worker to the second; the others wait for none."""
-        if group.rank == 0:
-            group.start_send(tensor, 1, "a measured message").wait()
-        elif group.rank == 1:
-            group.receive_(tensor, 0, "a measured message")
-
-    return {
-        "all-reduce": lambda: group.sum_(tensor, "a measured sum"),
-        "all-gather": lambda: group.all_gather_(tensor, "a measured gathering"),
-        "reduce-scatter": lambda: group.reduce_scatter_(tensor, "a measured scattering"),
-        "message": message,
-    }[kind]
-
-
-def _seconds(group: Group, call: Callable[[], object]) -> float:
-    """Of one call, all workers at once: the median of several turns of several calls, as rank 0 has measured it."""
-
-    def turn(count: int) -> float:
-        group.barrier("before a turn")
-        begin_s = time.perf_counter()
-        for _ in range(count):
-            call()
-        # A message has arrived when its receiver says so.
-        group.barrier("after a turn")
-        return (time.perf_counter() - begin_s) / count
-
-    turn(1)
-    first_s = max(_agreed(group, turn(2)), 1e-6)
-    count = int(max(1.0, min(200.0, _CALLS_S / first_s)))
-    # What takes long is repeated less often: little of it is noise.
-    turns = int(max(1.0, min(_TURNS, _TURNS * _CALLS_S / first_s)))
-    return _agreed(group, median(turn(count) for _ in range(turns)))
-
-
-def _agreed(group: Group, seconds: float) -> float:
-    """Rank 0's, on all workers."""
-    told = torch.tensor([seconds], dtype=torch.float64, device=group.device)
-    return float(group.broadcast_(told, "what was measured"))
 
 
 def _shares_update(job: Job, seed: int, device: torch.device) -> bool:
