@@ -66,6 +66,7 @@ def estimate(profile: Profile, measured: LinkedCluster | None, described: Descri
             "costs": tuple(_scaled_costs(one, scales[0]) for one in costs),
             "base_bytes": profile.base_bytes if first.device is None else GPU_BASE_BYTES,
             "mapped_bytes": profile.mapped_bytes if first.device is None else 0,
+            "splitting_bytes": profile.splitting_bytes if first.device is None else 0,
             **_corrections(profile, first, scales[0]),
         }
     )

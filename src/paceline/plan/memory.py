@@ -50,8 +50,11 @@ def worker_memory(
         parameters, held = whole / sharers, trained / sharers
         gradients = float(trained)
         mapped = (sharers - 1) / sharers * (whole + trained)
+    if layout.recompute == "full":
+        samples = profile.batch_size / (layout.data_parallel * layout.micro)
+        temporary = max(0.0, temporary + profile.recomputed_bytes * samples / (layout.tp * layout.pp))
     found = Memory(
-        base=profile.base_bytes,
+        base=profile.base_bytes + (profile.splitting_bytes if layout.splits_model else 0),
         parameters=round(parameters),
         gradients=round(gradients),
         state=round(held * profile.state_per_byte),

@@ -142,6 +142,11 @@ class Profile(Record):
     """Of a worker, whatever the model: the framework and what it takes when it is first used, the data sets."""
     mapped_bytes: int = Field(default=0, ge=0)
     """Of a worker: pages of files, as the code of libraries, which the host has once."""
+    splitting_bytes: int = Field(default=0, ge=0)
+    """Of a worker whose layout splits the model, or computes again: the code for that, on top."""
+    recomputed_bytes: float = 0.0
+    """Of one sample, where all is computed again: what is held beyond the inputs of all blocks and the whole of one;
+    negative where it is less."""
     tried: tuple[Tried, ...] = ()
     """One layout of each way of splitting, timed for a moment: what `action_s` and `unexplained_s` were taken from."""
     action_s: float = Field(default=0.0, ge=0)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
+import itertools
 
 import torch
 
+from paceline.comm.group import Group
+from paceline.comm.mesh import data_mesh
+from paceline.errors import LayoutError
 from paceline.job import Job
 from paceline.measure.machine import (
     file_memory_bytes,
@@ -14,8 +19,9 @@ from paceline.measure.machine import (
     held_memory_bytes,
     peak_memory_bytes,
 )
+from paceline.records import Layout
 from paceline.train.allocator import give_back_freed_memory
-from paceline.train.data import ShareLoader
+from paceline.train.data import ShareLoader, few_samples
 from paceline.train.replica import Replica
 from paceline.train.session import Datasets
 
@@ -48,36 +54,63 @@ class HeldMemory:
     peak_in_parts: int
     """At most, with `micro` micro-batches."""
     micro: int
+    peak_recomputed: int | None
+    """At most, with whole batches, where all is computed again in the backward pass; None: the job cannot do that."""
     empty: int
     """Without a model, after there was one."""
     files: int
     """Pages of files among that."""
+    splitting: int
+    """What the code that splits models adds to it."""
 
 
 def measure_held_memory(
     job: Job, datasets: Datasets, *, seed: int, device: torch.device, precision: str
 ) -> HeldMemory:
     """A few steps in this process, which has not trained anything yet."""
-    micro = next(m for m in range(min(_FEWER, job.batch_size), 0, -1) if job.batch_size % m == 0)
-    replica = Replica(job, seed=seed, device=device, precision=precision, total_steps=job.steps or 1000)
-    found = {}
-    for parts in (1, micro):
+    kind, micro = device.type, next(m for m in range(_FEWER, 0, -1) if job.batch_size % m == 0)
+
+    def peak(layout: Layout, numbers: tuple[int, ...]) -> list[int]:
+        """With each of these numbers of micro-batches."""
+        mesh = data_mesh(Group.alone(device), layout)
+        replica = Replica(
+            job,
+            seed=seed,
+            device=device,
+            precision=precision,
+            total_steps=job.steps or 1000,
+            in_parts=layout.splits_model,
+        )
+        if layout.splits_model:
+            replica.split(mesh, few_samples(job, datasets["train"], device))
+        found = []
+        for number in numbers:
+            give_back_freed_memory()
+            forget_peak_memory(kind)
+            loader = ShareLoader(
+                job, datasets["train"], seed=seed, micro=number, size=1, rank=0, device=device
+            )
+            for batch in itertools.islice(loader.endless(), _STEPS):
+                replica.step(batch)
+            found.append(peak_memory_bytes(kind))
+        return found
+
+    def held() -> int:
+        gc.collect()  # models and their hooks refer to each other
         give_back_freed_memory()
-        forget_peak_memory(device.type)
-        loader = ShareLoader(
-            job, datasets["train"], seed=seed, micro=parts, size=1, rank=0, device=device
-        ).endless()
-        for _ in range(_STEPS):
-            replica.step(next(loader))
-        found[parts] = peak_memory_bytes(device.type)
-    files = file_memory_bytes(device.type)
-    del replica, loader
-    gc.collect()  # models and their hooks refer to each other
-    give_back_freed_memory()
+        return held_memory_bytes(kind)
+
+    whole, in_parts = peak(Layout(), (1, micro))
+    empty, files = held(), file_memory_bytes(kind)
+    recomputed = None
+    with contextlib.suppress(LayoutError):
+        (recomputed,) = peak(Layout(recompute="full"), (1,))
     return HeldMemory(
-        peak=found[1],
-        peak_in_parts=found[micro],
+        peak=whole,
+        peak_in_parts=in_parts,
         micro=micro,
-        empty=held_memory_bytes(device.type),
+        peak_recomputed=recomputed,
+        empty=empty,
         files=files,
+        splitting=max(0, held() - empty),
     )

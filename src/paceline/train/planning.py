@@ -133,7 +133,7 @@ def measure_all(
         Tried(
             layout=t.layout,
             step_s=t.median_step_s,
-            peak_bytes=None if t.grown_bytes is None else held.empty + t.grown_bytes,
+            peak_bytes=None if t.grown_bytes is None else _empty_bytes(held, t.layout) + t.grown_bytes,
         )
         for t in trials
         if t.median_step_s
@@ -223,9 +223,24 @@ def _with_memory(profile: Profile, linked: LinkedCluster, threads: int, held: He
     costs = (c.model_copy(update={"blocks": tuple(map(larger, c.blocks))}) for c in profile.costs)
     every = max(0, round(whole - each * profile.batch_size))
     files = min(held.files, every)
-    return profile.model_copy(
-        update={"costs": tuple(costs), "base_bytes": every - files, "mapped_bytes": files}
+    found = profile.model_copy(
+        update={
+            "costs": tuple(costs),
+            "base_bytes": every - files,
+            "mapped_bytes": files,
+            "splitting_bytes": held.splitting,
+        }
     )
+    if held.peak_recomputed is None:
+        return found
+    layout = Layout(recompute="full", threads=threads)
+    more = held.peak_recomputed - Forecaster(found, linked).forecast(layout).memory.total
+    return found.model_copy(update={"recomputed_bytes": more / profile.batch_size})
+
+
+def _empty_bytes(held: HeldMemory, layout: Layout) -> int:
+    """What a worker of the layout holds without a model."""
+    return held.empty + (held.splitting if layout.splits_model else 0)
 
 
 def _as_rank_0(group: Group, wish: bool) -> bool:
