@@ -1,7 +1,6 @@
-"""Forecasts of peak memory held against what fresh processes hold; and layouts run under limits around the forecasts.
+"""Forecasts of peak memory held against what new processes hold.
 
     python benchmarks/memory_forecast.py DIR                 # measure each job once, run its layouts; the table
-    python benchmarks/memory_forecast.py DIR --limits        # then run layouts in hosts of little memory (root)
     python benchmarks/memory_forecast.py DIR --table         # the tables again, of what DIR holds
 
 Each job is measured once by as many workers as there are cores (what `paceline plan` does), which stays in DIR. Then
@@ -9,10 +8,6 @@ each layout trains eight steps in processes of its own (what `paceline train --n
 the most that each worker has held: resident memory, `VmHWM` of /proc, so that a page which two workers map counts
 for both. The forecast is of the worst worker, and so is what is compared. Layouts of which the measuring processes
 tried one for a moment are marked.
-
-With `--limits` a host whose memory is a share of what the layout is forecast to need there, its margin included, runs
-it: a worker that is killed for memory where the planner would have accepted the layout is an error, and so is one
-that survives where it would have been refused although the margin was there.
 """
 
 from __future__ import annotations
