@@ -52,7 +52,7 @@ def layouts_for(batch_size: int) -> list[Layout]:
     n = CORES
     texts = (
         "dp_replicate=1", "recompute=full", f"dp_replicate={n}", f"dp_replicate={n},micro=2", f"dp_shard={n},zero=3",
-        f"tp={n}", f"pp={n},micro={2 * n}", f"pp={n},micro={n},schedule=gpipe",
+        f"tp={n}", f"pp={n},micro={2 * n}",
     )  # fmt: skip
     found = [Layout.parse(f"{text},threads=1") for text in texts]
     return [layout for layout in found if batch_size % (layout.data_parallel * layout.micro) == 0]
