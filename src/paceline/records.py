@@ -252,6 +252,8 @@ class Trial(Record):
     communication_s: float | None = None
     data_s: float | None = None
     optimizer_s: float | None = None
+    grown_bytes: int | None = None
+    """By how much the memory of its worst worker grew with its first steps; None: not known."""
     error: str | None = None
 
 

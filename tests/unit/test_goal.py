@@ -19,7 +19,7 @@ from paceline.plan.curves import Curve
 from paceline.plan.forecast import Forecaster
 from paceline.plan.goal import GoalCurve, samples_needed, steps_needed, time_to_goal
 from paceline.plan.profile import Profile
-from paceline.plan.search import MEMORY_MARGIN, layouts
+from paceline.plan.search import MEMORY_MARGIN, layouts, room_bytes
 from paceline.report.goal_figures import drawing
 from paceline.report.goal_page import goal_section
 from paceline.report.goals import goal_lines, print_goal
@@ -42,7 +42,6 @@ def test_steps_and_samples_trade_off_as_in_the_paper(batch, noise):
 def test_it_finds_what_trying_every_layout_of_every_batch_size_finds(seed, noise):
     drawn = random.Random(seed)
     job, cluster = random_profile(drawn), random_linked(drawn)
-    room = min(h.memory_bytes // h.workers for h in cluster.cluster.hosts) * (1 - MEMORY_MARGIN)
     numbers = range(1, cluster.cluster.workers + 1)
     sizes = [job.batch_size // 2, job.batch_size, job.batch_size * 2]
     least: dict[tuple[int, int], float] = {}
@@ -51,7 +50,7 @@ def test_it_finds_what_trying_every_layout_of_every_batch_size_finds(seed, noise
         for number in numbers:
             for layout in layouts(forecaster, number):
                 found = forecaster.forecast(layout)
-                if found.memory.total <= room:
+                if found.memory.own <= room_bytes(cluster, layout, None, MEMORY_MARGIN):
                     time = found.step_s * (1 + noise / size)
                     least[number, size] = min(time, least.get((number, size), math.inf))
     if not least:

@@ -257,7 +257,7 @@ def test_files_are_written_and_hold_the_numbers(pipeline, tmp_path):
         *pipeline.advice.sentences,
         knee_sentence(pipeline),
         formats.seconds(best.step_s),
-        formats.size(best.memory.total),
+        formats.size(best.memory.own),
         *(formats.times(point.speedup) for point in pipeline.curve.points),
         *(f"± {formats.seconds(forecast.error_s)}" for forecast in pipeline.found.fastest),
         *(formats.times(change.factor) for change in pipeline.advice.changes),

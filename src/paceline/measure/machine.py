@@ -131,10 +131,43 @@ def _read_lines(path: Path) -> list[str]:
 
 def peak_memory_bytes(device: str) -> int:
     """The most memory that this process has held: on the GPU where it trains there, else resident."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else _status_bytes("VmHWM")
+
+
+def held_memory_bytes(device: str) -> int:
+    """The memory that this process holds now: as `peak_memory_bytes`."""
+    return torch.cuda.memory_allocated() if device == "cuda" else _status_bytes("VmRSS")
+
+
+def forget_peak_memory(device: str) -> bool:
+    """Have `peak_memory_bytes` begin again with what is held now; whether the system can do that."""
     if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    for line in _read_lines(Path("/proc/self/status")):
-        if line.startswith("VmHWM:"):
+        torch.cuda.reset_peak_memory_stats()
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def file_memory_bytes(device: str) -> int:
+    """Of what is held: pages of files, as the code of libraries, which all processes that map them have in common."""
+    return 0 if device == "cuda" else _status_bytes("RssFile")
+
+
+def launcher_memory_bytes() -> int:
+    """What the process that has started this one holds for itself, where the same limits of memory hold for both."""
+    parent = Path(f"/proc/{os.getppid()}")
+    if _read_lines(parent / "cgroup") != _read_lines(Path("/proc/self/cgroup")):
+        return 0
+    return _status_bytes("RssAnon", parent)
+
+
+def _status_bytes(name: str, process: Path = Path("/proc/self")) -> int:
+    """0 where the system does not tell."""
+    for line in _read_lines(process / "status"):
+        if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     return 0
 

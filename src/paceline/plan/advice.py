@@ -184,8 +184,13 @@ def _cases(
         )
         yield case("twice as many hosts", linked=more)
     if found.smallest is not None:
-        room = memory_bytes or min(host.memory_bytes // host.workers for host in linked.cluster.hosts)
-        yield case("twice the memory", memory_bytes=2 * room)
+        if memory_bytes is not None:
+            yield case("twice the memory", memory_bytes=2 * memory_bytes)
+        else:
+            cluster = linked.cluster
+            twice = (h.model_copy(update={"memory_bytes": 2 * h.memory_bytes}) for h in cluster.hosts)
+            larger = cluster.model_copy(update={"hosts": tuple(twice)})
+            yield case("twice the memory", linked=linked.model_copy(update={"cluster": larger}))
 
 
 def _names(links: Sequence[Link]) -> str:

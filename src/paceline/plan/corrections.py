@@ -3,14 +3,16 @@
 Blocks, links and the optimizer are measured apart. Run together they cost more: a pipeline's worker runs the code
 around its blocks for every action, sharding gathers and frees, caches are shared. So of each way of splitting one
 layout is tried, and what its step takes beyond its forecast is added to the forecasts of all that split in that way.
+Likewise what its workers hold.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from paceline.plan.forecast import Forecaster, ways_of
+from paceline.plan.forecast import Forecaster
 from paceline.plan.profile import PIPELINE, LinkedCluster, Profile, Tried
+from paceline.plan.ways import ways_of
 
 _HALVINGS = 40
 
@@ -22,8 +24,10 @@ def corrected(profile: Profile, linked: LinkedCluster, tried: Sequence[Tried]) -
         linked: the cluster on which the profile was measured and the layouts were tried.
         tried: of each way of splitting one layout, which splits in no other way.
     """
-    found = profile.model_copy(update={"tried": tuple(tried), "action_s": 0.0, "unexplained_s": {}})
+    nothing = {"action_s": 0.0, "unexplained_s": {}, "unexplained_bytes": {}}
+    found = profile.model_copy(update={"tried": tuple(tried), **nothing})
     unexplained_s: dict[str, float] = {}
+    unexplained_bytes: dict[str, float] = {}
     action_s = 0.0
     for one in tried:
         layout = one.layout
@@ -32,13 +36,17 @@ def corrected(profile: Profile, linked: LinkedCluster, tried: Sequence[Tried]) -
             continue
         (way,) = ways
         forecaster = Forecaster(found, linked)
-        missing_s = one.step_s - forecaster.forecast(layout).step_s
+        foreseen = forecaster.forecast(layout)
+        missing_s = one.step_s - foreseen.step_s
+        if one.peak_bytes is not None:
+            unexplained_bytes[way] = one.peak_bytes - foreseen.memory.total
         if way == PIPELINE and missing_s > 0:
             action_s = _action_s(found, linked, one)
             continue
         # In seconds of the device that was measured: slower hosts pay more.
         unexplained_s[way] = missing_s * linked.slowest(layout.workers) / forecaster.times_of(layout, way)
-    return found.model_copy(update={"action_s": action_s, "unexplained_s": unexplained_s})
+    told = {"action_s": action_s, "unexplained_s": unexplained_s, "unexplained_bytes": unexplained_bytes}
+    return found.model_copy(update=told)
 
 
 def _action_s(profile: Profile, linked: LinkedCluster, tried: Tried) -> float:

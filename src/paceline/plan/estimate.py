@@ -65,6 +65,8 @@ def estimate(profile: Profile, measured: LinkedCluster | None, described: Descri
             "device": _kind(first),
             "costs": tuple(_scaled_costs(one, scales[0]) for one in costs),
             "base_bytes": profile.base_bytes if first.device is None else GPU_BASE_BYTES,
+            "mapped_bytes": profile.mapped_bytes if first.device is None else 0,
+            "splitting_bytes": profile.splitting_bytes if first.device is None else 0,
             **_corrections(profile, first, scales[0]),
         }
     )
@@ -97,7 +99,8 @@ def _corrections(profile: Profile, first: DescribedHost, scale: Scale) -> dict[s
     """
     if first.device is not None:
         error = max(profile.past_error, GPU_ERROR)
-        return {"tried": (), "action_s": 0.0, "unexplained_s": {}, "past_error": error}
+        nothing = {"action_s": 0.0, "unexplained_s": {}, "unexplained_bytes": {}}
+        return {"tried": (), **nothing, "past_error": error}
     unexplained_s = {way: seconds * scale.host for way, seconds in profile.unexplained_s.items()}
     return {"tried": (), "action_s": profile.action_s * scale.host, "unexplained_s": unexplained_s}
 

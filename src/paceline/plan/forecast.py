@@ -13,14 +13,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from paceline.errors import LayoutError
-from paceline.plan import links
 from paceline.plan.links import Placement
-from paceline.plan.overlap import bucket_bytes, exposed_s
+from paceline.plan.memory import worker_memory
+from paceline.plan.orders import orders, peak_stored, stages_of_workers
+from paceline.plan.places import Places
 from paceline.plan.profile import (
-    DATA,
     GATHERED,
-    PIPELINE,
-    SHARDED,
     TENSOR,
     Block,
     Costs,
@@ -28,16 +26,16 @@ from paceline.plan.profile import (
     LinkedCluster,
     Profile,
 )
-from paceline.plan.schedules import SCHEDULES, make_schedule
+from paceline.plan.schedules import SCHEDULES
 from paceline.plan.stages import Stage, join, partition
 from paceline.plan.terms import Forecast, Memory, Terms
-from paceline.plan.timeline import Coded, coded, makespan_s, peak_of
-from paceline.records import AXES, Layout
+from paceline.plan.timeline import makespan_s
+from paceline.plan.updates import one_copy, updating
+from paceline.plan.ways import ways_of
+from paceline.records import Layout
 
 _MOST_TAKEN_OFF = 0.5
 """Share of a forecast that what is unexplained may take off it."""
-SHARED_MEMORY = "shared memory"
-"""Name of the link within a host over which workers can have one copy of the parameters."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +59,7 @@ class Forecaster:
         self.profile, self.linked = profile, linked
         self._stages: dict[Any, tuple[Stage, ...]] = {}
         self._played: dict[Any, float] = {}
-        self._places: dict[Any, Placement] = {}
+        self._places = Places(linked)
         self._costs: dict[Any, Costs] = {}
 
     def forecast(self, layout: Layout, *, apart: bool = True) -> Forecast:
@@ -76,8 +74,7 @@ class Forecaster:
         self.check(layout)
         costs, stages = self.costs_of(layout), self.stages_of(layout)
         held = [
-            [stages[s] for s in mine]
-            for mine in _stages_of_workers(layout.schedule, layout.pp, layout.stages)
+            [stages[s] for s in mine] for mine in stages_of_workers(layout.schedule, layout.pp, layout.stages)
         ]
         computing = self._computing(layout, stages, held, apart=apart)
         updating = [self._updating(layout, costs, mine) for mine in held]
@@ -132,7 +129,7 @@ class Forecaster:
 
     def _heaviest(self, layout: Layout, stages: Sequence[Stage]) -> list[Stage]:
         """The stages of the worker that has most parameters to update."""
-        mine_of = _stages_of_workers(layout.schedule, layout.pp, layout.stages)
+        mine_of = stages_of_workers(layout.schedule, layout.pp, layout.stages)
         return [stages[s] for s in max(mine_of, key=lambda mine: sum(stages[s].trained_bytes for s in mine))]
 
     def _least_computing_s(self, layout: Layout, stages: tuple[Stage, ...]) -> float:
@@ -142,7 +139,7 @@ class Forecaster:
         there_s = [0.0, *itertools.accumulate(s.forward_s + send_s for s in stages)]
         back_s = [0.0, *itertools.accumulate(s.input_s + send_s for s in stages)]
         least_s = 0.0
-        for mine in _stages_of_workers(layout.schedule, layout.pp, layout.stages):
+        for mine in stages_of_workers(layout.schedule, layout.pp, layout.stages):
             first = mine[0]
             weights_s = layout.micro * sum(stages[s].weight_s for s in mine)
             others_s = layout.micro * sum(stages[s].forward_s + stages[s].input_s for s in mine)
@@ -165,7 +162,7 @@ class Forecaster:
                 f"layout {layout}: what tp={layout.tp} makes of the model was not measured",
                 next_step="measure it, or use another tp",
             )
-        num_stages = sum(map(len, _stages_of_workers(layout.schedule, layout.pp, layout.stages)))
+        num_stages = sum(map(len, stages_of_workers(layout.schedule, layout.pp, layout.stages)))
         if num_stages > len(costs.model):
             raise LayoutError(
                 f"layout {layout} has {num_stages} stages, and the model {len(costs.model)} blocks",
@@ -184,36 +181,13 @@ class Forecaster:
         return self.profile.batch_size / (layout.data_parallel * layout.micro)
 
     def place(self, layout: Layout, axis: str) -> Placement:
-        """Where the workers are that differ along one axis only; `data`: along both of data parallelism."""
-        axes = ("dp_replicate", "dp_shard") if axis == "data" else (axis,)
-        size = 1
-        for name in axes:
-            size *= getattr(layout, name)
-        inner = AXES[AXES.index(axes[-1]) + 1 :]
-        stride = 1
-        for name in inner:
-            stride *= getattr(layout, name)
-        key = size, stride, layout.workers
-        if key not in self._places:
-            self._places[key] = self._find_place(*key)
-        return self._places[key]
-
-    def _find_place(self, size: int, stride: int, workers: int) -> Placement:
-        """Of a group of `size` members whose ranks are `stride` apart, among the first `workers`."""
-        per_host = self.linked.per_host
-        if workers <= self.linked.cluster.hosts[0].workers:
-            return Placement(hosts=1, per_host=size, used=1 if self.linked.has_unequal_links else 0)
-        used = self.linked.hosts_of(workers) if self.linked.has_unequal_links else 0
-        together = max(1, min(size, per_host // stride))
-        while size % together:
-            together -= 1
-        beside = max(1, min(per_host, workers) // together)
-        return Placement(hosts=size // together, per_host=together, beside=beside, used=used)
+        """See `Places.of`."""
+        return self._places.of(layout, axis)
 
     def stages_of(self, layout: Layout) -> tuple[Stage, ...]:
         """All stages in the model's order, cut where the slowest is fastest."""
         micro = self.micro_samples(layout)
-        number = sum(map(len, _stages_of_workers(layout.schedule, layout.pp, layout.stages)))
+        number = sum(map(len, stages_of_workers(layout.schedule, layout.pp, layout.stages)))
         key: tuple[Any, ...] = (
             layout.threads,
             min(layout.workers, self.linked.per_host),
@@ -280,6 +254,7 @@ class Forecaster:
             again_s=forward_s * again,
             num_blocks=1,
             largest_bytes=part.parameter_bytes,
+            worst=(saved * micro, float(part.trained_bytes), peak * micro),
         )
 
     def _block_s(
@@ -294,15 +269,14 @@ class Forecaster:
         measured = Placement(hosts=1, per_host=max(2, there))
         more_s = 0.0
         for kind, num_bytes in block.statistics:
-            more_s += max(0.0, self._link_s(kind, here, num_bytes) - self._link_s(kind, measured, num_bytes))
+            more_s += max(
+                0.0,
+                self._places.seconds(kind, here, num_bytes) - self._places.seconds(kind, measured, num_bytes),
+            )
         return block.forward_among_s(micro) + more_s / 2, block.backward_among_s(micro) + more_s / 2
 
     def _exchange_s(self, exchanges: Sequence[tuple[str, float]], place: Placement, micro: float) -> float:
-        return sum(self._link_s(kind, place, num_bytes * micro) for kind, num_bytes in exchanges)
-
-    def _link_s(self, kind: str, place: Placement, num_bytes: float) -> float:
-        pairs = self.linked.links_of(place.used)
-        return max(links.seconds(within, between, kind, place, num_bytes) for within, between in pairs)
+        return sum(self._places.seconds(kind, place, num_bytes * micro) for kind, num_bytes in exchanges)
 
     def _computing(
         self, layout: Layout, stages: tuple[Stage, ...], held: Sequence[Sequence[Stage]], *, apart: bool
@@ -333,9 +307,9 @@ class Forecaster:
         """Seconds of a pipeline's step, where a message between stages takes `send_s`."""
         key = (layout.schedule, layout.pp, layout.micro, layout.stages, stages, send_s)
         if key not in self._played:
-            orders, worker_of = _orders(layout.schedule, layout.pp, layout.micro, layout.stages)
+            order, worker_of = orders(layout.schedule, layout.pp, layout.micro, layout.stages)
             costs_s = [seconds for s in stages for seconds in (s.forward_s, s.input_s, s.weight_s)]
-            self._played[key] = makespan_s(orders, worker_of, layout.micro, costs_s, send_s)
+            self._played[key] = makespan_s(order, worker_of, layout.micro, costs_s, send_s)
         return self._played[key]
 
     def _send_s(self, layout: Layout, stages: Sequence[Stage]) -> float:
@@ -346,143 +320,26 @@ class Forecaster:
             if place.hosts > 1
             else Placement(hosts=1, per_host=2, used=place.used)
         )
-        return self._link_s("message", hop, max(s.output_bytes for s in stages[:-1]))
+        return self._places.seconds("message", hop, max(s.output_bytes for s in stages[:-1]))
 
     def parts(self, layout: Layout) -> Parts:
         """What the forecast of a layout is added up from."""
         costs, stages = self.costs_of(layout), self.stages_of(layout)
-        mine_of = _stages_of_workers(layout.schedule, layout.pp, layout.stages)
+        mine_of = stages_of_workers(layout.schedule, layout.pp, layout.stages)
         shard_bytes = stages[0].trained_bytes / layout.dp_shard if layout.pp == 1 else 0.0
         return Parts(
             stages=stages,
             send_s=self._send_s(layout, stages) if layout.pp > 1 else 0.0,
             updating=tuple(self._updating(layout, costs, [stages[s] for s in mine]) for mine in mine_of),
-            copies_s=self._link_s("all-reduce", self.place(layout, "dp_replicate"), shard_bytes),
-        )
-
-    def one_copy(self, layout: Layout) -> bool:
-        """Whether the workers of a host have one copy of the parameters between them, of which each updates a share."""
-        return (
-            layout.dp_shard == 1
-            and self.profile.shares_update
-            and all(w.name == SHARED_MEMORY for w, _ in self.linked.links_of(0))
-            and self.place(layout, "data").per_host > 1
+            copies_s=self._places.seconds("all-reduce", self.place(layout, "dp_replicate"), shard_bytes),
         )
 
     def _updating(self, layout: Layout, costs: Costs, mine: Sequence[Stage]) -> dict[str, float]:
-        """From a worker's gradients to its updated parameters."""
-        trained = sum(stage.trained_bytes for stage in mine)
-        whole = sum(stage.parameter_bytes for stage in mine)
-        speed = self.linked.slowest(layout.workers)
-        update_s, add_s = costs.optimizer_s_per_byte / speed, costs.add_s_per_byte / speed
-        n = layout.data_parallel
-        if n == 1:
-            return {"optimizer_s": trained * update_s, "fixed_s": costs.fixed_s}
-        place = self.place(layout, "data")
-        if self.one_copy(layout):
-            k = place.per_host
-            across = Placement(hosts=place.hosts, per_host=1, beside=place.beside * k, used=place.used)
-            added_s = trained * add_s + (k - 1) * trained / k * add_s
-            return {
-                "gradients_s": added_s + self._link_s("all-reduce", across, trained / k),
-                "optimizer_s": trained / k * update_s,
-                "fixed_s": costs.fixed_s + 2 * costs.meeting_s,
-            }
-        if layout.dp_shard == 1:
-            reduce_s = self._link_s("all-reduce", place, trained)
-            return {
-                "gradients_s": 2 * trained * add_s + self._exposed_s(layout, place, reduce_s),
-                "optimizer_s": trained * update_s,
-                "fixed_s": costs.fixed_s,
-            }
-        shard, replicate = self.place(layout, "dp_shard"), self.place(layout, "dp_replicate")
-        units = sum(stage.num_blocks for stage in mine)
-        times = {1: 1, 2: 1, 3: 2 * layout.micro}[layout.zero_stage]
-        gather_s = times * units * self._link_s("all-gather", shard, whole / units)
-        reduce_s = layout.micro * units * self._link_s("reduce-scatter", shard, trained / units)
-        return {
-            "gather_s": gather_s,
-            "gradients_s": 2 * trained * add_s * layout.micro
-            + reduce_s
-            + self._link_s("all-reduce", replicate, trained / layout.dp_shard),
-            "optimizer_s": trained / layout.dp_shard * update_s,
-            "fixed_s": costs.fixed_s,
-        }
-
-    def _exposed_s(self, layout: Layout, place: Placement, reduce_s: float) -> float:
-        """What is left of an all-reduce of the gradients after the backward pass. Pipelines begin it then."""
-        bucket = bucket_bytes(self.profile.device, over_network=place.hosts > 1)
-        if bucket is None or layout.pp > 1:
-            return reduce_s
-        key = ("exposed", layout.threads, layout.workers, layout.tp, layout.micro, layout.recompute, reduce_s)
-        if key not in self._played:
-            blocks = [
-                (block.input_s + block.weight_s, block.trained_bytes) for block in reversed(self._row(layout))
-            ]
-            self._played[key] = exposed_s(blocks, bucket, reduce_s)
-        return self._played[key]
+        return updating(self.profile, self._places, layout, costs, mine, functools.partial(self._row, layout))
 
     def _memory(self, layout: Layout, mine: Sequence[Stage], worker: int) -> Memory:
-        trained = sum(stage.trained_bytes for stage in mine)
-        whole = sum(stage.parameter_bytes for stage in mine)
-        largest = max(stage.largest_bytes for stage in mine)
-        if layout.pp == 1:
-            saved = sum(stage.saved_bytes for stage in mine)
-        else:
-            # What is stored are pairs of a stage and a micro-batch: no more than so many of the largest.
+        stored = 1
+        if layout.pp > 1:
             stored = peak_stored(layout.schedule, layout.pp, layout.micro, layout.stages)[worker]
-            saved = stored * max(stage.saved_bytes for stage in mine)
-        parameters, gradients, held = float(whole), float(trained), float(trained)
-        temporary = max(stage.peak_bytes for stage in mine)
-        s = layout.dp_shard
-        if s > 1:
-            held /= s
-            gradients = trained / s + min(trained, largest)
-            if layout.zero_stage > 1:
-                parameters = whole / s
-                temporary += largest if layout.zero_stage == 3 else whole
-        elif self.one_copy(layout):
-            k = self.place(layout, "data").per_host
-            parameters, held = whole / k, trained / k
-        return Memory(
-            base=self.profile.base_bytes,
-            parameters=round(parameters),
-            gradients=round(gradients),
-            state=round(held * self.profile.state_per_byte),
-            saved=round(saved),
-            temporary=round(temporary),
-        )
-
-
-def ways_of(layout: Layout) -> tuple[str, ...]:
-    """The ways in which a layout splits a job, as `Profile.unexplained_s` counts them."""
-    found = []
-    if layout.dp_shard > 1:
-        found.append(GATHERED if layout.zero_stage == 3 else SHARDED)
-    elif layout.dp_replicate > 1:
-        found.append(DATA)
-    if layout.tp > 1:
-        found.append(TENSOR)
-    if layout.pp > 1:
-        found.append(PIPELINE)
-    return tuple(found)
-
-
-@functools.lru_cache(maxsize=128)
-def _orders(schedule: str, pp: int, micro: int, stages: int | None) -> tuple[list[list[Coded]], list[int]]:
-    """What each worker does, in numbers; and the worker of each stage."""
-    made = make_schedule(schedule, pp, micro, stages)
-    return [coded(made.actions(w)) for w in range(pp)], [made.worker_of(s) for s in range(made.num_stages)]
-
-
-@functools.cache
-def _stages_of_workers(schedule: str, pp: int, stages: int | None) -> tuple[tuple[int, ...], ...]:
-    made = make_schedule(schedule, pp, 1, stages)
-    return tuple(tuple(made.stages_of(worker)) for worker in range(pp))
-
-
-@functools.cache
-def peak_stored(schedule: str, pp: int, micro: int, stages: int | None) -> tuple[int, ...]:
-    """`Timeline.peak_stored` of a schedule, which does not depend on what its actions take."""
-    made = make_schedule(schedule, pp, micro, stages)
-    return tuple(peak_of(made.actions(worker)) for worker in range(pp))
+        sharers = self.place(layout, "data").per_host if one_copy(self.profile, self._places, layout) else 1
+        return worker_memory(self.profile, layout, mine, stored=stored, sharers=sharers)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from paceline.plan.forecast import SHARED_MEMORY
 from paceline.plan.links import Link
+from paceline.plan.updates import SHARED_MEMORY
 from paceline.records import Record
 
 PRECISIONS = ("bf16", "fp16", "fp32")

@@ -123,6 +123,8 @@ class Tried(Record):
     layout: Layout
     step_s: float = Field(gt=0)
     """Median."""
+    peak_bytes: int | None = None
+    """What a worker that only trains in it would hold at most; None: not known."""
 
 
 class Profile(Record):
@@ -137,7 +139,14 @@ class Profile(Record):
     shares_update: bool = True
     """The optimizer's work can be shared out among a host's workers, which then have one copy of the parameters."""
     base_bytes: int = Field(ge=0)
-    """Of a worker, before there is a model."""
+    """Of a worker, whatever the model: the framework and what it takes when it is first used, the data sets."""
+    mapped_bytes: int = Field(default=0, ge=0)
+    """Of a worker: pages of files, as the code of libraries, which the host has once."""
+    splitting_bytes: int = Field(default=0, ge=0)
+    """Of a worker whose layout splits the model, or computes again: the code for that, on top."""
+    recomputed_bytes: float = 0.0
+    """Of one sample, where all is computed again: what is held beyond the inputs of all blocks and the whole of one;
+    negative where it is less."""
     tried: tuple[Tried, ...] = ()
     """One layout of each way of splitting, timed for a moment: what `action_s` and `unexplained_s` were taken from."""
     action_s: float = Field(default=0.0, ge=0)
@@ -145,6 +154,8 @@ class Profile(Record):
     unexplained_s: dict[str, float] = {}
     """By way of splitting: what its measured step took beyond the sum of the terms; less than nothing where those are
     too much."""
+    unexplained_bytes: dict[str, float] = {}
+    """The same of what a worker held at most."""
     past_error: float = Field(default=0.1, ge=0)
     """Relative, of earlier forecasts on this machine."""
     spread: float = Field(default=0.0, ge=0)
@@ -183,6 +194,8 @@ class LinkedCluster(Record):
     """Of each host, where they are unequal; empty: all have `within`."""
     between_of: tuple[Link, ...] = ()
     """The same of what connects a host with the others."""
+    launcher_bytes: int = Field(default=0, ge=0)
+    """Of each host's memory: what the process holds that has started its workers."""
 
     @model_validator(mode="after")
     def _one_for_each_host(self) -> Self:
@@ -218,6 +231,17 @@ class LinkedCluster(Record):
         All wait for the slowest in each part of an exchange: its time is the largest over these pairs.
         """
         return self._pairs[hosts - 1] if hosts else self._pairs[-1]
+
+    def worker_bytes(self, workers: int) -> int:
+        """What each of so many workers may use of its host's memory; a GPU has its own, whoever else works."""
+        most = []
+        for host in self.cluster.hosts:
+            here = min(host.workers, workers)
+            if here:
+                sharers = here if self.cluster.device == "cpu" else host.workers
+                most.append((host.memory_bytes - self.launcher_bytes) // sharers)
+            workers -= here
+        return max(0, min(most))
 
     @functools.cached_property
     def _pairs(self) -> tuple[tuple[tuple[Link, Link | None], ...], ...]:

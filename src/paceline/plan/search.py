@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from paceline.errors import LayoutError
 from paceline.plan.forecast import Forecaster
+from paceline.plan.profile import LinkedCluster
 from paceline.plan.schedules import SCHEDULES
 from paceline.plan.terms import Forecast
 from paceline.records import RECOMPUTE, Layout
@@ -30,6 +31,10 @@ class Refused:
     needed_bytes: int
     room_bytes: int
 
+    @property
+    def lacking_bytes(self) -> int:
+        return self.needed_bytes - self.room_bytes
+
 
 @dataclasses.dataclass(frozen=True)
 class Found:
@@ -41,7 +46,7 @@ class Found:
     num_possible: int
     """Layouts with a bound, recomputation aside."""
     smallest: Refused | None
-    """Of those refused for memory on the way, the one that needs least."""
+    """Of those refused for memory on the way, the one that lacks least."""
 
 
 def search(
@@ -56,16 +61,12 @@ def search(
 
     Args:
         workers: exactly so many workers; None: any number up to what the cluster has.
-        memory_bytes: what a worker may use; None: its share of its host's memory.
+        memory_bytes: what a worker may use; None: its host's memory over the workers that the layout has there.
         margin: share of it that is left free.
 
     Raises:
-        LayoutError: nothing fits; the layout that needs least is named. Or there is no layout of so many workers.
+        LayoutError: nothing fits; the layout that lacks least is named. Or there is no layout of so many workers.
     """
-    linked = forecaster.linked
-    if memory_bytes is None:
-        memory_bytes = min(host.memory_bytes // host.workers for host in linked.cluster.hosts)
-    room = int(memory_bytes * (1 - margin))
     possible = [layout for base in _bases(forecaster, workers) for layout in _sharded(forecaster, base)]
     if not possible:
         number_of = "any number of" if workers is None else workers
@@ -84,20 +85,32 @@ def search(
         for layout in _recomputing(possible[index]):
             num_forecast += 1
             found = forecaster.forecast(layout, apart=False)
-            if found.memory.total <= room:
+            room = room_bytes(forecaster.linked, layout, memory_bytes, margin)
+            if found.memory.own <= room:
                 bisect.insort(fastest, (found.step_s, str(layout), found), key=lambda f: f[:2])
                 break  # computing more again takes longer
-            if smallest is None or found.memory.total < smallest.needed_bytes:
-                smallest = Refused(layout, found.memory.total, room)
+            refused = Refused(layout, found.memory.own, room)
+            if smallest is None or refused.lacking_bytes < smallest.lacking_bytes:
+                smallest = refused
     if not fastest:
         assert smallest is not None
         raise LayoutError(
-            f"no layout fits: the smallest, {smallest.layout}, needs {smallest.needed_bytes / 2**20:,.0f} MiB a "
-            f"worker, and there are {room / 2**20:,.0f} MiB ({margin:.0%} left free)",
+            f"no layout fits: the nearest, {smallest.layout}, needs {smallest.needed_bytes / 2**20:,.0f} MiB a "
+            f"worker, and there are {smallest.room_bytes / 2**20:,.0f} MiB ({margin:.0%} left free)",
             next_step="use more workers, workers with more memory, or a smaller model or batch",
         )
     told = tuple(forecaster.forecast(found.layout) for _, _, found in fastest[:number])
     return Found(told, num_forecast, len(possible), smallest)
+
+
+def room_bytes(linked: LinkedCluster, layout: Layout, memory_bytes: int | None, margin: float) -> int:
+    """What a plan lets each worker of a layout take of its host's memory.
+
+    Args:
+        memory_bytes, margin: as in `search`.
+    """
+    most = linked.worker_bytes(layout.workers) if memory_bytes is None else memory_bytes
+    return int(most * (1 - margin))
 
 
 def layouts(forecaster: Forecaster, workers: int | None = None) -> Iterator[Layout]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from paceline.plan.forecast import ways_of
 from paceline.plan.terms import Forecast
+from paceline.plan.ways import ways_of
 from paceline.records import Layout
 
 MOST = 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +30,9 @@ class Stage:
     num_blocks: int
     largest_bytes: int
     """Parameters of the largest block."""
+    worst: tuple[float, float, float]
+    """At the worst moment of a first backward pass, when what is saved goes and gradients come: bytes of what is
+    saved, of gradients, and of temporaries."""
     overhead_s: float = 0.0
     """Of the three together: what running them as actions of a schedule takes beside the blocks."""
 
@@ -63,8 +66,19 @@ def join(pieces: Sequence[Stage], action_s: float = 0.0, *, in_parts: bool = Fal
         again_s=total("again_s"),
         num_blocks=len(pieces),
         largest_bytes=max(piece.largest_bytes for piece in pieces),
+        worst=max(_moments(pieces), key=sum),
         overhead_s=action_s * (3 if in_parts else 2),
     )
+
+
+def _moments(pieces: Sequence[Stage]) -> Iterator[tuple[float, float, float]]:
+    """As `Stage.worst`, in the backward pass of each piece: what was saved up to it, gradients from it on."""
+    saved = sum(piece.saved_bytes for piece in pieces)
+    gradients = 0.0
+    for piece in reversed(pieces):
+        gradients += piece.trained_bytes
+        yield saved, gradients, piece.peak_bytes
+        saved -= piece.saved_bytes
 
 
 def partition(costs: Sequence[float], number: int) -> list[int]:

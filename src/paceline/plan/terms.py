@@ -35,7 +35,7 @@ class Terms(Record):
 
 
 class Memory(Record):
-    """Bytes of one worker at its worst moment; they add up."""
+    """Bytes of one worker at its worst moment; they add up. See `plan/memory.py`."""
 
     base: int = 0
     parameters: int = 0
@@ -46,10 +46,21 @@ class Memory(Record):
     """What forward passes keep for backward passes."""
     temporary: int = 0
     """Within a block, and what is gathered or exchanged."""
+    mapped: int = 0
+    """What other workers of the host have as well, and is there once: the code of libraries, and of parameters and
+    gradients that lie in common memory those of the others' shares that this one reads."""
+    unexplained: int = 0
+    """What a worker of this way of splitting has held beyond all that, when it was tried; negative where it is less."""
 
     @property
     def total(self) -> int:
+        """Resident memory."""
         return sum(getattr(self, name) for name in type(self).model_fields)
+
+    @property
+    def own(self) -> int:
+        """What the worker takes of its host's memory: all but what others have as well."""
+        return self.total - self.mapped
 
 
 class Forecast(Record):

@@ -67,7 +67,7 @@ def _numbers(planned: Planned) -> str:
         tiles.append((f"speed against {against}", formats.times(point.speedup), efficiency))
     available = formats.count(planned.linked.cluster.workers)
     tiles.append(("workers", formats.count(best.layout.workers), f"of {available}"))
-    tiles.append(("memory of a worker", formats.size(best.memory.total), "of the one that needs most"))
+    tiles.append(("memory of a worker", formats.size(best.memory.own), "of the one that needs most"))
     items = []
     for index, (name, value, aside) in enumerate(tiles):
         told = f'<dd class="aside">{text(aside)}</dd>' if aside else ""
@@ -85,7 +85,7 @@ def _layouts(planned: Planned) -> str:
             str(forecast.layout),
             Cell(f"{time} ms", _error(forecast)),
             Cell(formats.number(forecast.samples_per_s)),
-            Cell(formats.size(forecast.memory.total)),
+            Cell(formats.size(forecast.memory.own)),
             limited_by(forecast),
         ]
         for forecast, time in zip(found.fastest, times, strict=True)

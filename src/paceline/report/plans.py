@@ -72,7 +72,7 @@ def _ranking(found: Found, width: int) -> Table:
             str(forecast.layout),
             f"{forecast.step_s * 1e3:.4g} ± {forecast.error_s * 1e3:.2g}",
             f"{forecast.samples_per_s:.4g}",
-            f"{forecast.memory.total / 2**20:,.0f}",
+            f"{forecast.memory.own / 2**20:,.0f}",
             *([limit] if has_limits else []),
         )
     return table

@@ -13,13 +13,14 @@ from paceline.comm.threads import take_cores
 from paceline.comm.world import World
 from paceline.errors import LayoutError
 from paceline.job import Job
-from paceline.measure.machine import peak_memory_bytes
+from paceline.measure.machine import launcher_memory_bytes
 from paceline.plan.corrections import corrected
 from paceline.plan.forecast import Forecaster
 from paceline.plan.profile import Block, Costs, LinkedCluster, Profile, Tried
 from paceline.records import Cluster, Host, Layout
 from paceline.split.granularity import NUMBERS, TENSORS, granularity
 from paceline.train.build import build_model, build_optimizer
+from paceline.train.held_memory import HeldMemory, measure_held_memory
 from paceline.train.link_speeds import measure_links
 from paceline.train.profiling import Measured, measure_costs, measure_division
 from paceline.train.session import Datasets
@@ -54,9 +55,13 @@ def measure_all(
     Raises:
         PacelineError: the job fails on its first steps.
     """
-    _ = datasets["train"]
-    base_bytes = peak_memory_bytes(world.device.type)
-    peak_bytes = 0
+    # What a run reads is there, of both splits, when memory is measured.
+    _ = datasets["train"], datasets["test"]
+    held = None
+    if world.rank == 0:
+        take_cores(0, 1, threads or 1)
+        held = measure_held_memory(job, datasets, seed=seed, device=world.device, precision=precision)
+    everyone.barrier("after memory was measured")
     conditions = list(conditions_of(cluster.hosts[0], threads))
     sizes = _micro_batches(job.batch_size, cluster.workers)
     parts = len(conditions) + 2
@@ -79,7 +84,6 @@ def measure_all(
                 go_on=functools.partial(_as_rank_0, group),
             )
             found.append(measured)
-        peak_bytes = peak_bytes or peak_memory_bytes(world.device.type)
         everyone.barrier("after measuring")
     divided = None
     if conditions[-1][1] > 1:
@@ -102,7 +106,7 @@ def measure_all(
     )
     trials = timer.run() if layouts else []
     speeds = measure_speeds(job, datasets, world, everyone, cluster, seed=seed)
-    if world.rank != 0:
+    if held is None:
         return None
     costs = [m.costs.model_copy(update={"meeting_s": meeting_s}) for m in found]
     if divided is not None:
@@ -114,12 +118,26 @@ def measure_all(
         costs=tuple(costs),
         state_per_byte=max(m.state_per_byte for m in found),
         shares_update=_shares_update(job, seed, world.device),
-        base_bytes=base_bytes,
+        base_bytes=0,
         spread=max(m.spread for m in found),
     )
-    linked = LinkedCluster(cluster=cluster, within=within, between=between, speeds=speeds)
-    profile = _with_temporaries(profile, linked, Layout(threads=conditions[0][0]), peak_bytes)
-    tried = [Tried(layout=t.layout, step_s=t.median_step_s) for t in trials if t.median_step_s]
+    linked = LinkedCluster(
+        cluster=cluster,
+        within=within,
+        between=between,
+        speeds=speeds,
+        launcher_bytes=launcher_memory_bytes() if world.device.type == "cpu" else 0,
+    )
+    profile = _with_memory(profile, linked, conditions[0][0], held)
+    tried = [
+        Tried(
+            layout=t.layout,
+            step_s=t.median_step_s,
+            peak_bytes=None if t.grown_bytes is None else _empty_bytes(held, t.layout) + t.grown_bytes,
+        )
+        for t in trials
+        if t.median_step_s
+    ]
     return corrected(profile, linked, tried), linked
 
 
@@ -187,22 +205,42 @@ def _ways_of_splitting(
     return [layout for layout in layouts if batch_size % (layout.data_parallel * layout.micro) == 0]
 
 
-def _with_temporaries(profile: Profile, linked: LinkedCluster, alone: Layout, peak_bytes: int) -> Profile:
-    """The profile with what one process needed at its worst beyond what is known to be there: of each sample as much.
+def _with_memory(profile: Profile, linked: LinkedCluster, threads: int, held: HeldMemory) -> Profile:
+    """The profile with what one process held beyond what is known to be there: of each sample as much, and the rest."""
+    forecaster = Forecaster(profile, linked)
 
-    Args:
-        alone: what that process did, on whole batches.
-        peak_bytes: the most that it held.
-    """
-    known = Forecaster(profile, linked).forecast(alone).memory.total
-    each = max(0, peak_bytes - known) / profile.batch_size
+    def rest(micro: int, peak_bytes: int) -> int:
+        return peak_bytes - forecaster.forecast(Layout(micro=micro, threads=threads)).memory.total
+
+    whole, in_parts = rest(1, held.peak), rest(held.micro, held.peak_in_parts)
+    fewer = profile.batch_size - profile.batch_size // held.micro
+    each = max(0, whole - in_parts) / fewer if fewer else 0.0
 
     def larger(block: Block) -> Block:
         divisions = tuple(d.model_copy(update={"peak_bytes": each / d.tp}) for d in block.divisions)
         return block.model_copy(update={"peak_bytes": each, "divisions": divisions})
 
     costs = (c.model_copy(update={"blocks": tuple(map(larger, c.blocks))}) for c in profile.costs)
-    return profile.model_copy(update={"costs": tuple(costs)})
+    every = max(0, round(whole - each * profile.batch_size))
+    files = min(held.files, every)
+    found = profile.model_copy(
+        update={
+            "costs": tuple(costs),
+            "base_bytes": every - files,
+            "mapped_bytes": files,
+            "splitting_bytes": held.splitting,
+        }
+    )
+    if held.peak_recomputed is None:
+        return found
+    layout = Layout(recompute="full", threads=threads)
+    more = held.peak_recomputed - Forecaster(found, linked).forecast(layout).memory.total
+    return found.model_copy(update={"recomputed_bytes": more / profile.batch_size})
+
+
+def _empty_bytes(held: HeldMemory, layout: Layout) -> int:
+    """What a worker of the layout holds without a model."""
+    return held.empty + (held.splitting if layout.splits_model else 0)
 
 
 def _as_rank_0(group: Group, wish: bool) -> bool:

@@ -16,6 +16,7 @@ from paceline.errors import LayoutError
 from paceline.job import Job
 from paceline.records import Layout, Trial, describe_layout
 from paceline.train.data import GlobalBatch, ShareLoader, few_samples
+from paceline.train.held_memory import Growth
 from paceline.train.replica import Replica, StepResult
 from paceline.train.session import Datasets
 
@@ -38,6 +39,8 @@ class _Candidate:
     steps_per_round: int = 1
     round_s: list[float] = dataclasses.field(default_factory=list)
     results: list[StepResult] = dataclasses.field(default_factory=list)
+    grown_bytes: int | None = None
+    """By which the memory of this worker grew, when it built the model and took its first steps."""
 
 
 class LayoutTimer:
@@ -76,6 +79,7 @@ class LayoutTimer:
     def run(self) -> list[Trial]:
         """Time all candidates; the same list on every worker, rank 0's measurements."""
         self._time()
+        self._take_worst()
         trials = [self._trial(candidate) for candidate in self._candidates]
         self._replicas.clear()
         gc.collect()  # models and their hooks refer to each other
@@ -120,6 +124,7 @@ class LayoutTimer:
     def _steps(self, candidate: _Candidate, mesh: Mesh) -> float:
         layout, group = candidate.layout, mesh.everyone
         take_cores(self._world.local_rank, min(self._world.local_size, layout.workers), layout.threads)
+        growth = None if self._key(layout) in self._replicas else Growth(self._world.device)
         replica = self._replica_of(layout, mesh)
         if candidate.batches is None:
             candidate.batches = self._endless(layout, mesh.data)
@@ -128,13 +133,15 @@ class LayoutTimer:
         results = [replica.step(next(candidate.batches)) for _ in range(candidate.steps_per_round)]
         group.barrier("after a trial")
         seconds = time.perf_counter() - begin_s
+        if growth is not None:
+            candidate.grown_bytes = growth.most_bytes()
         candidate.results += results
         # Only whole batches are compared: an epoch's last one may be smaller.
         samples = sum(result.samples for result in results)
         return seconds * self._job.batch_size / samples
 
     def _replica_of(self, layout: Layout, mesh: Mesh) -> Replica:
-        key = layout.model_copy(update={"threads": None})
+        key = self._key(layout)
         if key not in self._replicas:
             replica = Replica(
                 self._job,
@@ -150,6 +157,18 @@ class LayoutTimer:
                 replica.attach(mesh)
             self._replicas[key] = replica
         return self._replicas[key]
+
+    def _key(self, layout: Layout) -> Layout:
+        """Layouts that differ in their threads alone have one replica."""
+        return layout.model_copy(update={"threads": None})
+
+    def _take_worst(self) -> None:
+        """Of each candidate the growth of the worker whose memory grew most, on all workers."""
+        assert self._all is not None
+        rows = self._all.gather_json([c.grown_bytes for c in self._candidates], "memory of trials")
+        for candidate, grown in zip(self._candidates, zip(*rows, strict=True), strict=True):
+            known = [num_bytes for num_bytes in grown if num_bytes is not None]
+            candidate.grown_bytes = max(known, default=None)
 
     def _endless(self, layout: Layout, group: Group) -> Iterator[GlobalBatch]:
         return ShareLoader(
@@ -177,5 +196,6 @@ class LayoutTimer:
             communication_s=median(r.communication_s for r in results) if results else None,
             data_s=median(r.data_s for r in results) if results else None,
             optimizer_s=median(r.optimizer_s for r in results) if results else None,
+            grown_bytes=candidate.grown_bytes,
             error=candidate.error,
         )

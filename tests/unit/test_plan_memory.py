@@ -1,0 +1,90 @@
+"""What workers are forecast to hold, and what fits their hosts."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from planning_examples import GIB, linked, profile, random_linked, random_profile
+
+from paceline.plan.corrections import corrected
+from paceline.plan.forecast import Forecaster
+from paceline.plan.profile import Tried
+from paceline.plan.search import layouts, room_bytes, search
+from paceline.records import Cluster, Layout
+
+SEEDS = range(25)
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_hosts_of_more_memory_never_shrink_the_choice(seed):
+    drawn = random.Random(seed)
+    forecaster = Forecaster(random_profile(drawn), random_linked(drawn))
+    every = list(layouts(forecaster))
+    there = forecaster.linked
+    fitting: list[set[Layout]] = []
+    for times in (1, 2, 4):
+        hosts = tuple(
+            h.model_copy(update={"memory_bytes": times * h.memory_bytes // 3}) for h in there.cluster.hosts
+        )
+        linked = there.model_copy(update={"cluster": Cluster(hosts=hosts)})
+        fitting.append(
+            {x for x in every if forecaster.forecast(x).memory.own <= room_bytes(linked, x, None, 0.1)}
+        )
+    assert fitting[0] <= fitting[1] <= fitting[2]
+
+
+def test_fewer_workers_have_more_of_their_hosts_memory():
+    there = linked(hosts=2, per_host=4, worker_bytes=GIB)
+    # Hosts are filled one after the other: six workers are four and two.
+    assert [there.worker_bytes(n) // GIB for n in (1, 2, 4, 6, 8)] == [4, 2, 1, 1, 1]
+    launched = there.model_copy(update={"launcher_bytes": GIB})
+    assert launched.worker_bytes(1) == 3 * GIB
+    gpus = tuple(host.model_copy(update={"device": "cuda"}) for host in there.cluster.hosts)
+    assert there.model_copy(update={"cluster": Cluster(hosts=gpus)}).worker_bytes(1) == GIB
+
+
+def test_a_job_that_only_one_process_fits_is_trained_by_one():
+    """Each worker's share of the host is too little for any layout of all of them."""
+    job = profile(shares_update=False)
+    needed = Forecaster(job, linked()).forecast(Layout(recompute="full")).memory.own
+    tight = linked(worker_bytes=int(needed / 0.9 / 4) + 1)
+    assert {f.layout.workers for f in search(Forecaster(job, tight)).fastest} == {1}
+
+
+def test_what_tried_layouts_held_is_in_the_forecasts_of_their_way():
+    job, there = profile(), linked()
+    two, four = Layout(dp_replicate=2), Layout(dp_replicate=4)
+    held = Forecaster(job, there).forecast(two).memory.total + 5 * MIB
+    found = corrected(job, there, [Tried(layout=two, step_s=1.0, peak_bytes=held)])
+    assert found.unexplained_bytes == {"data": 5 * MIB}
+    assert Forecaster(found, there).forecast(two).memory.total == held
+    assert Forecaster(found, there).forecast(four).memory.unexplained == 5 * MIB
+    assert Forecaster(found, there).forecast(Layout()).memory.unexplained == 0
+
+
+def test_gradients_come_while_what_was_saved_goes():
+    """Three blocks of 40 MB of parameters; a sample saves 3 MB in each, and has 1 MB of temporaries."""
+
+    def worst(samples: int, **keys: int) -> tuple[int, int, int]:
+        forecaster = Forecaster(profile((1.0,) * 3, samples, ()), linked())
+        memory = forecaster.forecast(Layout(**keys)).memory
+        return memory.saved, memory.gradients, memory.temporary
+
+    # Where little is saved the last moment of the backward pass is the worst, else the first.
+    assert worst(4) == (12_000_000, 120_000_000, 4_000_000)
+    assert worst(40) == (360_000_000, 40_000_000, 40_000_000)
+    # Of a second micro-batch the first moment is the worst, as all gradients are there.
+    assert worst(40, micro=2) == (180_000_000, 120_000_000, 20_000_000)
+
+
+def test_sharding_keeps_a_shard_and_what_is_whole_for_a_moment():
+    job, b = profile((1.0,) * 3, 16, ()), 40_000_000
+    forecaster = Forecaster(job, linked())
+    whole = forecaster.forecast(Layout(dp_shard=4, zero=1)).memory
+    nothing = forecaster.forecast(Layout(dp_shard=4, zero=3)).memory
+    assert (whole.parameters, whole.gradients, whole.state) == (3 * b, 3 * b, 2 * 3 * b // 4)
+    assert (nothing.parameters, nothing.gradients) == (3 * b // 4, 3 * b // 4 + b)
+    # Gathered, and its gradients end to end, beside the temporaries of four samples.
+    assert nothing.temporary == 2 * b + 4_000_000
