@@ -19,7 +19,7 @@ from typing import Any
 from paceline.comm.group import Group
 from paceline.comm.mesh import Mesh, make_mesh
 from paceline.comm.threads import take_cores, threads_for
-from paceline.comm.world import World, join
+from paceline.comm.world import World, gather_cluster, join
 from paceline.errors import LayoutError, PacelineError
 from paceline.events import SCHEMA, EventWriter
 from paceline.job import Job
@@ -28,9 +28,9 @@ from paceline.launch.failure import record
 from paceline.launch.spec import AUTO, MEASURED_FILES, RunSpec
 from paceline.load import LoadedJob, load_job_file
 from paceline.measure import store
-from paceline.measure.machine import describe_host, device_kind, peak_memory_bytes, versions
+from paceline.measure.machine import device_kind, peak_memory_bytes, versions
 from paceline.plan.choose import without_workers
-from paceline.records import Cluster, Host, Layout, Plan, Proof, describe_layout
+from paceline.records import Cluster, Layout, Plan, Proof, describe_layout
 from paceline.split.finding import Found
 from paceline.train.allocator import keep_freed_memory
 from paceline.train.data import num_batches, num_samples
@@ -97,7 +97,7 @@ class Worker:
         everyone = world.group(world.size)
         assert everyone is not None
         keep_freed_memory()
-        cluster = _gather_cluster(everyone, world)
+        cluster = gather_cluster(everyone, world)
         datasets = Datasets(loaded.job, self._spec.seed)
         found = measure_all(loaded.job, datasets, world, everyone, cluster, seed=self._spec.seed)
         if found is not None:
@@ -117,7 +117,7 @@ class Worker:
         assert everyone is not None
         take_cores(world.local_rank, world.local_size)
         keep_freed_memory()
-        cluster = _gather_cluster(everyone, world)
+        cluster = gather_cluster(everyone, world)
         datasets = Datasets(job, spec.seed)
         chosen = None
         if world.rank == 0:
@@ -320,15 +320,6 @@ class Worker:
 
         signal.signal(signal.SIGTERM, stop)
         signal.signal(signal.SIGINT, stop)
-
-
-def _gather_cluster(everyone: Group, world: World) -> Cluster:
-    """The hosts of all workers, in the order of their ranks."""
-    own = describe_host(world.device.type, world.local_size).to_json()
-    firsts = [
-        host for host in everyone.gather_json(own if world.local_rank == 0 else None, "the hosts") if host
-    ]
-    return Cluster(hosts=tuple(Host.from_json(host) for host in firsts))
 
 
 def _end_with_the_launcher() -> None:
