@@ -38,8 +38,8 @@ from paceline.train.planning import measure_all
 from paceline.train.session import Datasets
 from paceline.train.trial import LayoutTimer
 
-SLOW_TIMES, SLOW_S = 6.0, 3.0
-"""A layout is slow whose forecast is so many times the fastest, or takes longer for a step."""
+SLOW_TIMES, CHEAP_S, SLOW_S = 6.0, 0.2, 3.0
+"""A layout is slow whose forecast is so many times the fastest, and not cheap; or longer than a limit."""
 SLOW_ROUNDS, SLOW_STEPS = 2, 5
 """Of a slow layout; and its steps in all, those that warm up included."""
 BUILDING_S = 3.0
@@ -71,7 +71,7 @@ class Batch(NamedTuple):
 def batches(cells: Sequence[Cell], bytes_of: dict[str, float], room_bytes: float) -> Iterator[Batch]:
     """The fast ones, as many at a time as there is room for; then the slow ones; last those without a forecast."""
     forecasts_s = [cell.forecast_s for cell in cells if cell.forecast_s is not None]
-    slow_s = min(SLOW_S, SLOW_TIMES * min(forecasts_s)) if forecasts_s else 0.0
+    slow_s = min(SLOW_S, max(CHEAP_S, SLOW_TIMES * min(forecasts_s))) if forecasts_s else 0.0
     fast = [cell for cell in cells if cell.forecast_s is not None and cell.forecast_s <= slow_s]
     together: list[Cell] = []
     for cell in fast:
