@@ -28,15 +28,17 @@ class BoxCluster:
     """Of each number of workers a few layouts are measured, in place of all of them."""
 
     @property
-    def has_quotas(self) -> bool:
-        """Hosts run at full speed for some milliseconds, and then not at all for some."""
-        return any(host.cores is not None for host in self.hosts)
+    def has_pauses(self) -> bool:
+        """A worker runs at full speed for some milliseconds, and then not at all for some."""
+        return any(host.cores is not None and host.cores / host.workers < 1 for host in self.hosts)
 
     def describe(self) -> str:
         """`2 hosts x 0.9 cores, 100 Mbit/s, 1 ms`."""
         if not self.hosts:
             return f"this machine, {len(usable_cores())} cores"
-        each = [f"{host.cores:g} cores" for host in self.hosts if host.cores is not None]
+        each = [
+            f"{host.cores:g} core{'s' * (host.cores != 1)}" for host in self.hosts if host.cores is not None
+        ]
         cores = each[0] if len(set(each)) == 1 else " and ".join(each)
         workers = f" for {self.hosts[0].workers} workers each" if self.hosts[0].workers > 1 else ""
         rate = self.bandwidth_bits_per_s
@@ -89,11 +91,11 @@ CLUSTERS = {
     cluster.name: cluster
     for cluster in (
         BoxCluster("here"),
-        BoxCluster("two-1g", (BoxHost(0.9),) * 2, 1e9),
-        BoxCluster("two-100m", (BoxHost(0.9),) * 2, 100e6, 1e-3),
+        BoxCluster("two-1g", (BoxHost(1.0),) * 2, 1e9),
+        BoxCluster("two-100m", (BoxHost(1.0),) * 2, 100e6, 1e-3),
         BoxCluster("four-1g", (BoxHost(0.45),) * 4, 1e9),
-        BoxCluster("two-by-two", (BoxHost(0.9, workers=2),) * 2, 300e6),
-        BoxCluster("unequal", (BoxHost(0.9), BoxHost(0.45)), 1e9),
+        BoxCluster("two-by-two", (BoxHost(1.0, workers=2),) * 2, 300e6),
+        BoxCluster("unequal", (BoxHost(1.0), BoxHost(0.5)), 1e9),
         BoxCluster("small-1g", (BoxHost(0.24),) * 2, 1e9),
         BoxCluster("small-100m", (BoxHost(0.24),) * 2, 100e6),
         BoxCluster("eight-1g", (BoxHost(0.24),) * 8, 1e9, is_curve=True),

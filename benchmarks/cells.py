@@ -32,7 +32,7 @@ from paceline.plan.profile import LinkedCluster, Profile
 TUNED_ON = ("text", "image")
 """Jobs with which the model of cost was corrected; the others were measured without changing anything after."""
 PAUSE_S = 0.025
-"""A host with a quota of processor time pauses for up to so long: the median of shorter steps does not see it."""
+"""A worker with less than a core pauses for up to so long: the median of shorter steps does not see it."""
 LIMIT_S = 600.0
 PROGRESS = "» "
 """Before what a worker says of its progress."""
@@ -67,7 +67,7 @@ class Cell:
         if not self.round_s:
             return None
         of_rounds = median(self.round_s)
-        pauses = CLUSTERS[self.cluster].has_quotas and of_rounds < PAUSE_S
+        pauses = CLUSTERS[self.cluster].has_pauses and of_rounds < PAUSE_S
         return of_rounds if pauses or self.median_step_s is None else self.median_step_s
 
     @property
@@ -230,7 +230,7 @@ def _what_failed(ended: Sequence[Ended]) -> str:
     # Others feel that one is gone, and are ended.
     said = [line for end in failed for line in end.stderr.strip().splitlines()[-_LAST_LINES:]]
     last = [line for line in said if not line.startswith(PROGRESS)]
-    print("\n".join(last), file=sys.stderr)
+    print("\n".join(last), file=sys.stderr, flush=True)
     first = failed[0]
     cause = next((line for line in reversed(last) if "Error" in line), "")
     return f"a worker of host {first.host} {first.failure}" + (f": {cause}" if cause else "")

@@ -96,10 +96,10 @@ def test_a_choice_that_was_not_measured_has_no_ranking():
 
 
 def test_short_steps_of_hosts_that_pause_are_measured_by_rounds():
-    short = Cell("conv", "two-1g", DATA, 0.01, round_s=[0.01, 0.012, 0.011], median_step_s=0.004)
+    short = Cell("conv", "four-1g", DATA, 0.01, round_s=[0.01, 0.012, 0.011], median_step_s=0.004)
     assert short.measured_s == 0.011
     assert Cell("conv", "here", DATA, 0.01, round_s=short.round_s, median_step_s=0.004).measured_s == 0.004
-    long = Cell("conv", "two-1g", DATA, 0.1, round_s=[0.1, 0.12, 0.11], median_step_s=0.1)
+    long = Cell("conv", "four-1g", DATA, 0.1, round_s=[0.1, 0.12, 0.11], median_step_s=0.1)
     assert long.measured_s == 0.1
 
 
