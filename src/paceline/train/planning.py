@@ -129,7 +129,10 @@ def measure_all(
     )
     linked = LinkedCluster(cluster=cluster, within=within, between=between, speeds=speeds)
     profile = _with_temporaries(profile, linked, Layout(threads=conditions[0][0]), peak_bytes)
-    tried = [Tried(layout=t.layout, step_s=t.median_step_s) for t in trials if t.median_step_s]
+    pauses = found[-1].pauses
+    # The median step leaves out the pauses of steps that are shorter.
+    steps_s = {t.layout: median(t.step_s) if pauses else t.median_step_s for t in trials if t.step_s}
+    tried = [Tried(layout=layout, step_s=step_s) for layout, step_s in steps_s.items() if step_s]
     return corrected(profile, linked, tried), linked
 
 
@@ -161,6 +164,7 @@ def _divide(
             precision=precision,
             budget_s=budget_s,
             go_on=functools.partial(_as_rank_0, mesh.everyone),
+            pauses=found[-1].pauses,
         )
     except LayoutError:
         # All of them find this out, before the first pass.
