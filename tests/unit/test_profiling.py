@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import paceline
-from paceline.train.profiling import Measured, measure_costs
+from paceline.train.passes import FEWEST, LEAST_S, MOST, Timing, wants_more
+from paceline.train.profiling import Measured, _Curves, measure_costs
 from paceline.train.session import Datasets
 
 WIDTH, SAMPLES = 16, 64
@@ -111,3 +112,26 @@ def test_a_job_from_a_file_is_measured_at_its_batch_size():
         toy, Datasets(toy, 1), seed=1, device=torch.device("cpu"), sizes=[12], threads=1, budget_s=0.1
     )
     assert found.costs.model[-1].name == "loss"
+
+
+def test_what_pauses_take_is_in_the_blocks():
+    """Two calls of 1 ms and 2 ms, forward and backward; a pause of 12 ms comes in two of four passes."""
+    forward_s = [[1e-3, 2e-3], [13e-3, 2e-3], [1e-3, 2e-3], [1e-3, 14e-3]]
+    backward_s = [[1e-3, 2e-3]] * 4
+    whole_s = [sum(f) + sum(b) for f, b in zip(forward_s, backward_s, strict=True)]
+    timing = Timing(forward_s, backward_s, whole_s)
+    curves = _Curves({8: timing}, 1.0, pauses=True)
+    # Together the mean of 6, 18, 6 and 18 ms, shared out as the medians are.
+    assert [curves.forward([n])(8) for n in (0, 1)] == pytest.approx([2e-3, 4e-3])
+    assert curves.backward([0, 1])(8) == pytest.approx(3e-3)
+    half = _Curves({8: timing}, 0.5, pauses=True)
+    assert half.forward([1])(8) == pytest.approx(2e-3)
+
+
+def test_short_measurements_go_on_for_some_periods_of_a_scheduler():
+    assert wants_more(FEWEST - 1, 100.0, 1.0)
+    assert wants_more(MOST - 1, 0.9, 1.0)
+    assert not wants_more(FEWEST, 1.1, 1.0)
+    assert wants_more(10 * MOST, LEAST_S / 2, 1.0)
+    assert not wants_more(MOST, LEAST_S, 1.0)
+    assert not wants_more(MOST, LEAST_S / 2, LEAST_S / 4)

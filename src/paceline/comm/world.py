@@ -14,7 +14,8 @@ from torch._C._distributed_c10d import TCPStore
 
 from paceline.comm.group import Group
 from paceline.errors import LaunchError, OptionError
-from paceline.measure.machine import usable_cores
+from paceline.measure.machine import describe_host, usable_cores
+from paceline.records import Cluster, Host
 
 AUTO = "auto"
 TRANSPORTS = (AUTO, "gloo")
@@ -190,6 +191,15 @@ def join(
             "and whether the hosts can reach each other",
         ) from error
     return world
+
+
+def gather_cluster(everyone: Group, world: World) -> Cluster:
+    """The hosts of all workers, in the order of their ranks. A collective call of all workers."""
+    own = describe_host(world.device.type, world.local_size).to_json()
+    firsts = [
+        host for host in everyone.gather_json(own if world.local_rank == 0 else None, "the hosts") if host
+    ]
+    return Cluster(hosts=tuple(Host.from_json(host) for host in firsts))
 
 
 def _all_gather_numbers(own: tuple[int, ...], size: int) -> list[tuple[int, ...]]:

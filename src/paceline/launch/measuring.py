@@ -8,14 +8,14 @@ from pydantic import ValidationError
 
 from paceline.comm.group import Group
 from paceline.comm.threads import take_cores, user_threads
-from paceline.comm.world import World
+from paceline.comm.world import World, gather_cluster
 from paceline.launch.spec import AUTO, MEASURED_FILES, RunSpec
 from paceline.load import LoadedJob
 from paceline.measure import store
-from paceline.measure.machine import describe_host, versions
+from paceline.measure.machine import versions
 from paceline.plan.hardware import HARDWARE_FILE
 from paceline.plan.profile import MOST_SPREAD, LinkedCluster, Profile
-from paceline.records import Cluster, Host, Layout, Record
+from paceline.records import Cluster, Layout, Record
 from paceline.train.allocator import keep_freed_memory
 from paceline.train.planning import BUDGET_S as JOB_BUDGET_S
 from paceline.train.planning import measure_all
@@ -87,15 +87,6 @@ class Measuring:
             self._everyone.transport,
         )
         return store.key_of(loaded.path, loaded.options, *about)
-
-
-def gather_cluster(everyone: Group, world: World) -> Cluster:
-    """The hosts of all workers, in the order of their ranks."""
-    own = describe_host(world.device.type, world.local_size).to_json()
-    firsts = [
-        host for host in everyone.gather_json(own if world.local_rank == 0 else None, "the hosts") if host
-    ]
-    return Cluster(hosts=tuple(Host.from_json(host) for host in firsts))
 
 
 def agree_on_precision(

@@ -19,7 +19,7 @@ from typing import Any
 from paceline.comm.group import Group
 from paceline.comm.mesh import Mesh, make_mesh
 from paceline.comm.threads import take_cores, threads_for
-from paceline.comm.world import World, join
+from paceline.comm.world import World, gather_cluster, join
 from paceline.errors import LayoutError, PacelineError
 from paceline.events import SCHEMA, EventWriter
 from paceline.job import Job
@@ -27,7 +27,6 @@ from paceline.launch.choosing import Choosing
 from paceline.launch.failure import record
 from paceline.launch.measuring import (
     agree_on_precision,
-    gather_cluster,
     measure_for_plan,
     measure_for_training,
     measure_hosts,

@@ -95,9 +95,9 @@ def measure_collective(
 
 
 def _expected(seconds: dict[float, float], num_bytes: int) -> float:
-    """Of a larger size, in proportion to the last one."""
-    last_bytes, last_s = max(seconds.items())
-    return last_s * num_bytes / last_bytes
+    """Of a larger size: what the last one took beyond the smallest grows with its bytes."""
+    (_, least_s), (last_bytes, last_s) = min(seconds.items()), max(seconds.items())
+    return least_s + (last_s - least_s) * num_bytes / last_bytes
 
 
 def _call(group: Group, kind: str, tensor: torch.Tensor) -> Callable[[], object]:

@@ -28,9 +28,18 @@ from paceline.train.replica import Replica
 
 FEWEST, MOST = 3, 15
 """Passes of each size."""
+LEAST_S = 0.15
+"""More than `MOST` are made until they took so long: some periods of a processor that is shared out in slices."""
 
 GoOn = Callable[[bool], bool]
 """Called before each pass, with whether this worker would make one more: what all of them do, once all have called."""
+
+
+def wants_more(number: int, taken_s: float, budget_s: float) -> bool:
+    """Whether a measurement is repeated once more, after `number` times in `taken_s`."""
+    if number < FEWEST:
+        return True
+    return taken_s < (budget_s if number < MOST else min(budget_s, LEAST_S))
 
 
 @dataclasses.dataclass
@@ -100,10 +109,8 @@ class Passes:
         arranged = images.arrange(batch)
         timing = Timing()
         self._timed(arranged)  # warms up
-        end_s = time.perf_counter() + budget_s
-        while go_on(
-            len(timing.whole_s) < FEWEST or (len(timing.whole_s) < MOST and time.perf_counter() < end_s)
-        ):
+        begin_s = time.perf_counter()
+        while go_on(wants_more(len(timing.whole_s), time.perf_counter() - begin_s, budget_s)):
             forward, backward = self._timed(arranged)
             timing.forward_s.append([b.work_s(a) for a, b in itertools.pairwise(forward)])
             timing.backward_s.append([b.work_s(a) for a, b in itertools.pairwise(backward)][::-1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from statistics import median
 
 import torch
 
@@ -129,14 +130,17 @@ def measure_all(
         launcher_bytes=launcher_memory_bytes() if world.device.type == "cpu" else 0,
     )
     profile = _with_memory(profile, linked, conditions[0][0], held)
+    pauses = found[-1].pauses
+    # The median step leaves out the pauses of steps that are shorter.
+    steps_s = {t.layout: median(t.step_s) if pauses else t.median_step_s for t in trials if t.step_s}
     tried = [
         Tried(
             layout=t.layout,
-            step_s=t.median_step_s,
+            step_s=step_s,
             peak_bytes=None if t.grown_bytes is None else _empty_bytes(held, t.layout) + t.grown_bytes,
         )
         for t in trials
-        if t.median_step_s
+        if (step_s := steps_s.get(t.layout))
     ]
     return corrected(profile, linked, tried), linked
 
@@ -169,6 +173,7 @@ def _divide(
             precision=precision,
             budget_s=budget_s,
             go_on=functools.partial(_as_rank_0, mesh.everyone),
+            pauses=found[-1].pauses,
         )
     except LayoutError:
         # All of them find this out, before the first pass.

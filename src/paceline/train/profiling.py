@@ -12,7 +12,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -25,10 +25,13 @@ from paceline.plan.curves import Curve
 from paceline.plan.profile import Block, Costs, Division, Exchange
 from paceline.train.data import ShareLoader, few_samples, num_samples, to_device
 from paceline.train.device_speeds import MOVED_BYTES, addition_s, product_flops_per_s
-from paceline.train.passes import FEWEST, MOST, Call, GoOn, Passes, Timing
+from paceline.train.passes import Call, GoOn, Passes, Timing, wants_more
 from paceline.train.replica import Replica, StepResult
 from paceline.train.session import Datasets
 from paceline.train.work import count_work, with_work
+
+_WHOLE_SHARE = 0.9
+"""Of its time a process has a processor, unless it is paused."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +45,8 @@ class Measured:
     """Of one process on a whole batch, for comparison: median."""
     spread: float
     """Relative error of that median, by the middle half of the steps."""
+    pauses: bool = False
+    """The process had a processor only part of the time: what is shorter than a pause mostly does not see one."""
 
 
 def measure_costs(
@@ -83,13 +88,15 @@ def measure_costs(
         with replica.among(group):
             among = {size: passes.measure(batch, each_s, go_on) for size, batch in batches.items()}
     steps.measure(budget_s / 8, go_on)
-    step_s, data_s, optimizer_s = steps.medians()
+    pauses = steps.pauses()
+    step_s, data_s, optimizer_s = steps.typical()
     calls = passes.describe(batches[sizes[-1]], sizes[-1])
     rest_s = step_s - data_s - optimizer_s
-    # Blocks add up to the whole pass, which a pause lengthens that most calls do not see, and to no more than the step.
-    whole = of_size[sizes[-1]]
-    scale = min(rest_s, median(whole.whole_s)) / whole.sum_of_medians_s()
-    blocks, row = _blocks(calls, of_size, among, scale, 1 if group is None else group.size)
+    # Blocks take no more than the step.
+    whole_pass_s = _whole_s(of_size[sizes[-1]], pauses)
+    share = min(1.0, rest_s / whole_pass_s)
+    curves, among_curves = (_Curves(timings, share, pauses) for timings in (of_size, among))
+    blocks, row = _blocks(calls, curves, among_curves if among else None, 1 if group is None else group.size)
     blocks = with_work(blocks, row, count_work(job, replica, batches[sizes[-1]]), sizes[-1])
     whole_s = sum(blocks[at].forward_s(job.batch_size) + blocks[at].backward_s(job.batch_size) for at in row)
     trained_bytes = sum(p.nbytes for p in replica.model.parameters() if p.requires_grad)
@@ -110,6 +117,7 @@ def measure_costs(
         state_per_byte=sum(v.nbytes for v in state) / trained_bytes,
         step_s=step_s,
         spread=steps.error(),
+        pauses=pauses,
     )
 
 
@@ -125,11 +133,15 @@ def measure_division(
     precision: str = "fp32",
     budget_s: float = 3.0,
     go_on: GoOn = bool,
+    pauses: bool = False,
 ) -> Costs | None:
     """`costs` with what tensor parallelism over the workers of `mesh` makes of each block. A collective call of them.
 
     Each pass is timed as for whole blocks, without the time spent in collectives, which are noted by kind and bytes.
     None where the model is called otherwise than whole, so that the blocks cannot be told apart.
+
+    Args:
+        pauses: as `Measured.pauses` of the same workers.
 
     Raises:
         LayoutError: the model cannot be divided so.
@@ -146,6 +158,7 @@ def measure_division(
     calls = passes.describe(batches[largest], largest)
     if len(calls) != len(costs.model):
         return None
+    curves = _Curves(of_size, 1.0, pauses)
     blocks = []
     for at, block in enumerate(costs.blocks):
         numbers = [number for number, place in enumerate(costs.row) if place == at]
@@ -153,8 +166,8 @@ def measure_division(
         saved = sum(calls[n].saved_bytes for n in numbers) / len(numbers)
         division = Division(
             tp=mesh.tensor.size,
-            forward_s=_curve({s: t.forward_s for s, t in of_size.items()}, numbers),
-            backward_s=_curve({s: t.backward_s for s, t in of_size.items()}, numbers),
+            forward_s=curves.forward(numbers),
+            backward_s=curves.backward(numbers),
             parameter_bytes=calls[first].parameter_bytes,
             trained_bytes=calls[first].trained_bytes,
             saved_bytes=saved,
@@ -178,11 +191,12 @@ class _Steps:
     def __init__(
         self, job: Job, datasets: Datasets, replica: Replica, seed: int, device: torch.device
     ) -> None:
-        self._replica = replica
+        self._replica, self._device = replica, device
         loader = ShareLoader(job, datasets["train"], seed=seed, micro=1, size=1, rank=0, device=device)
         self._batches = loader.endless()
         self._whole = 0
         self._results: list[StepResult] = []
+        self._processor_s = 0.0
 
     def measure(self, budget_s: float, go_on: GoOn) -> None:
         """Train for about so long; the first time after two steps that warm up."""
@@ -190,21 +204,33 @@ class _Steps:
             # The first batch of an epoch is as large as there are samples for; its last one may be smaller.
             self._whole = self._replica.step(next(self._batches)).samples
             self._replica.step(next(self._batches))
-        results: list[StepResult] = []
-        end_s = time.perf_counter() + budget_s
-        while go_on(len(results) < FEWEST or (len(results) < MOST and time.perf_counter() < end_s)):
+        number = 0
+        begin_s = time.perf_counter()
+        while go_on(wants_more(number, time.perf_counter() - begin_s, budget_s)):
             batch = next(self._batches)
+            before_s = time.process_time()
             result = self._replica.step(batch)
             if result.samples == self._whole:
-                results.append(result)
-        self._results += results
+                number += 1
+                self._results.append(result)
+                self._processor_s += time.process_time() - before_s
 
-    def medians(self) -> tuple[float, float, float]:
-        """Seconds of a step, of reading its data, and of the optimizer, over whole batches."""
+    def pauses(self) -> bool:
+        """Whether the process had a processor only part of the time: through a quota, or shared with others."""
+        if self._device.type != "cpu":
+            return False
+        return self._processor_s < _WHOLE_SHARE * sum(r.step_s for r in self._results)
+
+    def typical(self) -> tuple[float, float, float]:
+        """Seconds of a step, of reading its data, and of the optimizer, over whole batches.
+
+        Medians, which rare disturbances do not change; with pauses means, as medians would leave these out.
+        """
+        of = mean if self.pauses() else median
         return (
-            median(r.step_s for r in self._results),
-            median(r.data_s for r in self._results),
-            median(r.optimizer_s for r in self._results),
+            of(r.step_s for r in self._results),
+            of(r.data_s for r in self._results),
+            of(r.optimizer_s for r in self._results),
         )
 
     def error(self) -> float:
@@ -216,11 +242,7 @@ class _Steps:
 
 
 def _blocks(
-    calls: Sequence[Call],
-    of_size: dict[int, Timing],
-    among: dict[int, Timing],
-    scale: float,
-    workers: int,
+    calls: Sequence[Call], curves: _Curves, among: _Curves | None, workers: int
 ) -> tuple[tuple[Block, ...], tuple[int, ...]]:
     """Calls of one kind become one block, with the mean of what they take; and the row of blocks."""
     kinds: dict[Any, list[int]] = collections.defaultdict(list)
@@ -232,8 +254,8 @@ def _blocks(
         saved = sum(calls[n].saved_bytes for n in numbers) / len(numbers)
         block = Block(
             name=first.name,
-            forward_s=_curve({s: t.forward_s for s, t in of_size.items()}, numbers).scaled(scale),
-            backward_s=_curve({s: t.backward_s for s, t in of_size.items()}, numbers).scaled(scale),
+            forward_s=curves.forward(numbers),
+            backward_s=curves.backward(numbers),
             parameter_bytes=first.parameter_bytes,
             trained_bytes=first.trained_bytes,
             saved_bytes=saved,
@@ -244,10 +266,8 @@ def _blocks(
         )
         if among and first.channels:
             update = {
-                "forward_among_s": _curve({s: t.forward_s for s, t in among.items()}, numbers).scaled(scale),
-                "backward_among_s": _curve({s: t.backward_s for s, t in among.items()}, numbers).scaled(
-                    scale
-                ),
+                "forward_among_s": among.forward(numbers),
+                "backward_among_s": among.backward(numbers),
                 "statistics": _statistics(first.channels, workers),
             }
             block = block.model_copy(update=update)
@@ -262,9 +282,35 @@ def _statistics(channels: Sequence[int], workers: int) -> tuple[Exchange, ...]:
     return (*gathered, *(("all-reduce", 8.0 * number) for number in channels))
 
 
-def _curve(passes_s: dict[int, list[list[float]]], numbers: Sequence[int]) -> Curve:
-    """Seconds of a call against samples: the median over the passes, the mean over the calls of these numbers."""
-    return Curve.of({float(size): _mean_of_medians(found, numbers) for size, found in passes_s.items()})
+class _Curves:
+    """Seconds of calls against samples: their medians over the passes, made to add up to the whole passes.
+
+    A whole pass is lengthened by a pause that most of its calls do not see.
+    """
+
+    def __init__(self, timings: dict[int, Timing], share: float, pauses: bool) -> None:
+        """
+        Args:
+            share: of the whole passes that the calls are to add up to.
+        """
+        self._timings = timings
+        self._scales = {s: share * _whole_s(t, pauses) / t.sum_of_medians_s() for s, t in timings.items()}
+
+    def forward(self, numbers: Sequence[int]) -> Curve:
+        """The mean over the calls of these numbers."""
+        return self._curve({size: timing.forward_s for size, timing in self._timings.items()}, numbers)
+
+    def backward(self, numbers: Sequence[int]) -> Curve:
+        return self._curve({size: timing.backward_s for size, timing in self._timings.items()}, numbers)
+
+    def _curve(self, passes_s: dict[int, list[list[float]]], numbers: Sequence[int]) -> Curve:
+        means = {size: _mean_of_medians(found, numbers) for size, found in passes_s.items()}
+        return Curve.of({float(size): seconds * self._scales[size] for size, seconds in means.items()})
+
+
+def _whole_s(timing: Timing, pauses: bool) -> float:
+    """Of a pass."""
+    return mean(timing.whole_s) if pauses else median(timing.whole_s)
 
 
 def _mean_of_medians(passes: list[list[float]], numbers: Sequence[int]) -> float:
