@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import multiprocessing.connection
 import os
 import time
@@ -10,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from preloaded import CONTEXT
 
 from paceline.comm.world import AUTO, World, join, listen_on_loopback
 from paceline.errors import CollectiveError
@@ -36,14 +36,12 @@ def run_group(
     Returns:
         What each rank returned; of a `CollectiveError` its operation, whether it timed out, and its cause.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "paceline.comm.mesh"])
     with listen_on_loopback(0) as listener:
         port = listener.getsockname()[1]
     processes, ends = [], {}
     for rank in range(size):
-        ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(
+        ours, theirs = CONTEXT.Pipe(duplex=False)
+        process = CONTEXT.Process(
             target=_work,
             args=(function, rank, size, per_host or size, port, transport, timeout_s, theirs, arguments),
         )
