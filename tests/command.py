@@ -6,22 +6,41 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
+
+from preloaded import CONTEXT
+
+from paceline.cli import main
 
 TOY = Path(__file__).parent / "toy.py"
 ENVIRONMENT = {**os.environ, "COLUMNS": "160", "NO_COLOR": "1"}
 
 
 def paceline(*arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "paceline", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        env=ENVIRONMENT,
-        check=False,
-    )
+    """`paceline ARGUMENTS`; its process begins with what it imports, as that takes longer than many a command."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        process = CONTEXT.Process(target=_be_the_command, args=(arguments, os.getcwd(), out, err))
+        process.start()
+        process.join(timeout_s)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            raise subprocess.TimeoutExpired(arguments, timeout_s, out.read_text(), err.read_text())
+        return subprocess.CompletedProcess(arguments, process.exitcode, out.read_text(), err.read_text())
+
+
+def _be_the_command(arguments: tuple[str, ...], directory: str, out: Path, err: Path) -> None:
+    for path, descriptor in ((out, 1), (err, 2)):
+        with path.open("w") as file:
+            os.dup2(file.fileno(), descriptor)
+    os.chdir(directory)
+    os.environ.clear()
+    os.environ.update(ENVIRONMENT)
+    sys.argv = ["paceline", *arguments]
+    main()
 
 
 def read_events(directory: Path) -> list[dict[str, Any]]:

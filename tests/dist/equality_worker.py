@@ -6,14 +6,13 @@ Through shared memory, where there is any, and on 2 and 3 workers through gloo a
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import torch
 from jobs import JOBS
 
 from paceline.comm.mesh import make_mesh
-from paceline.comm.world import World, join
+from paceline.comm.world import World
 from paceline.records import Layout
 from paceline.train.session import Session
 
@@ -43,8 +42,7 @@ def train(name: str, size: int, world: World) -> dict[str, torch.Tensor] | None:
     return result
 
 
-def main() -> None:
-    world = join("cpu", timeout_s=60)
+def train_all(world: World, out: Path) -> None:
     everyone = world.group(world.size)
     assert everyone is not None
     with_gloo = dataclasses.replace(world, transport="gloo", groups={})
@@ -60,9 +58,4 @@ def main() -> None:
     again = train("dropout", 2, world)
     if world.rank == 0:
         results["dropout/again"] = again
-        torch.save(results, Path(sys.argv[1]))
-    world.leave()
-
-
-if __name__ == "__main__":
-    main()
+        torch.save(results, out)

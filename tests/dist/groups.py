@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import multiprocessing.connection
 import os
 import time
@@ -10,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from preloaded import CONTEXT
 
 from paceline.comm.world import AUTO, World, join, listen_on_loopback
 from paceline.errors import CollectiveError
@@ -26,33 +26,33 @@ def run_group(
     timeout_s: float = TIMEOUT_S,
     lost: int | None = None,
     per_host: int | None = None,
+    limit_s: float = LIMIT_S,
 ) -> dict[int, Any]:
     """`function(world, *arguments)` in `size` processes.
 
     Args:
         lost: a rank that does not come back, and is not waited for.
         per_host: how many workers the launcher says are on each host; None: all.
+        limit_s: how long all of it may take.
 
     Returns:
         What each rank returned; of a `CollectiveError` its operation, whether it timed out, and its cause.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "paceline.comm.mesh"])
     with listen_on_loopback(0) as listener:
         port = listener.getsockname()[1]
     processes, ends = [], {}
     for rank in range(size):
-        ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(
+        ours, theirs = CONTEXT.Pipe(duplex=False)
+        process = CONTEXT.Process(
             target=_work,
-            args=(function, rank, size, per_host or size, port, transport, timeout_s, theirs, arguments),
+            args=(function, rank, size, per_host or size, port, transport, timeout_s, theirs, arguments, limit_s),
         )
         process.start()
         theirs.close()
         processes.append(process)
         ends[ours] = rank
     results: dict[int, Any] = {}
-    deadline_s = time.monotonic() + LIMIT_S
+    deadline_s = time.monotonic() + limit_s
     try:
         waited_for = {end: rank for end, rank in ends.items() if rank != lost}
         while waited_for:
@@ -68,7 +68,7 @@ def run_group(
             process.join()
 
 
-def _work(function, rank, size, per_host, port, transport, timeout_s, end, arguments) -> None:
+def _work(function, rank, size, per_host, port, transport, timeout_s, end, arguments, limit_s) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
     os.environ.update(LOCAL_RANK=str(rank % per_host), LOCAL_WORLD_SIZE=str(per_host))
@@ -78,4 +78,4 @@ def _work(function, rank, size, per_host, port, transport, timeout_s, end, argum
     except CollectiveError as error:
         end.send((error.operation, error.timed_out, error.cause))
     # Others may be dead: leaving in good order is not what is tested.
-    time.sleep(LIMIT_S)
+    time.sleep(limit_s)

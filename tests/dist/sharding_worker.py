@@ -1,7 +1,4 @@
-"""Trains the models of `sharding_models.py` sharded over the launched workers; rank 0 writes what came out.
-
-usage: sharding_worker.py RESULT [MODEL ...]
-"""
+"""Trains the models of `sharding_models.py` sharded over a group of workers; rank 0 writes what came out."""
 
 from __future__ import annotations
 
@@ -10,19 +7,18 @@ import contextlib
 import dataclasses
 import gc
 import itertools
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from sharding_models import MAX_WORKERS, MODELS, NUM_MICRO, NUM_STEPS, Chain, build, loss_of, make_optimizer
+from sharding_models import MAX_WORKERS, NUM_MICRO, NUM_STEPS, Chain, build, loss_of, make_optimizer
 from torch import nn
 
 from paceline.comm.group import Group
 from paceline.comm.mesh import make_mesh
-from paceline.comm.world import World, join
+from paceline.comm.world import World
 from paceline.records import Layout
 from paceline.split.deferred import DeferredParameters
 from paceline.split.sharding import KEEPS, ShardedParameters
@@ -165,15 +161,13 @@ def two_by_two(world: World) -> Groups:
     return Groups(mesh.shard, mesh.replicate, mesh.data)
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    world = join("cpu", timeout_s=20)
+def train_all(world: World, models: tuple[str, ...], out: Path) -> None:
     everyone = world.group(world.size)
     assert everyone is not None
     alone = Group.alone(world.device)
     groups = Groups(everyone, alone, everyone)
     results: dict[str, Result] = {}
-    for name in sys.argv[2:] or MODELS:
+    for name in models:
         for keep in KEEPS:
             for kind in KINDS[keep]:
                 results[f"{name}/{keep}/{kind}"] = train(name, keep, kind, groups)
@@ -189,10 +183,4 @@ def main() -> None:
     for name in ("chain", "frozen"):
         results[f"bytes/{name}"] = {k: torch.tensor(persistent_bytes(name, k, everyone)) for k in KEEPS}
     if world.rank == 0:
-        torch.save(results, Path(sys.argv[1]))
-    everyone.barrier("the end")
-    world.leave()
-
-
-if __name__ == "__main__":
-    main()
+        torch.save(results, out)

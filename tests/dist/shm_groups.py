@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import multiprocessing
 import multiprocessing.connection
 import os
 import tempfile
@@ -16,17 +15,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional  # imported later, its functions' defaults would keep the group alive
+from preloaded import CONTEXT
 
 import paceline.comm.process_group as shm
 from paceline.errors import CollectiveError
 
-PRELOADED = [
-    "paceline.comm.process_group",
-    "torch._dynamo",
-    "torch.distributed.fsdp",
-    "torch.distributed.tensor",
-]
-"""Imported once and not by each worker: some of them take seconds."""
 LIMIT_S = 60.0
 TIMEOUT_S = 10.0
 
@@ -48,14 +41,12 @@ def run_shm(
         What each rank returned, in the order of rank; None for those that are lost; the `CollectiveError` of a
         rank that raised one.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         processes, ends = [], {}
         for rank in range(size):
-            ours, theirs = context.Pipe(duplex=False)
+            ours, theirs = CONTEXT.Pipe(duplex=False)
             target = (function, rank, size, folder, backend, timeout_s, theirs, arguments)
-            process = context.Process(target=_work, args=target)
+            process = CONTEXT.Process(target=_work, args=target)
             process.start()
             theirs.close()
             processes.append(process)

@@ -1,21 +1,19 @@
-"""Proves layouts of the jobs in `split_jobs.py`, and trains some to the end; rank 0 writes what came out."""
+"""Proves layouts of the jobs in `split_jobs.py`, and trains some to the end; each returns the proofs, and rank 0 saves what was trained."""
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 
 import torch
 from split_jobs import SPLIT_JOBS
 
 from paceline.comm.mesh import make_mesh
-from paceline.comm.world import World, join
+from paceline.comm.world import World
 from paceline.errors import LayoutError
 from paceline.records import Layout
 from paceline.split import deferred
 from paceline.train.loop import save
-from paceline.train.proof import prove
+from paceline.train.proof import prove as prove_layout
 from paceline.train.session import Datasets, Session
 
 
@@ -28,7 +26,7 @@ def prove_one(name: str, text: str, world: World) -> str:
         mesh = make_mesh(world, layout)
         if mesh is None:
             return ""
-        return prove(job, mesh, Datasets(job, 7), seed=7, device=world.device).model_dump_json()
+        return prove_layout(job, mesh, Datasets(job, 7), seed=7, device=world.device).model_dump_json()
     except LayoutError as error:
         return str(error)
 
@@ -51,26 +49,21 @@ def train_one(name: str, text: str, world: World, directory: Path) -> dict[str, 
     return {"losses": torch.tensor(losses), "metrics": torch.tensor(list(metrics.values())), **state}
 
 
-def main() -> None:
-    asked = json.loads(Path(sys.argv[1]).read_text())
-    directory = Path(sys.argv[2])
+def prove_and_train(
+    world: World, prove: list[tuple[str, str]], train: list[tuple[str, str]], directory: Path
+) -> dict[str, str]:
+    """By job and layout the proofs; what was trained is in `runs.pt`."""
     # These models are tiny: what is built in parts elsewhere shall be here, too.
     deferred.LEAST_BYTES = 64
-    world = join("cpu", timeout_s=60)
     everyone = world.group(world.size)
     assert everyone is not None
     proofs, runs = {}, {}
-    for name, text in asked["prove"]:
+    for name, text in prove:
         proofs[f"{name}/{text}"] = prove_one(name, text, world)
         everyone.barrier("between proofs")
-    for name, text in asked["train"]:
+    for name, text in train:
         runs[f"{name}/{text}"] = train_one(name, text, world, directory / name / text)
         everyone.barrier("between runs")
     if world.rank == 0:
-        (directory / "proofs.json").write_text(json.dumps(proofs))
         torch.save(runs, directory / "runs.pt")
-    world.leave()
-
-
-if __name__ == "__main__":
-    main()
+    return proofs

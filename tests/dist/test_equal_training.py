@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from equality_worker import train_all
+from groups import run_group
 from jobs import JOBS
 from reference import train_plainly
 
@@ -25,16 +23,7 @@ of the inputs by one unit in the last place moves the result of the run by 4e-4.
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
     """All jobs on 1, 2, 3 and 4 workers: one launch of four real processes."""
     path = tmp_path_factory.mktemp("equality") / "results.pt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
-    here = Path(__file__).parent
-    process = subprocess.run(
-        [*command, str(here / "equality_worker.py"), str(path)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr[-4000:]
+    run_group(train_all, 4, path, timeout_s=60.0, limit_s=300.0)
     results: dict[str, dict[str, torch.Tensor]] = torch.load(path, weights_only=True)
     return results
 

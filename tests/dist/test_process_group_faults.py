@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import itertools
 import json
-import multiprocessing
 import os
 import signal
 import time
@@ -15,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from shm_groups import PRELOADED, join_group, run_shm
+from preloaded import CONTEXT
+from shm_groups import join_group, run_shm
 
 from paceline.comm.meeting import meet
 from paceline.comm.phases import Phases
@@ -162,10 +162,8 @@ def play_rank(rank: int, size: int, world: int, number: int, folder: Path) -> No
 @pytest.mark.parametrize("size", [2, 4])
 def test_whoever_falls_whenever_all_others_are_told(size, number, tmp_path):
     before = sorted(os.listdir("/dev/shm"))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
     processes = [
-        context.Process(target=play_rank, args=(rank, size, world, number, tmp_path))
+        CONTEXT.Process(target=play_rank, args=(rank, size, world, number, tmp_path))
         for world in range(NUM_WORLDS)
         for rank in range(size)
     ]
@@ -265,11 +263,9 @@ def reduce_for_ever(rank: int, folder: Path) -> None:
 
 def test_nothing_stays_when_all_are_killed_at_once(tmp_path):
     before = sorted(os.listdir("/dev/shm"))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
     for name in ("group", "ready"):
         (tmp_path / name).mkdir()
-    processes = [context.Process(target=reduce_for_ever, args=(rank, tmp_path)) for rank in range(3)]
+    processes = [CONTEXT.Process(target=reduce_for_ever, args=(rank, tmp_path)) for rank in range(3)]
     for process in processes:
         process.start()
     try:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
+from groups import run_group
 from sharding_models import (
     MAX_WORKERS,
     MODELS,
@@ -22,7 +20,7 @@ from sharding_models import (
     make_optimizer,
     train_plainly,
 )
-from sharding_worker import KINDS
+from sharding_worker import KINDS, train_all
 from torch import nn
 
 from paceline.comm.group import Group
@@ -50,15 +48,7 @@ def results_on(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Resu
     @functools.cache
     def launch(size: int) -> Results:
         path = tmp_path_factory.mktemp("sharding") / "results.pt"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
-        process = subprocess.run(
-            [*command, str(Path(__file__).parent / "sharding_worker.py"), str(path), *MODELS_ON[size]],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        assert process.returncode == 0, process.stderr[-4000:]
+        run_group(train_all, size, MODELS_ON[size], path, timeout_s=20.0, limit_s=120.0)
         return torch.load(path, weights_only=True)
 
     return launch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import time
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from preloaded import CONTEXT
 
 from paceline.comm import memory_map
 from paceline.comm.memory_map import join_memory
@@ -34,12 +34,10 @@ def own_tensor(rank: int, length: int, dtype: torch.dtype) -> torch.Tensor:
 
 def run_workers(function: Callable[..., Any], size: int, *arguments: Any) -> dict[int, Any]:
     """`function(memory, rank, size, *arguments)` in `size` processes; what each returned or raised."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "paceline.comm.mesh"])
-    manager = context.Manager()
+    manager = CONTEXT.Manager()
     barrier, told, results = manager.Barrier(size), manager.dict(), manager.dict()
     processes = [
-        context.Process(target=work, args=(function, rank, size, barrier, told, results, *arguments))
+        CONTEXT.Process(target=work, args=(function, rank, size, barrier, told, results, *arguments))
         for rank in range(size)
     ]
     for process in processes:

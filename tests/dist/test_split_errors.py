@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from groups import run_group
+from split_error_worker import prove_all
 
 from paceline.records import Proof
 
@@ -32,18 +29,9 @@ PIECES = [
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    directory = tmp_path_factory.mktemp("errors")
-    asked, out = directory / "asked.json", directory / "proofs.json"
-    asked.write_text(json.dumps([entry[:3] for entry in (*PLANTED, *RIGHT, *PIECES)]))
-    worker = str(Path(__file__).parent / "split_error_worker.py")
-    process = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", worker, asked, out],
-        capture_output=True, text=True, timeout=200, check=False,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr[:6000]
-    found: dict[str, str] = json.loads(out.read_text())
-    return found
+def told() -> dict[str, str]:
+    asked = [entry[:3] for entry in (*PLANTED, *RIGHT, *PIECES)]
+    return run_group(prove_all, 2, asked, timeout_s=60.0, limit_s=200.0)[0]
 
 
 @pytest.mark.parametrize(("error", "job", "layout", "kind", "name"), PLANTED)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from groups import run_group
 from reference import train_plainly
 from safetensors.torch import load_model
 from split_jobs import SPLIT_JOBS
+from split_worker import prove_and_train
 
 from paceline.records import Proof
 
@@ -61,41 +59,29 @@ OUT = {"unused": ("pp",)}
 """A model whose pieces are chosen by the data cannot be cut."""
 
 
-def launch(directory: Path, workers: int, prove: list[Any], train: list[Any]) -> dict[str, str]:
-    asked = directory / "asked.json"
-    asked.write_text(json.dumps({"prove": prove, "train": train}))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]
-    process = subprocess.run(
-        [*command, str(Path(__file__).parent / "split_worker.py"), str(asked), str(directory)],
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr[:6000]
-    proofs: dict[str, str] = json.loads((directory / "proofs.json").read_text())
-    return proofs
+LIMITS = {"timeout_s": 60.0, "limit_s": 500.0}
 
 
 @pytest.fixture(scope="module")
-def on_four(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], Path]:
-    directory = tmp_path_factory.mktemp("four")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("trained")
+
+
+@pytest.fixture(scope="module")
+def on_four(folder: Path) -> dict[str, str]:
     prove = PROVEN + [(name, layout) for name in ("transformer", "deep") for layout in SCHEDULED]
-    return launch(directory, 4, prove, []), directory
+    return run_group(prove_and_train, 4, prove, TRAINED, folder, **LIMITS)[0]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("trained")
-    launch(directory, 4, [], TRAINED)
-    return directory
+def trained(on_four: dict[str, str], folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    return torch.load(folder / "runs.pt", weights_only=True)
 
 
 @pytest.fixture(scope="module")
 def on_eight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    directory = tmp_path_factory.mktemp("eight")
     prove = [(n, layout) for n in ("transformer", "batch_norm", "unused") for layout in ON_EIGHT]
-    return launch(directory, 8, prove, [])
+    return run_group(prove_and_train, 8, prove, [], tmp_path_factory.mktemp("eight"), **LIMITS)[0]
 
 
 def assert_proven(text: str, name: str, layout: str) -> None:
@@ -110,13 +96,13 @@ def assert_proven(text: str, name: str, layout: str) -> None:
 
 @pytest.mark.parametrize(("name", "layout"), PROVEN)
 def test_every_layout_of_two_and_four_workers_is_proven(name, layout, on_four):
-    assert_proven(on_four[0][f"{name}/{layout}"], name, layout)
+    assert_proven(on_four[f"{name}/{layout}"], name, layout)
 
 
 @pytest.mark.parametrize("layout", SCHEDULED)
 @pytest.mark.parametrize("name", ["transformer", "deep"])
 def test_every_schedule_is_proven(name, layout, on_four):
-    assert_proven(on_four[0][f"{name}/{layout}"], name, layout)
+    assert_proven(on_four[f"{name}/{layout}"], name, layout)
 
 
 @pytest.mark.parametrize("layout", ON_EIGHT)
@@ -140,8 +126,7 @@ def plain() -> dict[str, dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize(("name", "layout"), TRAINED)
 def test_whole_runs_stay_together(name, layout, trained, plain):
-    runs = torch.load(trained / "runs.pt", weights_only=True)
-    found, wanted = runs[f"{name}/{layout}"], plain[f"{name}/{layout}"]
+    found, wanted = trained[f"{name}/{layout}"], plain[f"{name}/{layout}"]
     torch.testing.assert_close(found["losses"], wanted["losses"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found["metrics"], wanted["metrics"].to(found["metrics"]), rtol=1e-3, atol=1e-4)
     for key in (key for key in wanted if key.startswith("state.") and key in found):
@@ -151,10 +136,9 @@ def test_whole_runs_stay_together(name, layout, trained, plain):
 
 
 @pytest.mark.parametrize(("name", "layout"), TRAINED)
-def test_saved_weights_load_into_the_unsplit_module_bit_for_bit(name, layout, trained):
-    runs = torch.load(trained / "runs.pt", weights_only=True)
+def test_saved_weights_load_into_the_unsplit_module_bit_for_bit(name, layout, trained, folder):
     model = SPLIT_JOBS[name][0].model()
-    load_model(model, str(trained / name / layout / "weights.safetensors"))
+    load_model(model, str(folder / name / layout / "weights.safetensors"))
     loaded = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for key, value in loaded.items():
-        assert torch.equal(value, runs[f"{name}/{layout}"][f"state.{key}"]), key
+        assert torch.equal(value, trained[f"{name}/{layout}"][f"state.{key}"]), key

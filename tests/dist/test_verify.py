@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-from command import ENVIRONMENT, TOY, of_kind, paceline, read_events
+from command import TOY, of_kind, paceline, read_events
+from groups import run_group
+from proof_worker import prove_with
 
 from paceline.records import Proof
 
 
-def proof_of(error: str, job: str, directory: Path, transport: str = "auto") -> str:
-    """What `proof_worker.py` says, on two real processes."""
-    out = directory / "proof.json"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    worker = str(Path(__file__).parent / "proof_worker.py")
-    process = subprocess.run(
-        [*torchrun, worker, error, job, transport, str(out)],
-        capture_output=True, text=True, timeout=120, env=ENVIRONMENT, check=False,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr[-4000:]
-    return out.read_text()
+def proof_of(error: str, job: str, transport: str = "auto") -> str:
+    """What rank 0 of two real processes finds after the error was planted in them."""
+    return run_group(prove_with, 2, error, job, transport=transport, timeout_s=60.0)[0]
 
 
 @pytest.mark.parametrize("transport", ["auto", "gloo"])
 @pytest.mark.parametrize("job", ["batch_norm", "weighted_micro", "dropout"])
-def test_right_layouts_are_proven(job, transport, tmp_path):
-    proof = Proof.model_validate_json(proof_of("nothing", job, tmp_path, transport))
+def test_right_layouts_are_proven(job, transport):
+    proof = Proof.model_validate_json(proof_of("nothing", job, transport))
     assert proof.status == "equal", proof.worst[0].describe()
     assert proof.compared > 10
     assert proof.samples == 48
@@ -48,8 +38,8 @@ def test_right_layouts_are_proven(job, transport, tmp_path):
         pytest.param("update_too_early", "plain", "auto", "gradient", None, marks=pytest.mark.shared_memory),
     ],
 )
-def test_a_planted_error_is_caught_and_named(error, job, transport, kind, name, tmp_path):
-    text = proof_of(error, job, tmp_path, transport)
+def test_a_planted_error_is_caught_and_named(error, job, transport, kind, name):
+    text = proof_of(error, job, transport)
     proof = Proof.model_validate_json(text)
     assert proof.status == "different"
     assert proof.in_float64 or proof.parted, "float64 was asked, or the workers had parted anyway"
@@ -60,16 +50,16 @@ def test_a_planted_error_is_caught_and_named(error, job, transport, kind, name, 
         assert {d.name for d in wrong if d.kind == "gradient" and d.step == first} == {name}
 
 
-def test_what_is_gone_in_float64_was_rounding(tmp_path):
-    proof = Proof.model_validate_json(proof_of("round_roughly", "batch_norm", tmp_path, "gloo"))
+def test_what_is_gone_in_float64_was_rounding():
+    proof = Proof.model_validate_json(proof_of("round_roughly", "batch_norm", "gloo"))
     assert proof.worst[0].relative_error == pytest.approx(1e-3, rel=0.1)
     assert proof.in_float64
     assert proof.in_float64[0].relative_error < 1e-10
     assert proof.status == "equal"
 
 
-def test_workers_that_start_apart_are_caught(tmp_path):
-    proof = Proof.model_validate_json(proof_of("start_apart", "plain", tmp_path, "gloo"))
+def test_workers_that_start_apart_are_caught():
+    proof = Proof.model_validate_json(proof_of("start_apart", "plain", "gloo"))
     assert proof.status == "different"
     assert any(d.kind == "gradient" and not d.within_tolerance for d in proof.worst)
 

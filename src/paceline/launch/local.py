@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
+from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -58,9 +62,28 @@ def launch(spec: RunSpec, num_workers: int) -> None:
     )
     command = ["-m", _WORKER_MODULE, str(spec.write())]
     try:
-        elastic_launch(config, sys.executable)(*command)
+        with _ending_within(min(spec.timeout_s, _SHUTDOWN_TIMEOUT_S)):
+            elastic_launch(config, sys.executable)(*command)
     except ChildFailedError as error:
         exit_codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         raise first_failure(spec.directory, exit_codes) from None
     except SignalException:
         raise KeyboardInterrupt from None
+
+
+@contextlib.contextmanager
+def _ending_within(limit_s: float) -> Iterator[None]:
+    """Have the agent kill workers that a SIGTERM has not ended by then.
+
+    Where one has failed it gives the others 30 s, and cannot be told otherwise; who is stopped or hangs needs them all.
+    """
+    close = SubprocessContext._close
+
+    def close_soon(self: SubprocessContext, death_sig: Any, timeout: float = limit_s) -> None:
+        close(self, death_sig, min(timeout, limit_s))  # type: ignore[arg-type]
+
+    SubprocessContext._close = close_soon  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        SubprocessContext._close = close  # type: ignore[method-assign]

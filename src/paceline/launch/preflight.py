@@ -14,6 +14,7 @@ from paceline.errors import DataError, JobError, LayoutError, PacelineError
 from paceline.launch.spec import AUTO, RunSpec
 from paceline.load import LoadedJob, load_job_file
 from paceline.records import Layout
+from paceline.train.compiler import put_off_compiler
 from paceline.train.data import GlobalBatch, Part, is_iterable, num_batches, num_samples
 from paceline.train.order import Share
 from paceline.train.pipeline import schedule_of
@@ -78,6 +79,7 @@ def _build(datasets: Datasets, split: str) -> Any:
 
 def _try_step(loaded: LoadedJob, datasets: Datasets, seed: int, total_steps: int | None) -> None:
     """One training step on two samples, in this process."""
+    put_off_compiler()
     job, device = loaded.job, torch.device("cpu")
     samples = _first_samples(datasets["train"], 2)
     try:

@@ -39,6 +39,7 @@ from paceline.plan.choose import without_workers
 from paceline.records import Cluster, Layout, Plan, Proof, describe_layout
 from paceline.split.finding import Found
 from paceline.train.allocator import keep_freed_memory
+from paceline.train.compiler import put_off_compiler
 from paceline.train.data import num_batches, num_samples
 from paceline.train.loop import Outcome, TrainingLoop, save, showcase
 from paceline.train.proof import prove_and_find, require
@@ -74,6 +75,7 @@ class Worker:
 
     def _run(self) -> None:
         spec = self._spec
+        put_off_compiler()
         loaded = load_job_file(spec.job_file, spec.settings) if spec.job_file else None
         world = join(device_kind(), spec.timeout_s, spec.store_port, spec.transport)
         try:

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
 
 class Links(Protocol):
@@ -89,6 +88,9 @@ def backward_of_inputs(
         # One number with the same gradients: torch detaches what it is given, which the graph may have saved.
         weighed = [r if g is None else (r * g).sum() for r, g in zip(roots, gradients, strict=True)]
         root = torch.stack([w.reshape(()) for w in weighed]).sum()
+        # Here, as it takes more than a second and most runs do without.
+        from torch.distributed.pipelining._backward import stage_backward_input
+
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # gradients of tensors that are no leaves are meant
             found, groups = stage_backward_input([root], None, [a.value for a in arrivals], iter(weights))
@@ -99,6 +101,8 @@ def backward_of_inputs(
 
 
 def _of_weights(weights: list[nn.Parameter], groups: list[Any]) -> None:
+    from torch.distributed.pipelining._backward import stage_backward_weight
+
     stage_backward_weight(iter(weights), groups)
 
 
