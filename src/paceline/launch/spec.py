@@ -33,6 +33,8 @@ class RunSpec(Record):
     precision: str = "auto"
     remeasure: bool = False
     """Measure the job for its plan, even if what was measured in the last week is kept."""
+    replan: bool = False
+    """Reconsider the layout while training, when steps part from what was expected."""
     verify: bool = True
     """Prove a layout of several workers before training in it."""
     transport: str = AUTO

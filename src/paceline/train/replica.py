@@ -25,6 +25,7 @@ from paceline.train.data import GlobalBatch, Part, evaluation_parts
 from paceline.train.held_model import HeldModel
 from paceline.train.images import ImageFormat
 from paceline.train.noise import NUM_SUMS, NoiseMeter, StepNoise
+from paceline.train.optimizer_state import needs_whole_parameters
 from paceline.train.pipeline import Pipeline
 from paceline.train.reduction import Reduction, Sums
 from paceline.train.seeds import derive, seed_torch
@@ -194,6 +195,16 @@ class Replica:
     def why_not_movable(self) -> str:
         """Why `collect` cannot be called, as far as this worker knows; empty if it can."""
         return training_state.why_not_movable(self._held, self.scheduler)
+
+    @property
+    def needs_whole_parameters(self) -> bool:
+        """Whether the optimizer keeps something here that no layout may divide with its parameter."""
+        return needs_whole_parameters(self.optimizer, self._held.trained_pieces())
+
+    @property
+    def state_bytes(self) -> int:
+        """Of what is here of parameters and of the optimizer's state."""
+        return training_state.num_bytes(self._held)
 
     def measure_noise(self) -> str:
         """Measure the gradient noise scale from now on, after `attach` or `split`; why not, or what is left out."""

@@ -251,6 +251,16 @@ class Session:
         """Why `collect_state` cannot be called, as far as this worker knows; empty if it can."""
         return self._replica.why_not_movable()
 
+    @property
+    def needs_whole_parameters(self) -> bool:
+        """Whether the optimizer keeps something here that no layout may divide with its parameter."""
+        return self._replica.needs_whole_parameters
+
+    @property
+    def state_bytes(self) -> int:
+        """Of what this worker has of parameters and of the optimizer's state."""
+        return self._replica.state_bytes
+
     def close(self) -> None:
         """Leave the other workers, where this session joined them."""
         if self._owns_world:
