@@ -1,6 +1,6 @@
-"""A job whose steps wait for each sample; on rank 1 four times as long from the moment that a file is there.
+"""A job whose steps wait for each sample; a file says how many times as long on each rank, and may change meanwhile.
 
-As if another program had taken that worker's core, and whatever else runs on the machine: nothing is computed meanwhile.
+As if other programs had taken a worker's core; as nothing is computed while it waits, real ones change little of it.
 """
 
 import os
@@ -14,7 +14,13 @@ from torch.utils.data import TensorDataset
 
 import paceline
 
-options = paceline.options(slow_file="", sample_s=0.002, slower=8.0)
+options = paceline.options(slower="", sample_s=0.004)
+
+
+def factor() -> float:
+    if not options.slower or not Path(options.slower).exists():
+        return 1.0
+    return float(Path(options.slower).read_text().split()[int(os.environ.get("RANK", 0))])
 
 
 class Model(nn.Module):
@@ -24,8 +30,7 @@ class Model(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.training:
-            is_slow = os.environ.get("RANK") == "1" and options.slow_file and Path(options.slow_file).exists()
-            time.sleep(options.sample_s * len(x) * (options.slower if is_slow else 1.0))
+            time.sleep(options.sample_s * len(x) * factor())
         return self.outer(torch.tanh(self.norm(self.inner(x))))
 
 
@@ -43,6 +48,6 @@ job = paceline.Job(
     schedule=lambda optimizer, steps: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps),
     clip_norm=1.0,
     batch_size=12,
-    steps=400,
-    evaluate_every_steps=100,
+    evaluate_every_steps=50,
+    showcase=lambda model: {"weight": float(model.inner.weight.detach().sum())},
 )

@@ -58,7 +58,7 @@ class Watch:
 
     @property
     def is_due(self) -> bool:
-        """Whether the layout should be reconsidered: steps take more or less than was expected, and the rest is over."""
+        """Whether the layout should be reconsidered: steps take more or less than expected, and the rest is over."""
         return all(self._off) and not self._window and self._rest_steps <= 0 and self._rest_s <= 0
 
     def on_step(self, result: StepResult) -> str:
