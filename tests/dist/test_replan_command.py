@@ -105,7 +105,7 @@ def test_the_command_takes_another_layout_and_says_so(tmp_path):
     assert told[0]["changed"], told
     assert told[0]["to"]["dp_replicate"] == 1
     assert f"Step {told[0]['step']}: " in process.stdout
-    assert "changed to 1 worker" in (out / "report.html").read_text()
+    assert "The layout reconsidered" in (out / "report.html").read_text()
 
 
 def test_a_layout_that_is_asked_for_is_kept(tmp_path):
