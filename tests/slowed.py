@@ -23,6 +23,13 @@ def factor() -> float:
     return float(Path(options.slower).read_text().split()[int(os.environ.get("RANK", 0))])
 
 
+def slow_down(slower: Path, factors: str) -> None:
+    """Write the file as a whole: workers read it all the time."""
+    partial = slower.with_suffix(".partial")
+    partial.write_text(factors)
+    partial.replace(slower)
+
+
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -40,9 +40,9 @@ def main() -> None:
         record(self, session, result)
         if rank == 0 and self.tally.steps == 3 * WINDOW:
             if session.layout.workers == 2 and not slower.exists():
-                slower.write_text("1 6")
+                slowed.slow_down(slower, "1 6")
             elif session.layout.workers == 1:
-                slower.write_text("3 1")
+                slowed.slow_down(slower, "3 1")
 
     TrainingLoop._record = record_and_slow_down  # type: ignore
     out = directory / f"rank{rank}"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import slowed
 import torch
 from command import of_kind, paceline, read_events
 from safetensors.torch import load_file
@@ -82,15 +83,15 @@ def test_the_command_takes_another_layout_and_says_so(tmp_path):
     """As a user starts it, with its real patience; worker 1 gets slow some time after the first steps."""
     out, slower = tmp_path / "run", tmp_path / "slower"
 
-    def slow_down() -> None:
+    def wait_and_slow_down() -> None:
         for _ in range(600):
             time.sleep(0.2)
             events = out / "events.jsonl"
             if events.exists() and events.read_text().count('"event": "step"') > 20:
-                slower.write_text("1 6")
+                slowed.slow_down(slower, "1 6")
                 return
 
-    thread = threading.Thread(target=slow_down)
+    thread = threading.Thread(target=wait_and_slow_down)
     thread.start()
     process = paceline(
         "train", str(SLOWED), "--replan", f"--out={out}", "--seed=3", "--steps=360", "--precision=fp32",
