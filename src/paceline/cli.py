@@ -63,6 +63,10 @@ def train(
         bool,
         typer.Option("--remeasure", help="Measure the job again, even if it was within the last week."),
     ] = False,
+    replan: Annotated[
+        bool,
+        typer.Option("--replan", help="Change the layout while training, when steps part from the forecast."),
+    ] = False,
     verify: Annotated[
         bool,
         typer.Option(
@@ -89,6 +93,7 @@ def train(
             until=until,
             precision=precision,
             remeasure=remeasure,
+            replan=replan,
             verify=verify,
             transport=transport,
             timeout_s=timeout,

@@ -272,6 +272,10 @@ class Plan(Record):
     planned_error_s: float | None = None
     trials: tuple[Trial, ...] = ()
 
+    def to_event(self) -> dict[str, Any]:
+        """As `to_json`, without the trials, which are events of their own."""
+        return self.model_dump(mode="json", exclude={"trials"})
+
 
 PROOF_TOLERANCE = 1e-5
 """Relative error up to which two quantities in float32 are the same."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from paceline.comm.group import Group
 from paceline.comm.threads import threads_for, user_threads
@@ -15,7 +15,7 @@ from paceline.measure import store
 from paceline.plan.candidates import candidates
 from paceline.plan.choose import JobForecasts, choose
 from paceline.plan.shortlist import shortlist
-from paceline.records import Cluster, Layout, Plan, describe_layout
+from paceline.records import Cluster, Layout, Plan, Trial, describe_layout
 from paceline.train.session import Datasets
 from paceline.train.trial import LayoutTimer
 
@@ -46,6 +46,13 @@ class Choosing:
         self._spec, self._loaded, self._world, self._everyone = spec, loaded, world, everyone
         self._cluster, self._datasets, self._precision, self._write = cluster, datasets, precision, write
         self._measuring = Measuring(spec, loaded, world, everyone, cluster, datasets, precision)
+        self._always = candidates(cluster, loaded.job.batch_size, threads=user_threads())
+        self._planned: JobForecasts | None = None
+
+    @property
+    def has_choice(self) -> bool:
+        """Whether more than one layout is possible at all."""
+        return len(self._always) > 1
 
     def run(self) -> Plan:
         """The plan, the same on all workers. Single processes and plain data parallelism are always timed.
@@ -54,28 +61,17 @@ class Choosing:
             LayoutError: nothing fits, or nothing could be timed.
             PacelineError: the job fails on its first steps.
         """
-        cluster, job, everyone = self._cluster, self._loaded.job, self._everyone
-        layouts = candidates(cluster, job.batch_size, threads=user_threads())
-        if len(layouts) == 1:
+        everyone = self._everyone
+        if not self.has_choice:
+            (only,) = self._always
             return Plan(
-                layout=layouts[0],
-                label=describe_layout(layouts[0], threads_for(1, layouts[0].threads), cluster.device),
+                layout=only,
+                label=describe_layout(only, threads_for(1, only.threads), self._cluster.device),
                 reason="it is the only layout that this machine and batch size allow",
                 chosen_by="trial",
             )
-        planned = self._forecast()
-        told = None if planned is None else [str(x) for x in shortlist(planned.found.fastest, layouts)]
-        layouts = [Layout.parse(text) for text in everyone.gather_json(told, "layouts to time")[0]]
-        timer = LayoutTimer(
-            job,
-            layouts,
-            self._world,
-            self._datasets,
-            seed=self._spec.seed,
-            precision=self._precision,
-            budget_s=_TRIAL_S,
-        )
-        trials = timer.run()
+        self._planned = planned = self._forecast()
+        trials = self.time(self.shortlist() if planned is not None else [])
         for trial in trials:
             self._write("trial", **trial.to_json())
         decided = None
@@ -85,6 +81,27 @@ class Choosing:
             update = {"planned_step_s": forecast.step_s, "planned_error_s": forecast.error_s}
             decided = plan.model_copy(update=update).to_json()
         return Plan.from_json(everyone.gather_json(decided, "the plan")[0])
+
+    def shortlist(self, current: Layout | None = None) -> list[Layout]:
+        """On rank 0: what is worth timing, in view of the forecasts; `current` among them."""
+        assert self._planned is not None
+        always = self._always if current is None or current in self._always else [current, *self._always]
+        return shortlist(self._planned.found.fastest, always)
+
+    def time(self, layouts: Sequence[Layout]) -> list[Trial]:
+        """Time the layouts that rank 0 gives; the same on all workers. A collective call."""
+        told = [str(layout) for layout in layouts]
+        texts = self._everyone.gather_json(told, "layouts to time")[0]
+        timer = LayoutTimer(
+            self._loaded.job,
+            [Layout.parse(text) for text in texts],
+            self._world,
+            self._datasets,
+            seed=self._spec.seed,
+            precision=self._precision,
+            budget_s=_TRIAL_S,
+        )
+        return timer.run()
 
     def _forecast(self) -> JobForecasts | None:
         """On rank 0 the forecasts of this job's layouts."""

@@ -39,6 +39,12 @@ def preflight(spec: RunSpec, device: str, max_workers: int) -> LoadedJob:
     job = loaded.job
     check_precision(spec.precision)
     resolve_transport(spec.transport, device)
+    if spec.replan and spec.layout != AUTO:
+        raise LayoutError(
+            f"--replan is given with --layout {spec.layout}",
+            cause="--replan changes the layout, and a layout that is asked for is kept",
+            next_step="leave out one of them",
+        )
     if spec.layout != AUTO:
         _check_layout(Layout.parse(spec.layout), job.batch_size, device, max_workers)
     if spec.until is not None:

@@ -36,6 +36,8 @@ class RunSpec(Record):
     """Measure the job for its plan, even if what was measured in the last week is kept."""
     budget_s: float | None = None
     """About how long measuring may take; None: as long as it takes to be good."""
+    replan: bool = False
+    """Reconsider the layout while training, when steps part from what was expected."""
     verify: bool = True
     """Prove a layout of several workers before training in it."""
     transport: str = AUTO

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from paceline.comm.group import Group
+from paceline.comm.beacon import Beacon
 from paceline.comm.mesh import Mesh, make_mesh
 from paceline.comm.threads import take_cores, threads_for
 from paceline.comm.world import World, gather_cluster, join
@@ -31,19 +31,20 @@ from paceline.launch.measuring import (
     measure_for_training,
     measure_hosts,
 )
+from paceline.launch.proving import Proving
+from paceline.launch.replanning import Replanning
 from paceline.launch.spec import AUTO, RunSpec
 from paceline.load import LoadedJob, load_job_file
 from paceline.measure import store
 from paceline.measure.machine import device_kind, peak_memory_bytes, versions
 from paceline.plan.choose import without_workers
-from paceline.records import Cluster, Layout, Plan, Proof, describe_layout
+from paceline.records import Cluster, Layout, Plan, describe_layout
 from paceline.split.finding import Found
 from paceline.train.allocator import keep_freed_memory
 from paceline.train.compiler import put_off_compiler
 from paceline.train.data import num_batches, num_samples
-from paceline.train.loop import Outcome, TrainingLoop, save, showcase
-from paceline.train.proof import prove_and_find, require
-from paceline.train.room import PROOF_BYTES, why_no_room
+from paceline.train.loop import TrainingLoop, save, showcase
+from paceline.train.proof import require
 from paceline.train.session import Datasets, Session
 from paceline.train.target import Length, Target, plan_length
 from paceline.train.watch import Watch
@@ -58,7 +59,7 @@ class Worker:
         self._spec = spec
         self._begin_s = time.time()
         self._writer: EventWriter | None = None
-        self._session: Session | None = None
+        self._loop: TrainingLoop | None = None
         self._stop_requested = False
 
     def run(self) -> None:
@@ -100,14 +101,10 @@ class Worker:
         self._check_enough(layout, world)
         mesh = make_mesh(world, layout)
         if mesh is not None:
-            self._prove(loaded.job, world, mesh, Datasets(loaded.job, self._spec.seed))
+            self._proving(loaded.job, world, Datasets(loaded.job, self._spec.seed)).prove(mesh)
 
-    def _prove(self, job: Job, world: World, mesh: Mesh, datasets: Datasets) -> tuple[Proof, Found | None]:
-        layout = mesh.layout
-        take_cores(world.local_rank, min(world.local_size, layout.workers), layout.threads)
-        proof, found = prove_and_find(job, mesh, datasets, seed=self._spec.seed, device=world.device)
-        self._write("proof", status=proof.status, **proof.to_json())
-        return proof, found
+    def _proving(self, job: Job, world: World, datasets: Datasets) -> Proving:
+        return Proving(job, world, datasets, self._spec.seed, self._write)
 
     def _train(self, loaded: LoadedJob, world: World) -> None:
         spec, job = self._spec, loaded.job
@@ -140,32 +137,57 @@ class Worker:
             versions=versions(),
             command=spec.command,
         )
-        plan = self._plan(loaded, world, everyone, cluster, datasets, precision)
+        beacon = Beacon(world) if spec.replan else None
+        choosing = Choosing(spec, loaded, world, everyone, cluster, datasets, precision, self._write)
+        plan = self._plan(job, world, cluster, choosing)
         mesh = self._take(plan, world)
         found: Found | None = None
-        if mesh is not None and mesh.everyone.size > 1 and spec.verify and self._has_room(job, mesh, world):
-            proof, found = self._prove(job, world, mesh, datasets)
-            if proof.status == "different" and plan.chosen_by == "trial":
+        proving = self._proving(job, world, datasets) if spec.verify else None
+        if mesh is not None and proving is not None:
+            proof, found = proving.prove_if_possible(mesh)
+            if proof is not None and proof.status == "different" and plan.chosen_by == "trial":
                 plan = without_workers(plan, f"{plan.label} would train something else: {proof.what_differs}")
-                mesh = self._take(plan, world)
-            else:
+                mesh, found = self._take(plan, world), None
+            elif proof is not None:
                 require(proof)
-        if mesh is None:
+        if mesh is None and beacon is None:
             return
-        self._session = session = Session(
-            job,
-            plan.layout,
-            seed=spec.seed,
-            total_steps=length.steps,
-            precision=precision,
-            world=world,
-            mesh=mesh,
-            datasets=datasets,
-            found=found,
+
+        def begin(mesh: Mesh, found: Found | None) -> Session:
+            session = Session(
+                job,
+                mesh.layout,
+                seed=spec.seed,
+                total_steps=length.steps,
+                precision=precision,
+                world=world,
+                mesh=mesh,
+                datasets=datasets,
+                found=found,
+            )
+            self._tell(session)
+            return session
+
+        watch = Watch(plan.forecast_step_s or plan.planned_step_s, plan.planned_error_s or 0.0)
+        session = None if mesh is None else begin(mesh, found)
+        self._loop = loop = TrainingLoop(
+            session, length, target, self._writer, watch, may_change=spec.replan and choosing.has_choice
         )
         if self._stop_requested:
-            session.request_stop()
-        self._write("model", parameters=session.num_parameters)
+            loop.request_stop()
+        if session is not None:
+            self._write("model", parameters=session.num_parameters)
+        session = None  # the loop has it, and may give it up for another
+        if beacon is not None:
+            replanning = Replanning(choosing, world, everyone, beacon, proving, begin, self._write)
+            plan = replanning.run(plan, loop)
+        else:
+            loop.run()
+        if loop.session is not None:
+            self._finish(loop.session, world, loop, plan)
+
+    def _tell(self, session: Session) -> None:
+        """What the user should know of how a session trains."""
         for piece, why in session.left_whole.items():
             text = f"{piece} is not divided by tp, as it would not compute the same on parts ({why})."
             self._write("message", level="warning", text=text)
@@ -175,36 +197,16 @@ class Worker:
         if session.what_noise_lacks:
             text = f"Gradient noise scale: {session.what_noise_lacks}."
             self._write("message", level="info", text=text)
-        watch = Watch(plan.forecast_step_s or plan.planned_step_s, plan.planned_error_s or 0.0)
-        outcome = TrainingLoop(session, length, target, self._writer, watch).run()
-        self._finish(session, world, outcome, plan)
-
-    def _has_room(self, job: Job, mesh: Mesh, world: World) -> bool:
-        """Whether one process can hold what a proof compares with; if not, that is said."""
-        reason = why_no_room(job, world.device.type, PROOF_BYTES) if mesh.layout.splits_model else ""
-        reason = mesh.everyone.gather_json(reason, "room for a proof")[0]
-        if reason:
-            self._write("message", level="warning", text=f"The layout was not proven: {reason}.")
-        return not reason
 
     def _take(self, plan: Plan, world: World) -> Mesh | None:
         """Tell the plan; its mesh, or None on a worker that it leaves out."""
         mesh = make_mesh(world, plan.layout)
-        world.release_groups(but=plan.layout.workers)
+        if not self._spec.replan:
+            world.release_groups(but=plan.layout.workers)
         if mesh is None:
             return None
         group = mesh.everyone
-        self._write(
-            "plan",
-            layout=plan.layout.to_json(),
-            label=plan.label,
-            reason=plan.reason,
-            chosen_by=plan.chosen_by,
-            forecast_step_s=plan.forecast_step_s,
-            planned_step_s=plan.planned_step_s,
-            planned_error_s=plan.planned_error_s,
-            transport=group.transport,
-        )
+        self._write("plan", **plan.to_event(), transport=group.transport)
         if group.why_no_memory:
             self._write(
                 "message", level="info", text=f"The workers talk through gloo: {group.why_no_memory}."
@@ -217,16 +219,8 @@ class Worker:
             loaded.job, steps=self._spec.steps, epochs=self._spec.epochs, batches_per_epoch=per_epoch
         )
 
-    def _plan(
-        self,
-        loaded: LoadedJob,
-        world: World,
-        everyone: Group,
-        cluster: Cluster,
-        datasets: Datasets,
-        precision: str,
-    ) -> Plan:
-        spec, job = self._spec, loaded.job
+    def _plan(self, job: Job, world: World, cluster: Cluster, choosing: Choosing) -> Plan:
+        spec = self._spec
         if spec.layout != AUTO:
             layout = Layout.parse(spec.layout)
             layout.check_batch(job.batch_size)
@@ -234,8 +228,7 @@ class Worker:
             local = min(world.local_size, layout.workers)
             label = describe_layout(layout, threads_for(local, layout.threads), cluster.device)
             return Plan(layout=layout, label=label, reason="as asked for", chosen_by="user")
-        search = Choosing(spec, loaded, world, everyone, cluster, datasets, precision, self._write)
-        return search.run()
+        return choosing.run()
 
     def _check_enough(self, layout: Layout, world: World) -> None:
         if layout.workers > world.size:
@@ -244,7 +237,8 @@ class Worker:
                 next_step=f"start {layout.workers} (torchrun --nproc-per-node), or use a smaller layout",
             )
 
-    def _finish(self, session: Session, world: World, outcome: Outcome, plan: Plan) -> None:
+    def _finish(self, session: Session, world: World, loop: TrainingLoop, plan: Plan) -> None:
+        outcome, tally = loop.outcome, loop.tally
         cores, threads = take_cores(world.local_rank, session.local_workers, session.layout.threads)
         own = {
             "rank": world.rank,
@@ -253,9 +247,9 @@ class Worker:
             "cores": list(cores),
             "threads": threads,
             "device": str(world.device),
-            "steps": outcome.steps,
-            "train_s": outcome.train_s,
-            **outcome.sums_s,
+            "steps": tally.steps,
+            "train_s": tally.train_s,
+            **tally.sums_s,
             "peak_memory_bytes": peak_memory_bytes(world.device.type),
         }
         if session.channels_last is not None:
@@ -269,9 +263,9 @@ class Worker:
         weights = save(session, self._spec.directory)
         if self._writer is None:
             return
-        if plan.planned_step_s is not None and outcome.median_step_s is not None:
+        if plan.planned_step_s is not None and tally.median_step_s is not None:
             about = {"job": session.job.name, "layout": str(plan.layout)}
-            store.note_forecast(plan.planned_step_s, outcome.median_step_s, **about)
+            store.note_forecast(plan.planned_step_s, tally.median_step_s, **about)
         shown = outcome.status != "interrupted"
         numbers = showcase(session, self._writer, self._spec.directory) if shown else {}
         self._end(
@@ -286,7 +280,7 @@ class Worker:
             forecast_step_s=plan.forecast_step_s,
             planned_step_s=plan.planned_step_s,
             planned_error_s=plan.planned_error_s,
-            measured_step_s=outcome.median_step_s,
+            measured_step_s=tally.median_step_s,
             error=None,
         )
 
@@ -304,8 +298,8 @@ class Worker:
 
         def stop(number: int, frame: object) -> None:
             self._stop_requested = True
-            if self._session is not None:
-                self._session.request_stop()
+            if self._loop is not None:
+                self._loop.request_stop()
 
         signal.signal(signal.SIGTERM, stop)
         signal.signal(signal.SIGINT, stop)

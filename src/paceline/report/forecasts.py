@@ -7,11 +7,19 @@ import statistics
 from paceline.records import Layout
 from paceline.report import formats
 from paceline.report.analysis import forecast_and_measured_s
-from paceline.report.markup import Cell, section, table
+from paceline.report.markup import Cell, section, table, text
 from paceline.report.reader import RunLog
-from paceline.report.sentences import how_forecast, name_of, step_against_forecast
+from paceline.report.sentences import how_forecast, how_replanned, name_of, step_against_forecast
 
 _ROWS = 6
+
+
+def replans(log: RunLog) -> str:
+    """The section: what became of the layout while the run trained."""
+    if not log.replans:
+        return ""
+    items = "".join(f"<li>{text(how_replanned(event))}</li>" for event in log.replans)
+    return section("The layout reconsidered", f'<ul class="messages">{items}</ul>')
 
 
 def forecasts(log: RunLog) -> str:

@@ -65,7 +65,9 @@ class ModelEvent(Event):
     parameters: int
 
 
-class TrialEvent(Event):
+class Trial(_Read):
+    """One timed layout."""
+
     layout: dict[str, Any] = {}
     label: str
     workers: int
@@ -76,6 +78,10 @@ class TrialEvent(Event):
     data_s: float | None = None
     optimizer_s: float | None = None
     error: str | None = None
+
+
+class TrialEvent(Trial, Event):
+    pass
 
 
 class ForecastTold(_Read):
@@ -105,6 +111,28 @@ class PlanEvent(Event):
     forecast_step_s: float | None = None
     planned_step_s: float | None = None
     planned_error_s: float | None = None
+
+
+class ReplanEvent(Event):
+    step: int
+    before: dict[str, Any] = Field(default={}, alias="from")
+    from_label: str
+    to: dict[str, Any] = {}
+    to_label: str
+    changed: bool
+    reason: str = ""
+    expected_s: float | None = None
+    measured_s: float | None = None
+    step_s: float | None = None
+    trials: tuple[Trial, ...] = ()
+    trial_s: float = 0.0
+    move_s: float | None = None
+    change_s: float
+
+    def trial_events(self) -> tuple[TrialEvent, ...]:
+        """Its trials, as those of a run's beginning are told."""
+        own = {"event": "trial", "time_s": self.time_s}
+        return tuple(TrialEvent.model_validate(own | trial.model_dump()) for trial in self.trials)
 
 
 class Difference(_Read):
@@ -224,6 +252,7 @@ KINDS: dict[str, type[Event]] = {
     "proof": ProofEvent,
     "step": StepEvent,
     "noise": NoiseEvent,
+    "replan": ReplanEvent,
     "evaluation": EvaluationEvent,
     "message": MessageEvent,
     "ranks": RanksEvent,

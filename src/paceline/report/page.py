@@ -8,7 +8,7 @@ from pathlib import Path
 from paceline.report import sections
 from paceline.report.analysis import compare
 from paceline.report.figures import drawings
-from paceline.report.forecasts import forecasts
+from paceline.report.forecasts import forecasts, replans
 from paceline.report.markup import document, text
 from paceline.report.reader import RunLog
 
@@ -30,6 +30,7 @@ def render(log: RunLog) -> str:
         sections.loss(drawn),
         forecasts(log),
         sections.layouts(log, comparison, drawn),
+        replans(log),
         sections.proof(log),
         sections.time_per_rank(log, drawn),
         sections.batch_size(log),

@@ -25,6 +25,7 @@ from paceline.report.kinds import (
     ProofEvent,
     Rank,
     RanksEvent,
+    ReplanEvent,
     RunEvent,
     ShowcaseEvent,
     StepEvent,
@@ -45,11 +46,13 @@ class RunLog:
     model: ModelEvent | None = None
     forecasts: ForecastsEvent | None = None
     trials: tuple[TrialEvent, ...] = ()
+    """Those by which the present layout was chosen: of the last change, where there was one."""
     plan: PlanEvent | None = None
     proof: ProofEvent | None = None
     steps: tuple[StepEvent, ...] = ()
     noise: NoiseEvent | None = None
     """The last one: of all steps until then."""
+    replans: tuple[ReplanEvent, ...] = ()
     evaluations: tuple[EvaluationEvent, ...] = ()
     messages: tuple[MessageEvent, ...] = ()
     ranks: tuple[Rank, ...] = ()
@@ -111,16 +114,19 @@ def read_log(path: Path) -> RunLog:
             continue
         if event is not None:
             events.append(event)
+    replans = _all(events, ReplanEvent)
+    changes = [event for event in replans if event.changed]
     return RunLog(
         path=path,
         run=_last(events, RunEvent),
         model=_last(events, ModelEvent),
         forecasts=_last(events, ForecastsEvent),
-        trials=_all(events, TrialEvent),
+        trials=changes[-1].trial_events() if changes else _all(events, TrialEvent),
         plan=_last(events, PlanEvent),
         proof=_last(events, ProofEvent),
         steps=_all(events, StepEvent),
         noise=_last(events, NoiseEvent),
+        replans=replans,
         evaluations=_all(events, EvaluationEvent),
         messages=_all(events, MessageEvent),
         ranks=ranks.ranks if (ranks := _last(events, RanksEvent)) else (),

@@ -14,7 +14,7 @@ from paceline.report.analysis import (
     forecast_and_measured_s,
 )
 from paceline.report.formats import join, percent, plural, times
-from paceline.report.kinds import ForecastsEvent, ForecastTold
+from paceline.report.kinds import ForecastsEvent, ForecastTold, ReplanEvent
 from paceline.report.reader import RunLog
 
 _WORTH_A_WORD = 0.005
@@ -125,6 +125,21 @@ def how_forecast(event: ForecastsEvent) -> str:
         best = event.forecasts[0]
         text += f", the fastest {name_of(best)} with {formats.seconds(best.step_s)} ± {formats.seconds(best.error_s)}"
     return text
+
+
+def how_replanned(event: ReplanEvent) -> str:
+    """`Step 420: 2 workers × 1 thread took 61 ms, 2.1 times the 29 ms expected: changed to …`, or why it stays."""
+    told = f"Step {formats.count(event.step)}: {event.from_label}"
+    if event.measured_s and event.expected_s:
+        ratio = event.measured_s / event.expected_s
+        told += (
+            f" took {formats.seconds(event.measured_s)}, {ratio:.2g} times the "
+            f"{formats.seconds(event.expected_s)} expected"
+        )
+    if event.changed:
+        now = f" ({formats.seconds(event.step_s)})" if event.step_s else ""
+        return f"{told}: changed to {event.to_label}{now}; the change took {formats.seconds(event.change_s)}."
+    return f"{told}: it stays, as {event.reason}; finding out took {formats.seconds(event.change_s)}."
 
 
 def name_of(forecast: ForecastTold) -> str:

@@ -19,7 +19,7 @@ from paceline.report.analysis import (
 from paceline.report.noise import noise_sentence
 from paceline.report.proofs import verdict
 from paceline.report.reader import RunLog
-from paceline.report.sentences import result, step_against_forecast, why_not_more
+from paceline.report.sentences import how_replanned, result, step_against_forecast, why_not_more
 
 
 def print_summary(console: Console, log: RunLog) -> None:
@@ -52,6 +52,7 @@ def _rows(log: RunLog) -> list[tuple[str, str]]:
     told = [f"{part} {formats.percent(shares[part])}" for part in PARTS if shares.get(part, 0.0) >= 0.005]
     rows.append(("time", ", ".join(told)))
     rows.append(("step", step_against_forecast(log)))
+    rows.append(("replan", " ".join(how_replanned(event) for event in log.replans)))
     rows.append(("batch", noise_sentence(log)))
     if log.proof:
         rows.append(("proof", verdict(log.proof)))

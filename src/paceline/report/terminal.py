@@ -21,12 +21,13 @@ from paceline.report.kinds import (
     MessageEvent,
     ModelEvent,
     PlanEvent,
+    ReplanEvent,
     RunEvent,
     StepEvent,
     TrialEvent,
     decode,
 )
-from paceline.report.sentences import how_forecast
+from paceline.report.sentences import how_forecast, how_replanned
 from paceline.report.summary import print_summary
 from paceline.report.tracker import Tracker
 
@@ -194,6 +195,8 @@ def _lines(tracker: Tracker, event: Event) -> list[tuple[str, str]]:
         return [(f"timed {tracker.trial(event)}", "" if event.step_s else "yellow")]
     if isinstance(event, PlanEvent):
         return [(f"layout: {event.label}", "bold"), *([(event.reason, "")] if event.reason else [])]
+    if isinstance(event, ReplanEvent):
+        return [(how_replanned(event), "bold" if event.changed else "")]
     if isinstance(event, EvaluationEvent):
         return [(tracker.held_out(event), "cyan")]
     if isinstance(event, MessageEvent):

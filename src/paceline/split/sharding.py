@@ -91,7 +91,11 @@ class _Flat:
 
     def publish(self) -> None:
         """After the shards were updated, where parameters stay whole."""
-        if self._stays and self.trains:
+        if self.trains:
+            self.refresh()
+
+    def refresh(self) -> None:
+        if self._stays:
             self._group.all_gather_(self.full, "parameters")
 
     def has_gradient(self) -> bool:
@@ -214,6 +218,8 @@ class ShardedParameters:
             m.name: m.piece for flat in self._flats for m in flat.members if m.piece is not None
         }
         """What of each trained parameter lies here: 1-D, missing where nothing does."""
+        self.ranges = {m.name: _range(flat, m) for flat in self._flats for m in flat.members}
+        """Which numbers of each parameter lie here, trained or not: from, and up to; nothing where they are equal."""
         self.replaced: dict[nn.Parameter, tuple[nn.Parameter, Cut] | None] = {
             m.parameter: None if m.piece is None else (m.piece, _cutter(flat, m))
             for flat in self._flats
@@ -230,6 +236,17 @@ class ShardedParameters:
                 member.was_used = False
         if self._keep != "always":
             self._root.gather()
+
+    def shard_of(self, name: str) -> torch.Tensor:
+        """What lies here of a parameter, trained or not: 1-D. To change it, and then `refresh`."""
+        flat, member = next((f, m) for f in self._flats for m in f.members if m.name == name)
+        begin, end = (member.begin + at - flat.begin for at in self.ranges[name])
+        return flat.shard[begin:end]
+
+    def refresh(self) -> None:
+        """After shards were changed otherwise than by the optimizer."""
+        for flat in self._flats:
+            flat.refresh()
 
     def end_evaluation(self) -> None:
         """After the last forward of an evaluation."""
@@ -367,6 +384,12 @@ def _require_dense(name: str, gradient: torch.Tensor) -> None:
         )
 
 
-def _cutter(flat: _Flat, member: _Member) -> Cut:
+def _range(flat: _Flat, member: _Member) -> tuple[int, int]:
+    """Of the member's numbers, those in the flat's range here."""
     begin, end = max(member.begin, flat.begin), min(member.end, flat.end)
-    return lambda tensor: tensor.reshape(-1)[begin - member.begin : end - member.begin].clone()
+    return begin - member.begin, max(begin, end) - member.begin
+
+
+def _cutter(flat: _Flat, member: _Member) -> Cut:
+    begin, end = _range(flat, member)
+    return lambda tensor: tensor.reshape(-1)[begin:end].clone()

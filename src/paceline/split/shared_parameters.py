@@ -152,6 +152,13 @@ class SharedParameters:
         self._scratch = torch.empty(_CHUNK_BYTES // widest * widest, dtype=torch.uint8)
         self.pieces = {m.name: m.piece for m in self._members if m.piece is not None}
         """What of each trained parameter is this worker's to update; missing where nothing is."""
+        self.ranges = {
+            m.name: tuple(at - m.begin for at in self._overlap(flat, m))
+            for flat in self._trained
+            for m in flat.members
+            if m.piece is not None
+        }
+        """Which numbers of the parameter each of them is: from, and up to."""
         self.replaced: dict[nn.Parameter, tuple[nn.Parameter, Cut] | None] = {
             m.parameter: None if m.piece is None else (m.piece, self._cutter(flat, m))
             for flat in self._trained
@@ -201,6 +208,11 @@ class SharedParameters:
     def counts(self) -> bool:
         """Whether this worker's share is its to count: every host has all of them."""
         return self._grid.host == 0
+
+    @property
+    def is_first_here(self) -> bool:
+        """Whether this worker is the first of its host, which has one copy of the parameters."""
+        return self._grid.place == 0
 
     @property
     def has_copies(self) -> bool:

@@ -145,13 +145,16 @@ class ShareLoader:
         """None where the data set is iterable."""
         return num_batches(self._dataset, self._job.batch_size)
 
-    def epoch(self, epoch: int) -> Iterator[GlobalBatch]:
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[GlobalBatch]:
         """The global batches of one epoch, in order.
+
+        Args:
+            skip: so many are left out at the beginning. An iterable data set is read from its beginning all the same.
 
         Raises:
             DataError: a sample cannot be read or collated, or an iterable data set is empty.
         """
-        batches = self._iterable_epoch(epoch) if self._num_samples is None else self._map_epoch(epoch)
+        batches = (self._iterable_epoch if self._num_samples is None else self._map_epoch)(epoch, skip)
         while True:
             begin_s = time.perf_counter()
             try:
@@ -174,13 +177,13 @@ class ShareLoader:
         for number in itertools.count():
             yield from self.epoch(number)
 
-    def _map_epoch(self, epoch: int) -> Iterator[GlobalBatch]:
+    def _map_epoch(self, epoch: int, skip: int) -> Iterator[GlobalBatch]:
         assert self._num_samples is not None
         order = epoch_order(self._seed, epoch, self._num_samples)
         bounds = [
             (begin, min(begin + self._job.batch_size, len(order)))
             for begin in range(0, len(order), self._job.batch_size)
-        ]
+        ][skip:]
 
         def index_lists() -> Iterator[list[int]]:
             for begin, end in bounds:
@@ -188,7 +191,7 @@ class ShareLoader:
                     yield order[begin + s.begin : begin + s.end].tolist()
 
         loaded = self._load(index_lists(), epoch)
-        for index, (begin, end) in enumerate(bounds):
+        for index, (begin, end) in enumerate(bounds, skip):
             mine = self._shares(end - begin)
             parts = [Part(to_device(next(loaded), self._device), share) for share in mine]
             yield GlobalBatch(epoch, index, end - begin, parts, 0.0)
@@ -216,7 +219,7 @@ class ShareLoader:
     def _shares(self, batch_samples: int) -> list[Share]:
         return shares(batch_samples, self._micro, self._size, self._rank)
 
-    def _iterable_epoch(self, epoch: int) -> Iterator[GlobalBatch]:
+    def _iterable_epoch(self, epoch: int, skip: int) -> Iterator[GlobalBatch]:
         """Every worker reads the whole stream and keeps its shares: right for any iterable."""
         if hasattr(self._dataset, "set_epoch"):
             self._dataset.set_epoch(epoch)
@@ -227,11 +230,16 @@ class ShareLoader:
             samples = _take(stream, self._job.batch_size)
             if not samples:
                 break
-            parts = [
-                Part(to_device(self._collate(samples[s.begin : s.end]), self._device), s)
-                for s in self._shares(len(samples))
-            ]
-            yield GlobalBatch(epoch, index, len(samples), parts, 0.0)
+            parts = (
+                []
+                if index < skip
+                else [
+                    Part(to_device(self._collate(samples[s.begin : s.end]), self._device), s)
+                    for s in self._shares(len(samples))
+                ]
+            )
+            if index >= skip:
+                yield GlobalBatch(epoch, index, len(samples), parts, 0.0)
             index += 1
             if len(samples) < self._job.batch_size:
                 return

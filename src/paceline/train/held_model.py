@@ -20,6 +20,7 @@ from paceline.split.swap import swap_parameters
 from paceline.train.allocator import give_back_freed_memory
 from paceline.train.build import build_model, build_optimizer, everyone_fills_alike
 from paceline.train.data import FEW_TOGETHER
+from paceline.train.moving import Piece
 from paceline.train.pipeline import schedule_of
 from paceline.train.state import WholeState, broadcast
 
@@ -71,6 +72,7 @@ class HeldModel:
         self.why_not_shared = ""
         """Why each worker keeps all parameters for itself, where that is not what was to be expected."""
         self.state = WholeState(self.model, self.local)
+        self._tensor = Group.alone(device)
 
     def attach(self, mesh: Mesh) -> None:
         """See `Replica.attach`."""
@@ -103,6 +105,7 @@ class HeldModel:
             growth=micro_batch / FEW_TOGETHER,
             found=found,
         )
+        self._tensor = mesh.tensor
         swap_parameters(self.optimizer, parts.replaced)
         # Nothing keeps the whole parameters any more.
         parts.replaced = {}
@@ -135,6 +138,44 @@ class HeldModel:
         """After the last batch of an evaluation."""
         if self.sharded is not None:
             self.sharded.end_evaluation()
+
+    def trained_pieces(self) -> list[Piece]:
+        """What this worker updates: for each of them its optimizer may have a state."""
+        keeper = self.sharded if self.shared is None else self.shared
+        if keeper is None:
+            return [self._piece(local, local.parameter) for local in self.local]
+        return [
+            self._piece(local, keeper.pieces[local.name], *keeper.ranges[local.name])
+            for local in self.local
+            if local.name in keeper.pieces
+        ]
+
+    def value_pieces(self) -> list[Piece]:
+        """Where the values of all parameters lie that are this worker's to fill; `refresh` afterwards."""
+        if self.shared is not None and not self.shared.is_first_here:
+            return []
+        if self.parts is not None:
+            local = list(self.parts.parameters.values())
+        else:
+            local = [
+                LocalParameter(n, p, tuple(p.shape), None, (0,)) for n, p in self.model.named_parameters()
+            ]
+        if self.sharded is None:
+            return [self._piece(one, one.parameter.detach()) for one in local]
+        shard_of, ranges = self.sharded.shard_of, self.sharded.ranges
+        held = [one for one in local if ranges[one.name][0] < ranges[one.name][1]]
+        return [self._piece(one, shard_of(one.name), *ranges[one.name]) for one in held]
+
+    def refresh(self) -> None:
+        """After parameters were filled: return when all workers have theirs."""
+        if self.sharded is not None:
+            self.sharded.refresh()
+        if self.shared is not None:
+            self.shared.publish()
+
+    def _piece(self, local: LocalParameter, tensor: torch.Tensor, begin: int = 0, end: int = -1) -> Piece:
+        group = self._tensor
+        return Piece(local.name, tensor, local.shape, local.shard, group.rank, group.size, begin, end)
 
     def check_in_step(self, mesh: Mesh, when: str) -> None:
         """Raise `WorkerError` unless workers that should hold the same parameters do, bit for bit in their sums."""

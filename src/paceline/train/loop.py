@@ -31,6 +31,21 @@ class Outcome:
     train_s: float = 0.0
     evaluation_s: float = 0.0
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    first_metrics: dict[str, float] | None = None
+    evaluated_at: int = -1
+    """The step of the last evaluation."""
+    epochs: int = 0
+    """Passes over the data until now, and ..."""
+    batches: int = 0
+    """... batches of the next one that were taken."""
+
+
+@dataclasses.dataclass
+class Tally:
+    """What this worker did in the present layout."""
+
+    steps: int = 0
+    train_s: float = 0.0
     sums_s: dict[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(_SUMS, 0.0))
     step_s: list[float] = dataclasses.field(default_factory=list)
 
@@ -40,57 +55,90 @@ class Outcome:
 
 
 class TrainingLoop:
-    """Trains a session to its length or target. Every worker runs it; only rank 0 has a `writer`."""
+    """Trains a session to its length or target. Every worker runs it; only rank 0 has a `writer`.
+
+    Where the layout may change it has a session for each layout, one after the other, and none while the layout leaves
+    this worker out.
+    """
 
     def __init__(
         self,
-        session: Session,
+        session: Session | None,
         length: Length,
         target: Target | None,
         writer: EventWriter | None,
         watch: Watch | None = None,
+        *,
+        may_change: bool = False,
     ) -> None:
-        self._session, self._length, self._target, self._writer = session, length, target, writer
-        self._watch = watch
-        self._outcome = Outcome()
-        self._first_metrics: dict[str, float] | None = None
-        self._evaluated_at = -1
+        """
+        Args:
+            may_change: `run` returns when the watch finds that the layout should be reconsidered.
+        """
+        self.session, self.length = session, length
+        self.watch = watch or Watch(None, 0.0)
+        self.outcome, self.tally = Outcome(), Tally()
+        self._target, self._writer, self._may_change = target, writer, may_change
+        self._stop_requested = False
 
-    def run(self) -> Outcome:
-        """Train; returns when the length or the target is reached, or a stop was requested."""
-        outcome, every = self._outcome, self._session.job.evaluate_every_steps
-        if self._target is not None:
-            self._evaluate()
-        for batch in self._session.batches(self._length.epochs, self._length.steps):
-            result = self._session.step(batch)
-            self._record(result, batch.epoch)
+    def run(self) -> bool:
+        """Train; whether the training has ended: its length or its target is reached, or a stop was requested.
+
+        If it has not, the layout is to be reconsidered: then on all workers, after the same step. `run` goes on.
+        """
+        session, outcome = self.session, self.outcome
+        assert session is not None
+        every = session.job.evaluate_every_steps
+        if self._target is not None and outcome.evaluated_at < 0:
+            self._evaluate(session)
+        steps = None if self.length.steps is None else self.length.steps - outcome.steps
+        for batch in session.batches(self.length.epochs, steps, (outcome.epochs, outcome.batches)):
+            result = session.step(batch)
+            outcome.epochs, outcome.batches = batch.epoch, batch.index + 1
+            self._record(session, result)
             if result.stop:
                 outcome.status = "interrupted"
-                return outcome
+                return True
             if every is not None and outcome.steps % every == 0:
-                self._evaluate()
+                self._evaluate(session)
                 if self._target_reached():
                     outcome.status = "target reached"
-                    return outcome
-        if self._evaluated_at != outcome.steps:
-            self._evaluate()
+                    return True
+            if result.change and outcome.steps != self.length.steps:
+                return False
+        if outcome.evaluated_at != outcome.steps:
+            self._evaluate(session)
             if self._target_reached():
                 outcome.status = "target reached"
-        return outcome
+        return True
 
-    def _record(self, result: StepResult, epoch: int) -> None:
-        outcome = self._outcome
+    def change(self, session: Session | None) -> None:
+        """Go on with another session; None: this worker has nothing to do any more, or not yet."""
+        self.session, self.tally = session, Tally()
+        if session is not None and self._stop_requested:
+            session.request_stop()
+
+    def request_stop(self) -> None:
+        """As `Session.request_stop`, of the present session or the next."""
+        self._stop_requested = True
+        if self.session is not None:
+            self.session.request_stop()
+
+    def _record(self, session: Session, result: StepResult) -> None:
+        outcome, tally = self.outcome, self.tally
         outcome.steps += 1
         outcome.samples += result.samples
         outcome.train_s += result.step_s
-        outcome.step_s.append(result.step_s)
+        tally.steps += 1
+        tally.train_s += result.step_s
+        tally.step_s.append(result.step_s)
         for name in _SUMS:
-            outcome.sums_s[name] += getattr(result, name)
+            tally.sums_s[name] += getattr(result, name)
         if self._writer is not None:
             self._writer.write(
                 "step",
                 step=outcome.steps,
-                epoch=epoch,
+                epoch=outcome.epochs,
                 loss=result.loss,
                 lr=result.lr,
                 grad_norm=result.grad_norm,
@@ -99,9 +147,10 @@ class TrainingLoop:
                 **{name: round(getattr(result, name), 7) for name in _SUMS},
                 elapsed_s=round(outcome.train_s, 6),
             )
-            told = "" if self._watch is None else self._watch.on_step(result)
-            if told:
+            if told := self.watch.on_step(result):
                 self._writer.write("message", level="warning", text=told)
+            if self._may_change and self.watch.is_due:
+                session.request_change()
             if result.noise is not None:
                 self._record_noise(result.noise)
 
@@ -119,15 +168,15 @@ class TrainingLoop:
             cost_s=round(noise.cost_s, 7),
         )
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, session: Session) -> None:
         begin_s = time.perf_counter()
-        metrics, samples = self._session.evaluate_counted()
+        metrics, samples = session.evaluate_counted()
         evaluation_s = time.perf_counter() - begin_s
-        outcome = self._outcome
+        outcome = self.outcome
         outcome.metrics = metrics
         outcome.evaluation_s += evaluation_s
-        self._first_metrics = self._first_metrics or metrics
-        self._evaluated_at = outcome.steps
+        outcome.first_metrics = outcome.first_metrics or metrics
+        outcome.evaluated_at = outcome.steps
         if self._writer is not None:
             self._writer.write(
                 "evaluation",
@@ -139,10 +188,11 @@ class TrainingLoop:
             )
 
     def _target_reached(self) -> bool:
-        if self._target is None or self._first_metrics is None:
+        outcome = self.outcome
+        if self._target is None or outcome.first_metrics is None:
             return False
         name = self._target.metric
-        return self._target.reached(self._first_metrics[name], self._outcome.metrics[name])
+        return self._target.reached(outcome.first_metrics[name], outcome.metrics[name])
 
 
 def showcase(session: Session, writer: EventWriter | None, directory: Path) -> dict[str, float]:

@@ -19,19 +19,22 @@ from paceline.job import Job
 from paceline.split.apply import SplitModel
 from paceline.split.batchnorm import BatchShare, share_batch_norms, uses_batch_statistics
 from paceline.split.finding import Found
+from paceline.train import training_state
 from paceline.train.calling import caller, require_scalar, sum_and_weight
 from paceline.train.data import GlobalBatch, Part, evaluation_parts
 from paceline.train.held_model import HeldModel
 from paceline.train.images import ImageFormat
 from paceline.train.noise import NUM_SUMS, NoiseMeter, StepNoise
+from paceline.train.optimizer_state import needs_whole_parameters
 from paceline.train.pipeline import Pipeline
 from paceline.train.reduction import Reduction, Sums
 from paceline.train.seeds import derive, seed_torch
 from paceline.train.state import WholeState
+from paceline.train.training_state import TrainingState
 
 # The sums that travel with the gradients, and their places.
-_LOSS, _WEIGHT, _WEIGHTED, _STOP = range(4)
-_NOISE = slice(4, 4 + NUM_SUMS)
+_LOSS, _WEIGHT, _WEIGHTED, _STOP, _CHANGE = range(5)
+_NOISE = slice(5, 5 + NUM_SUMS)
 SUMS = Sums(num=_NOISE.stop, num_alike=3, weight=_WEIGHT, weighted=_WEIGHTED)
 
 
@@ -53,6 +56,8 @@ class StepResult:
     data_s: float
     noise: StepNoise | None = None
     """Of an earlier step, where the gradient noise scale was measured: its sums have travelled with this step's."""
+    change: bool = False
+    """Rank 0 was asked to have the layout reconsidered: as `stop`."""
 
 
 class Replica:
@@ -84,6 +89,7 @@ class Replica:
         self.device = device
         self.precision = precision
         self.stop_requested = False
+        self.change_requested = False
         self._seed = seed
         self._num_steps = 0
         self._held = HeldModel(
@@ -175,6 +181,31 @@ class Replica:
             self._pipeline = Pipeline(parts, mesh.layout, self.device, self.call, self.forward_context)
         self._reduction = self._reduction_of(mesh)
 
+    def collect(self) -> TrainingState:
+        """What this training has come to, on rank 0. A collective call. Raises as `optimizer_state.collect`."""
+        return training_state.collect(self._held, self.scheduler, self._num_steps, self._mesh.everyone)
+
+    def load(self, state: TrainingState | None) -> None:
+        """Go on from what rank 0 gives, after `attach` or `split`. A collective call.
+
+        The gradient noise scale, and how images are to lie in memory, are measured anew.
+        """
+        self._num_steps = training_state.load(state, self._held, self.scheduler, self._mesh.everyone)
+
+    def why_not_movable(self) -> str:
+        """Why `collect` cannot be called, as far as this worker knows; empty if it can."""
+        return training_state.why_not_movable(self._held, self.scheduler)
+
+    @property
+    def needs_whole_parameters(self) -> bool:
+        """Whether the optimizer keeps something here that no layout may divide with its parameter."""
+        return needs_whole_parameters(self.optimizer, self._held.trained_pieces())
+
+    @property
+    def state_bytes(self) -> int:
+        """Of what is here of parameters and of the optimizer's state."""
+        return training_state.num_bytes(self._held)
+
     def measure_noise(self) -> str:
         """Measure the gradient noise scale from now on, after `attach` or `split`; why not, or what is left out."""
         mixes = any(uses_batch_statistics(module) for module in self.model.modules())
@@ -237,6 +268,7 @@ class Replica:
             optimizer_s=end_s - reduced_s,
             data_s=batch.data_s,
             noise=noise,
+            change=bool(sums[_CHANGE] > 0),
         )
 
     def evaluate(self, dataset: Any) -> tuple[dict[str, float], int]:
@@ -324,6 +356,8 @@ class Replica:
                         self._reduction.begin_backward(last=position == len(batch.parts) - 1)
                         to_differentiate.backward()
         sums[_STOP] = float(self.stop_requested)
+        sums[_CHANGE] = float(self.change_requested)
+        self.change_requested = False
         return sums, weighted
 
     def _decide_on_images(self, batch: GlobalBatch) -> None:

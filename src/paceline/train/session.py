@@ -20,6 +20,7 @@ from paceline.train.allocator import keep_freed_memory
 from paceline.train.data import GlobalBatch, ShareLoader, few_samples
 from paceline.train.replica import Replica, StepResult
 from paceline.train.seeds import derive, seed_everything
+from paceline.train.training_state import TrainingState
 
 DEFAULT_TIMEOUT_S = 300.0
 
@@ -174,8 +175,14 @@ class Session:
         """None where the data set is iterable."""
         return self._loader.batches_per_epoch
 
-    def batches(self, epochs: int | None = None, steps: int | None = None) -> Iterator[GlobalBatch]:
+    def batches(
+        self, epochs: int | None = None, steps: int | None = None, after: tuple[int, int] = (0, 0)
+    ) -> Iterator[GlobalBatch]:
         """This worker's part of each global batch, for `epochs` or `steps`, whichever ends first.
+
+        Args:
+            after: where to go on: so many epochs, and so many batches of the next one, were taken before. `epochs` are
+                those in all, `steps` those from now on.
 
         Raises:
             RunError: neither is given, here or in the job.
@@ -188,14 +195,14 @@ class Session:
                 "the training has no length",
                 next_step="give epochs= or steps=, here or in the job (--epochs or --steps)",
             )
-        epoch = done = 0
+        (epoch, skip), done = after, 0
         while epochs is None or epoch < epochs:
-            for batch in self._loader.epoch(epoch):
+            for batch in self._loader.epoch(epoch, skip):
                 yield batch
                 done += 1
                 if done == steps:
                     return
-            epoch += 1
+            epoch, skip = epoch + 1, 0
 
     def step(self, batch: GlobalBatch) -> StepResult:
         """Train on one global batch: forward, backward, update. All workers call it in the same order."""
@@ -221,6 +228,38 @@ class Session:
     def request_stop(self) -> None:
         """Ask all workers to stop: the next step's result has `stop` set on each of them."""
         self._replica.stop_requested = True
+
+    def request_change(self) -> None:
+        """On rank 0: the next step's result has `change` set on all workers."""
+        self._replica.change_requested = True
+
+    def collect_state(self) -> TrainingState:
+        """All that the training has come to, whole, on rank 0: another session of the job can `load_state` it.
+
+        All workers call it, between steps.
+
+        Raises:
+            LayoutError: the optimizer keeps something that cannot be made whole.
+        """
+        return self._replica.collect()
+
+    def load_state(self, state: TrainingState | None) -> None:
+        """Go on from what rank 0 gives, before the first step, in any layout. All workers call it."""
+        self._replica.load(state)
+
+    def why_not_movable(self) -> str:
+        """Why `collect_state` cannot be called, as far as this worker knows; empty if it can."""
+        return self._replica.why_not_movable()
+
+    @property
+    def needs_whole_parameters(self) -> bool:
+        """Whether the optimizer keeps something here that no layout may divide with its parameter."""
+        return self._replica.needs_whole_parameters
+
+    @property
+    def state_bytes(self) -> int:
+        """Of what this worker has of parameters and of the optimizer's state."""
+        return self._replica.state_bytes
 
     def close(self) -> None:
         """Leave the other workers, where this session joined them."""

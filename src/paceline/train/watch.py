@@ -32,12 +32,18 @@ class Watch:
     have come back to what was expected.
     """
 
-    def __init__(self, expected_s: float | None, error_s: float) -> None:
+    def __init__(
+        self, expected_s: float | None, error_s: float, *, rest_steps: int = 0, rest_s: float = 0.0
+    ) -> None:
         """
         Args:
             expected_s: seconds of a step; None: nothing was forecast, and nothing is told.
             error_s: by how much the forecast may err.
+            rest_steps, rest_s: before so many steps, and so many seconds of steps, `is_due` is never true.
         """
+        self._rest_steps, self._rest_s = rest_steps, rest_s
+        self.step_s: float | None = None
+        """Of the last window, the median."""
         self._expected_s = expected_s
         self._error_s = max(error_s, (expected_s or 0.0) * _LEAST_ERROR)
         self._window: list[StepResult] = []
@@ -46,15 +52,26 @@ class Watch:
         self._off = collections.deque((False, False), maxlen=2)
         self._told = False
 
+    @property
+    def expected_s(self) -> float | None:
+        return self._expected_s
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the layout should be reconsidered: steps take more or less than expected, and the rest is over."""
+        return all(self._off) and not self._window and self._rest_steps <= 0 and self._rest_s <= 0
+
     def on_step(self, result: StepResult) -> str:
         """Take a step; a sentence where the run has parted from its forecast, or has come back to it; else empty."""
+        self._rest_steps -= 1
+        self._rest_s -= result.step_s
         if self._expected_s is None:
             return ""
         self._window.append(result)
         if len(self._window) < _WINDOW:
             return ""
         window, self._window = self._window, []
-        step_s = median(r.step_s for r in window)
+        self.step_s = step_s = median(r.step_s for r in window)
         parts = {name: median(getattr(r, name) for r in window) for name in _PARTS}
         is_off = abs(step_s - self._expected_s) > self._error_s
         self._off.append(is_off)
