@@ -106,6 +106,24 @@ def test_a_machine_that_slows_down_half_way_is_fair_to_both():
     assert plan.layout.workers == 2
 
 
+def test_of_layouts_that_a_trial_cannot_tell_apart_the_forecast_takes_one():
+    one, other = trial(2, 1, 43.1, 46.8, 35.8, 40.8), trial(4, 1, 34.8, 53.1, 32.7, 46.0)
+    single = trial(1, 1, 60.0, 60.0, 60.0, 60.0)
+    assert choose([single, one, other]).layout == other.layout
+    forecast_s = {single.layout: 60.0, one.layout: 28.0, other.layout: 32.0}
+    assert choose([single, one, other], forecast_s).layout == one.layout
+    # What is slower in every round, or by more than a twentieth, is not level.
+    slower = trial(2, 1, 35.0, 54.0, 33.0, 47.0)
+    assert choose([single, slower, other], forecast_s).layout == other.layout
+
+
+def test_level_single_processes_are_said_to_be():
+    one, other = trial(1, 1, 1.0, 1.02, 1.0), trial(1, 2, 1.01, 0.98, 0.99)
+    plan = choose([one, other], {one.layout: 0.9, other.layout: 1.1})
+    assert plan.layout == one.layout
+    assert "are level in the trial" in plan.reason
+
+
 def test_a_layout_that_failed_is_no_candidate():
     plan = choose([trial(1, 1, 1.0), trial(2, 1, error="out of memory")])
     assert plan.layout.workers == 1

@@ -76,7 +76,7 @@ class Choosing:
             self._write("trial", **trial.to_json())
         decided = None
         if planned is not None:
-            plan = choose(trials)
+            plan = choose(trials, planned.steps_s(trials))
             forecast = planned.of(plan.layout)
             update = {"planned_step_s": forecast.step_s, "planned_error_s": forecast.error_s}
             decided = plan.model_copy(update=update).to_json()

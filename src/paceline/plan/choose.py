@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 
 from paceline.errors import LayoutError
@@ -14,6 +14,8 @@ from paceline.records import Layout, Plan, Trial
 
 LEAST_GAIN = 0.02
 """Share of a step's time that several workers must save over one process, or one process is taken."""
+_LEVEL = 0.05
+"""Share of a step's time up to which two layouts are level, where one is not slower in all rounds."""
 _FORECASTS = 30
 """Layouts that a shortlist is made of."""
 
@@ -29,9 +31,13 @@ class JobForecasts:
         """The forecast of one layout."""
         return self._forecaster.forecast(layout)
 
+    def steps_s(self, trials: Sequence[Trial]) -> dict[Layout, float]:
+        """Forecast seconds of a step of the layouts that were timed."""
+        return {t.layout: self.of(t.layout).step_s for t in trials if t.step_s}
 
-def choose(trials: Sequence[Trial]) -> Plan:
-    """The plan that takes the fastest layout.
+
+def choose(trials: Sequence[Trial], forecast_s: Mapping[Layout, float] | None = None) -> Plan:
+    """The plan that takes the fastest layout; of those that a trial cannot tell apart, that with the least forecast.
 
     Layouts were timed in interleaved rounds, so they are compared round by round: the median of the
     paired ratios. Several workers are taken only where they save at least `LEAST_GAIN` of the time of
@@ -48,7 +54,7 @@ def choose(trials: Sequence[Trial]) -> Plan:
             cause="the job fails on the first steps",
             next_step="run it with --layout dp_replicate=1 to see the error",
         )
-    best = min(timed, key=lambda t: median(t.step_s))
+    best = _fastest(timed, forecast_s or {})
     singles = [t for t in timed if t.workers == 1]
     if singles and best.workers > 1:
         single = min(singles, key=lambda t: median(t.step_s))
@@ -68,10 +74,27 @@ def choose(trials: Sequence[Trial]) -> Plan:
         return _plan(best, "It is the only layout that this machine and batch allow.", trials)
     second = min(others, key=lambda t: median(t.step_s))
     several = [t for t in others if t.workers > 1]
-    reason = f"{best.label} is fastest: {second.label} takes {paired_ratio(second, best):.2f}× its step time."
+    ratio = paired_ratio(second, best)
+    reason = f"{best.label} is fastest: {second.label} takes {ratio:.2f}× its step time."
+    if ratio < 1:
+        reason = (
+            f"{best.label} and {second.label} are level in the trial; by the forecast the first is faster."
+        )
     if several and best.workers == 1:
         reason += " Splitting the batch over workers does not pay for this job here."
     return _plan(best, reason, trials)
+
+
+def _fastest(timed: Sequence[Trial], forecast_s: Mapping[Layout, float]) -> Trial:
+    best = min(timed, key=lambda t: median(t.step_s))
+    if best.layout not in forecast_s:
+        return best
+    level = [best]
+    for other in timed:
+        ratios = [x / y for x, y in zip(other.step_s, best.step_s, strict=False)]
+        if other.layout in forecast_s and median(ratios) <= 1 + _LEVEL and min(ratios) < 1:
+            level.append(other)
+    return min(level, key=lambda t: forecast_s[t.layout])
 
 
 def without_workers(plan: Plan, why: str) -> Plan:
