@@ -123,7 +123,8 @@ def test_what_fails_or_takes_too_long_is_ended_everywhere_and_said(pair):
 
 
 _TO_BE_KILLED = """
-import json, sys
+import json, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # programs in the background begin without
 sys.path.insert(0, sys.argv[1])
 from box import Box, BoxHost
 with Box([BoxHost(cores=0.3)] * 2, bandwidth_bits_per_s=1e8, delay_s=1e-3) as box:

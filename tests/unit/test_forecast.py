@@ -400,6 +400,20 @@ def test_a_forecast_of_what_was_tried_is_what_it_took(text, ratio, way):
     assert forecast.error_s < Forecaster(made, cluster).forecast(layout).error_s
 
 
+@pytest.mark.parametrize("text", ["dp_replicate=", "dp_shard=", "pp="])
+def test_what_eight_wait_for_two_wait_a_third_of(text):
+    made, cluster = profile((1.0,) * 8, tps=()), linked(8, 1)
+    eight, two = (Layout.parse(f"{text}{n}{',micro=4' * (text == 'pp=')}") for n in (8, 2))
+    before = [Forecaster(made, cluster).forecast(layout) for layout in (eight, two)]
+    step_s = 1.5 * before[0].step_s
+    found = corrected(made, cluster, [Tried(layout=eight, step_s=step_s)])
+    after = [Forecaster(found, cluster).forecast(layout) for layout in (eight, two)]
+    assert after[0].step_s == pytest.approx(step_s)
+    name = "overhead_s" if text == "pp=" else "unexplained_s"
+    more_s = [getattr(one.terms, name) for one in after]
+    assert more_s[1] == pytest.approx(more_s[0] / 3)
+
+
 @pytest.mark.parametrize("ratio", [0.9, 1.4])
 @pytest.mark.parametrize("text", ["dp_replicate=2", "dp_shard=2,zero=3", "pp=2,micro=4"])
 def test_what_was_tried_on_unequal_hosts_is_what_it_took_there(text, ratio):

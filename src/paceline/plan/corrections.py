@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from paceline.plan.forecast import Forecaster
 from paceline.plan.profile import PIPELINE, LinkedCluster, Profile, Tried
-from paceline.plan.ways import ways_of
+from paceline.plan.ways import size_of, ways_of
 
 _HALVINGS = 40
 
@@ -24,10 +24,11 @@ def corrected(profile: Profile, linked: LinkedCluster, tried: Sequence[Tried]) -
         linked: the cluster on which the profile was measured and the layouts were tried.
         tried: of each way of splitting one layout, which splits in no other way.
     """
-    nothing = {"action_s": 0.0, "unexplained_s": {}, "unexplained_bytes": {}}
+    nothing = {"action_s": 0.0, "unexplained_s": {}, "unexplained_bytes": {}, "tried_workers": {}}
     found = profile.model_copy(update={"tried": tuple(tried), **nothing})
     unexplained_s: dict[str, float] = {}
     unexplained_bytes: dict[str, float] = {}
+    tried_workers: dict[str, int] = {}
     action_s = 0.0
     for one in tried:
         layout = one.layout
@@ -35,6 +36,7 @@ def corrected(profile: Profile, linked: LinkedCluster, tried: Sequence[Tried]) -
         if len(ways) != 1:
             continue
         (way,) = ways
+        tried_workers[way] = size_of(layout, way)
         forecaster = Forecaster(found, linked)
         foreseen = forecaster.forecast(layout)
         missing_s = one.step_s - foreseen.step_s
@@ -45,8 +47,8 @@ def corrected(profile: Profile, linked: LinkedCluster, tried: Sequence[Tried]) -
             continue
         # In seconds of the device that was measured: slower hosts pay more.
         unexplained_s[way] = missing_s * linked.slowest(layout.workers) / forecaster.times_of(layout, way)
-    told = {"action_s": action_s, "unexplained_s": unexplained_s, "unexplained_bytes": unexplained_bytes}
-    return found.model_copy(update=told)
+    seconds = {"action_s": action_s, "unexplained_s": unexplained_s, "tried_workers": tried_workers}
+    return found.model_copy(update={**seconds, "unexplained_bytes": unexplained_bytes})
 
 
 def _action_s(profile: Profile, linked: LinkedCluster, tried: Tried) -> float:

@@ -99,10 +99,16 @@ def _corrections(profile: Profile, first: DescribedHost, scale: Scale) -> dict[s
     """
     if first.device is not None:
         error = max(profile.past_error, GPU_ERROR)
-        nothing = {"action_s": 0.0, "unexplained_s": {}, "unexplained_bytes": {}}
+        nothing = {"action_s": 0.0, "unexplained_s": {}, "unexplained_bytes": {}, "tried_workers": {}}
         return {"tried": (), **nothing, "past_error": error}
     unexplained_s = {way: seconds * scale.host for way, seconds in profile.unexplained_s.items()}
-    return {"tried": (), "action_s": profile.action_s * scale.host, "unexplained_s": unexplained_s}
+    # Other clusters have other delays: what was found is taken as it is.
+    return {
+        "tried": (),
+        "tried_workers": {},
+        "action_s": profile.action_s * scale.host,
+        "unexplained_s": unexplained_s,
+    }
 
 
 def _alone(profile: Profile) -> Costs:

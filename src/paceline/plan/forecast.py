@@ -19,6 +19,7 @@ from paceline.plan.orders import orders, peak_stored, stages_of_workers
 from paceline.plan.places import Places
 from paceline.plan.profile import (
     GATHERED,
+    PIPELINE,
     TENSOR,
     Block,
     Costs,
@@ -31,7 +32,7 @@ from paceline.plan.stages import Stage, join, partition
 from paceline.plan.terms import Forecast, Memory, Terms
 from paceline.plan.timeline import makespan_s
 from paceline.plan.updates import one_copy, updating
-from paceline.plan.ways import ways_of
+from paceline.plan.ways import size_of, ways_of
 from paceline.records import Layout
 
 _MOST_TAKEN_OFF = 0.5
@@ -117,9 +118,15 @@ class Forecaster:
         """A step with what its ways of splitting took beyond the sum of the terms, when they were tried."""
         more_s = 0.0
         for way in ways_of(layout):
-            more_s += self.profile.unexplained_s.get(way, 0.0) * self.times_of(layout, way)
+            each_s = self.profile.unexplained_s.get(way, 0.0) * self._growth(layout, way)
+            more_s += each_s * self.times_of(layout, way)
         more_s /= self.linked.slowest(layout.workers)
         return max(step_s + more_s, step_s * (1 - _MOST_TAKEN_OFF))
+
+    def _growth(self, layout: Layout, way: str) -> float:
+        """What a way of splitting takes beyond its parts, against what it takes among as many workers as were tried."""
+        tried = self.profile.tried_workers.get(way)
+        return 1.0 if tried is None else math.log2(size_of(layout, way)) / math.log2(tried)
 
     def times_of(self, layout: Layout, way: str) -> int:
         """How often a step of a layout pays what a way of splitting costs beyond its parts."""
@@ -199,7 +206,9 @@ class Forecaster:
         key += (self.linked.slowest(layout.workers), self.place(layout, "tp"), self.place(layout, "data"))
         action_s, in_parts = 0.0, False
         if layout.pp > 1:
-            action_s = self.profile.action_s / self.linked.slowest(layout.workers)
+            action_s = (
+                self.profile.action_s * self._growth(layout, PIPELINE) / self.linked.slowest(layout.workers)
+            )
             in_parts = SCHEDULES[layout.schedule].in_parts
         key += (action_s, in_parts)
         if key not in self._stages:

@@ -154,6 +154,9 @@ class Profile(Record):
     unexplained_s: dict[str, float] = {}
     """By way of splitting: what its measured step took beyond the sum of the terms; less than nothing where those are
     too much."""
+    tried_workers: dict[str, int] = {}
+    """By way of splitting: among how many workers that was found. What many wait for grows with the logarithm of their
+    number, as the largest of as many delays does; where it is not known, it is taken to be the same for all."""
     unexplained_bytes: dict[str, float] = {}
     """The same of what a worker held at most."""
     past_error: float = Field(default=0.1, ge=0)

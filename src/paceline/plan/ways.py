@@ -18,3 +18,9 @@ def ways_of(layout: Layout) -> tuple[str, ...]:
     if layout.pp > 1:
         found.append(PIPELINE)
     return tuple(found)
+
+
+def size_of(layout: Layout, way: str) -> int:
+    """Among how many workers a layout splits in a way."""
+    sizes = {DATA: layout.data_parallel, TENSOR: layout.tp, PIPELINE: layout.pp}
+    return sizes.get(way, layout.dp_shard)
