@@ -13,6 +13,7 @@ from paceline.plan.profile import LinkedCluster
 from paceline.plan.scaling import ScalingCurve
 from paceline.plan.search import Found
 from paceline.plan.spans import StepTimeline, step_timeline
+from paceline.plan.traffic import Traffic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Planned:
     """Time and cost to a target, where they were asked for."""
     noise_source: str = ""
     """Where the goal's noise scale is from."""
+    sent_bytes: tuple[float, ...] = ()
+    """Of each of the fastest layouts: what a host sends to others in a step; empty on one host."""
 
     def to_json(self) -> dict[str, Any]:
         """What `plan.json` holds."""
@@ -46,6 +49,8 @@ class Planned:
             "timeline": self.timeline.to_json(),
             "advice": self.advice.to_json(),
         }
+        for layout, sent in zip(told["layouts"], self.sent_bytes, strict=False):
+            layout["sent_bytes"] = sent
         if self.goal is not None:
             told["goal"] = {**self.goal.to_json(), "noise_source": self.noise_source}
         return told
@@ -66,6 +71,10 @@ def planned(
         memory_bytes: what a worker may use, as they were given it.
     """
     lost = losses(forecaster, curve)
+    sent: tuple[float, ...] = ()
+    if len(forecaster.linked.cluster.hosts) > 1:
+        traffic = Traffic(forecaster.profile, forecaster.linked)
+        sent = tuple(traffic.sent_bytes(forecast.layout) for forecast in found.fastest)
     return Planned(
         job=job or forecaster.profile.job,
         batch_size=forecaster.profile.batch_size,
@@ -74,5 +83,6 @@ def planned(
         curve=curve,
         losses=lost,
         timeline=step_timeline(forecaster, found.fastest[0].layout),
+        sent_bytes=sent,
         advice=advise(forecaster, found, curve, lost, memory_bytes=memory_bytes),
     )

@@ -10,12 +10,12 @@ from rich.text import Text
 
 from paceline.plan.explain import limited_by, why_it_lost
 from paceline.plan.planned import Planned
-from paceline.plan.search import Found
 from paceline.report import formats
 from paceline.report.plan_text import curve_text, losses_table, timeline_text
 
 _NUMBERS_WIDTH = 38
 """Of the table's columns with numbers, and what is between all columns."""
+_SENT_WIDTH = 11
 
 
 def print_plan(console: Console, planned: Planned, notes: Sequence[str] = ()) -> None:
@@ -35,7 +35,7 @@ def print_plan(console: Console, planned: Planned, notes: Sequence[str] = ()) ->
             style="bold",
         )
     )
-    console.print(_ranking(found, width))
+    console.print(_ranking(planned, width))
     console.print()
     for forecast in found.fastest[1:]:
         console.print(Text(why_it_lost(forecast, found.fastest[0])))
@@ -56,23 +56,28 @@ def print_plan(console: Console, planned: Planned, notes: Sequence[str] = ()) ->
         console.print(Text(sentence))
 
 
-def _ranking(found: Found, width: int) -> Table:
+def _ranking(planned: Planned, width: int) -> Table:
+    found, sent = planned.found, planned.sent_bytes
     limits = [limited_by(forecast) for forecast in found.fastest]
     longest = max(len(str(forecast.layout)) for forecast in found.fastest)
     # Where there is no room for what limits a layout, the reasons below the table say it.
-    has_limits = width >= longest + _NUMBERS_WIDTH + max(map(len, limits))
+    room = width - longest - _NUMBERS_WIDTH
+    if room < _SENT_WIDTH:
+        sent = ()
+    has_limits = room >= _SENT_WIDTH * bool(sent) + max(map(len, limits))
     table = Table(box=None, pad_edge=False, header_style="")
     table.add_column("layout", overflow="fold")
-    for name in ("step, ms\n± error", "samples/s", "MiB"):
+    for name in ("step, ms\n± error", "samples/s", "MiB", *(["a host\nsends, MB"] if sent else [])):
         table.add_column(name, justify="right", no_wrap=True)
     if has_limits:
         table.add_column("limited by")
-    for forecast, limit in zip(found.fastest, limits, strict=True):
+    for at, (forecast, limit) in enumerate(zip(found.fastest, limits, strict=True)):
         table.add_row(
             str(forecast.layout),
             f"{forecast.step_s * 1e3:.4g} ± {forecast.error_s * 1e3:.2g}",
             f"{forecast.samples_per_s:.4g}",
             f"{forecast.memory.own / 2**20:,.0f}",
+            *([f"{sent[at] / 1e6:.3g}"] if sent else []),
             *([limit] if has_limits else []),
         )
     return table

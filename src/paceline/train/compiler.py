@@ -65,7 +65,7 @@ class _NoRules:
 def put_off_compiler() -> None:
     """From now on this process loads torch's compiler only when something uses it.
 
-    torch (2.11) loads it in the first `Optimizer.__init__`: 1.2 s of a core in each worker and in the launcher,
+    torch (2.13) loads it in the first `Optimizer.__init__`: 1.2 s of a core in each worker and in the launcher,
     two fifths of their start. It is for processes of our own: it changes what `import torch._dynamo` gives until
     that is used.
     """
