@@ -31,7 +31,9 @@ def main() -> None:
     choosing._TRIAL_S = FIRST_S
     replanning.REST_STEPS, replanning.REST_TRIALS = 2 * WINDOW, 0.0
     nothing = SimpleNamespace(
-        found=SimpleNamespace(fastest=[]), of=lambda _: SimpleNamespace(step_s=None, error_s=None)
+        found=SimpleNamespace(fastest=[]),
+        of=lambda _: SimpleNamespace(step_s=None, error_s=None),
+        steps_s=lambda _: {},
     )
     choosing.Choosing._forecast = lambda self: nothing if self._world.rank == 0 else None  # type: ignore
     record = TrainingLoop._record
