@@ -424,6 +424,22 @@ def test_what_was_tried_on_unequal_hosts_is_what_it_took_there(text, ratio):
     assert Forecaster(found, cluster).forecast(layout).step_s == pytest.approx(step_s, rel=1e-9)
 
 
+@pytest.mark.parametrize(("action_s", "step_s"), [(2e-3, 5e-3), (2e-3, -5e-3), (0.0, 4e-3)])
+def test_two_pipelines_tell_what_an_action_takes_from_what_a_step_takes(action_s, step_s):
+    made, cluster = profile(tps=()), linked(2, 1)
+    slow = Forecaster(made.model_copy(update={"action_s": action_s}), cluster)
+    layouts = [Layout.parse(f"pp=2,micro={micro}") for micro in (2, 8)]
+    tried = [Tried(layout=x, step_s=slow.forecast(x).step_s + step_s) for x in layouts]
+    found = corrected(made, cluster, tried)
+    assert found.action_s == pytest.approx(action_s, abs=1e-7)
+    assert found.unexplained_s["pipeline"] == pytest.approx(step_s, rel=1e-3)
+    after = Forecaster(found, cluster)
+    between = Layout.parse("pp=2,micro=4")
+    assert after.forecast(between).step_s == pytest.approx(slow.forecast(between).step_s + step_s, rel=1e-4)
+    for one in tried:
+        assert after.forecast(one.layout).step_s == pytest.approx(one.step_s, rel=1e-4)
+
+
 def test_what_was_tried_moves_forecasts_of_the_same_way_and_no_others():
     made, cluster = profile(), linked()
     before = Forecaster(made, cluster)

@@ -22,7 +22,8 @@ def corrected(profile: Profile, linked: LinkedCluster, tried: Sequence[Tried]) -
 
     Args:
         linked: the cluster on which the profile was measured and the layouts were tried.
-        tried: of each way of splitting one layout, which splits in no other way.
+        tried: of each way of splitting one layout, which splits in no other way; of pipelines two, with few and with
+            many micro-batches.
     """
     nothing = {"action_s": 0.0, "unexplained_s": {}, "unexplained_bytes": {}, "tried_workers": {}}
     found = profile.model_copy(update={"tried": tuple(tried), **nothing})
@@ -39,23 +40,51 @@ def corrected(profile: Profile, linked: LinkedCluster, tried: Sequence[Tried]) -
         tried_workers[way] = size_of(layout, way)
         forecaster = Forecaster(found, linked)
         foreseen = forecaster.forecast(layout)
-        missing_s = one.step_s - foreseen.step_s
         if one.peak_bytes is not None:
-            unexplained_bytes[way] = one.peak_bytes - foreseen.memory.total
-        if way == PIPELINE and missing_s > 0:
-            action_s = _action_s(found, linked, one)
-            continue
-        # In seconds of the device that was measured: slower hosts pay more.
-        unexplained_s[way] = missing_s * linked.slowest(layout.workers) / forecaster.times_of(layout, way)
+            more = one.peak_bytes - foreseen.memory.total
+            unexplained_bytes[way] = max(more, unexplained_bytes.get(way, more))
+        if way != PIPELINE:
+            # In seconds of the device that was measured: slower hosts pay more.
+            missing_s = (one.step_s - foreseen.step_s) * linked.slowest(layout.workers)
+            unexplained_s[way] = missing_s / forecaster.times_of(layout, way)
+    pipelines = [one for one in tried if ways_of(one.layout) == (PIPELINE,)]
+    if pipelines:
+        few, many = (pick(pipelines, key=lambda one: one.layout.micro) for pick in (min, max))
+        action_s, missing_s = _of_pipelines(found, linked, few, many)
+        if missing_s:
+            unexplained_s[PIPELINE] = missing_s * linked.slowest(few.layout.workers)
     seconds = {"action_s": action_s, "unexplained_s": unexplained_s, "tried_workers": tried_workers}
     return found.model_copy(update={**seconds, "unexplained_bytes": unexplained_bytes})
 
 
-def _action_s(profile: Profile, linked: LinkedCluster, tried: Tried) -> float:
-    """What each action must take beside its blocks for the forecast to be what was measured."""
-    low, high = 0.0, tried.step_s
-    for _ in range(_HALVINGS):
+def _of_pipelines(profile: Profile, linked: LinkedCluster, few: Tried, many: Tried) -> tuple[float, float]:
+    """What each action of a pipeline takes beside its blocks, and each step beside that.
+
+    Args:
+        few, many: with few and with many micro-batches, else alike; the same, where only one was tried: then all is
+            each action's, unless a step took less than its forecast.
+    """
+
+    def forecast_s(one: Tried, action_s: float) -> float:
+        told = Forecaster(profile.model_copy(update={"action_s": action_s}), linked).forecast(one.layout)
+        return told.step_s
+
+    def missing_s(action_s: float) -> float:
+        """Of what many micro-batches took more than few; or of all, where there is only one."""
+        if few is many:
+            return one_s(many, action_s)
+        return one_s(many, action_s) - one_s(few, action_s)
+
+    def one_s(one: Tried, action_s: float) -> float:
+        return one.step_s - forecast_s(one, action_s)
+
+    low, high = 0.0, many.step_s
+    if missing_s(0.0) <= 0:
+        high = 0.0
+    for _ in range(_HALVINGS if high else 0):
         middle = (low + high) / 2
-        told = Forecaster(profile.model_copy(update={"action_s": middle}), linked).forecast(tried.layout)
-        low, high = (middle, high) if told.step_s < tried.step_s else (low, middle)
-    return (low + high) / 2
+        low, high = (middle, high) if missing_s(middle) > 0 else (low, middle)
+    action_s = (low + high) / 2
+    if few is many:
+        return action_s, 0.0 if action_s else one_s(many, 0.0)
+    return action_s, (one_s(few, action_s) + one_s(many, action_s)) / 2
