@@ -115,6 +115,14 @@ class Layout(Record):
         return self.zero or (2 if self.pp > 1 else 3)
 
     @property
+    def keeps_gradients(self) -> bool:
+        """Whether a worker among `dp_shard` has the gradients of all of its blocks until the end of a step.
+
+        In a pipeline those of weights that several stages have in common are added up over the stages first.
+        """
+        return self.zero_stage < (3 if self.pp > 1 else 2)
+
+    @property
     def data_parallel(self) -> int:
         """Among how many workers a micro-batch is split."""
         return self.dp_replicate * self.dp_shard

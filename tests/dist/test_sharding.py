@@ -130,7 +130,7 @@ def test_a_step_communicates_as_often_as_is_claimed(name, size, results_on):
     num_blocks, num_micro = len(build(name).blocks), NUM_MICRO * MAX_WORKERS // size
     wanted = {
         "nothing": [1 + 2 * num_blocks * num_micro, 1 + num_blocks * num_micro],
-        "within_step": [1 + num_blocks, 1 + num_blocks],
+        "within_step": [1 + num_blocks, 1 + num_blocks * num_micro],
         "always": [0, 1 + num_blocks],
     }
     found = {keep: results[f"{name}/{keep}/{KINDS[keep][0]}"]["calls"].tolist() for keep in KEEPS}

@@ -17,6 +17,7 @@ from paceline.plan.hardware import HARDWARE_FILE
 from paceline.plan.profile import MOST_SPREAD, LinkedCluster, Profile
 from paceline.records import Cluster, Layout, Record
 from paceline.train.allocator import keep_freed_memory
+from paceline.train.image_format import agree_on_images
 from paceline.train.planning import BUDGET_S as JOB_BUDGET_S
 from paceline.train.planning import measure_all
 from paceline.train.precision import choose_precision
@@ -112,6 +113,7 @@ def measure_for_plan(spec: RunSpec, loaded: LoadedJob, world: World) -> None:
     keep_freed_memory()
     cluster = gather_cluster(everyone, world)
     datasets = Datasets(loaded.job, spec.seed)
+    agree_on_images(loaded.job, datasets, world, everyone, seed=spec.seed, precision="fp32")
     found = measure_all(loaded.job, datasets, world, everyone, cluster, seed=spec.seed)
     _leave(spec, found)
 
@@ -125,6 +127,7 @@ def measure_for_training(spec: RunSpec, loaded: LoadedJob, world: World) -> None
     cluster = gather_cluster(everyone, world)
     datasets = Datasets(loaded.job, spec.seed)
     precision, _ = agree_on_precision(spec, loaded, datasets, world, everyone)
+    agree_on_images(loaded.job, datasets, world, everyone, seed=spec.seed, precision=precision)
     _leave(spec, Measuring(spec, loaded, world, everyone, cluster, datasets, precision).measure())
 
 

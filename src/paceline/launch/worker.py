@@ -43,6 +43,7 @@ from paceline.split.finding import Found
 from paceline.train.allocator import keep_freed_memory
 from paceline.train.compiler import put_off_compiler
 from paceline.train.data import num_batches, num_samples
+from paceline.train.image_format import agree_on_images
 from paceline.train.loop import TrainingLoop, save, showcase
 from paceline.train.proof import require
 from paceline.train.session import Datasets, Session
@@ -115,6 +116,7 @@ class Worker:
         cluster = gather_cluster(everyone, world)
         datasets = Datasets(job, spec.seed)
         precision, precision_reason = agree_on_precision(spec, loaded, datasets, world, everyone)
+        agree_on_images(job, datasets, world, everyone, seed=spec.seed, precision=precision)
         length = self._length(loaded, datasets)
         target = Target.parse(spec.until, job) if spec.until is not None else None
         self._write(

@@ -39,10 +39,8 @@ def worker_memory(
         held = trained / s
         # A unit's gradients are copied end to end before they are reduced.
         temporary += min(trained, largest)
-        if layout.zero_stage == 1:
-            gradients = float(trained)
-        else:
-            gradients = trained / s + min(trained, largest)
+        gradients = float(trained) if layout.keeps_gradients else trained / s + min(trained, largest)
+        if layout.zero_stage > 1:
             parameters = whole / s
             temporary += largest if layout.zero_stage == 3 else whole
     elif sharers > 1:

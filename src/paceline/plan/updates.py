@@ -70,12 +70,13 @@ def updating(
         }
     shard, replicate = places.of(layout, "dp_shard"), places.of(layout, "dp_replicate")
     units = sum(stage.num_blocks for stage in mine)
-    times = {1: 1, 2: 1, 3: 2 * layout.micro}[layout.zero_stage]
-    gather_s = times * units * places.seconds("all-gather", shard, whole / units)
-    reduce_s = layout.micro * units * places.seconds("reduce-scatter", shard, trained / units)
+    gathers = {1: 1, 2: 1, 3: 2 * layout.micro}[layout.zero_stage]
+    reductions = 1 if layout.keeps_gradients else layout.micro
+    gather_s = gathers * units * places.seconds("all-gather", shard, whole / units)
+    reduce_s = reductions * units * places.seconds("reduce-scatter", shard, trained / units)
     return {
         "gather_s": gather_s,
-        "gradients_s": 2 * trained * add_s * layout.micro
+        "gradients_s": 2 * trained * add_s * reductions
         + reduce_s
         + places.seconds("all-reduce", replicate, trained / layout.dp_shard),
         "optimizer_s": trained / layout.dp_shard * update_s,

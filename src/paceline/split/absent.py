@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from paceline.errors import SplitError
 from paceline.split.exchange import silent
+from paceline.split.formats import memory_format_of
 from paceline.split.pieces import Piece
 from paceline.split.tensor_mode import mark, plainly, shard_of
 from paceline.split.trees import flatten
@@ -102,7 +103,9 @@ def _describe(
         described = [
             _Given(given[id(leaf)])
             if id(leaf) in given
-            else _Output(tuple(leaf.shape), leaf.dtype, leaf.requires_grad, shard_of(leaf))
+            else _Output(
+                tuple(leaf.shape), leaf.dtype, leaf.requires_grad, shard_of(leaf), memory_format_of(leaf)
+            )
             if isinstance(leaf, torch.Tensor)
             else leaf
             for leaf in found
@@ -133,9 +136,10 @@ class _Output:
     dtype: torch.dtype
     requires_grad: bool
     shard: Any
+    memory_format: torch.memory_format
 
     def make(self, leaves: list[Any]) -> torch.Tensor:
-        tensor = torch.empty(self.shape, dtype=self.dtype, device="meta")
+        tensor = torch.empty(self.shape, dtype=self.dtype, device="meta", memory_format=self.memory_format)
         if self.requires_grad:
             # No leaf: the code between the pieces may change it in place.
             tensor = tensor.requires_grad_().clone()
@@ -153,6 +157,7 @@ class _Given:
 def _stand_in(tensor: torch.Tensor, make: Callable[..., torch.Tensor]) -> torch.Tensor:
     device = "cpu" if tensor.is_meta else tensor.device
     new = make(tensor.shape, dtype=tensor.dtype, device=device)
+    new = new.contiguous(memory_format=memory_format_of(tensor))
     if isinstance(tensor, nn.Parameter):
         # Rules know a weight by its class.
         new = nn.Parameter(new, requires_grad=tensor.requires_grad)
@@ -163,7 +168,7 @@ def _stand_in(tensor: torch.Tensor, make: Callable[..., torch.Tensor]) -> torch.
 
 def _signature(leaf: Any) -> Any:
     if isinstance(leaf, torch.Tensor):
-        return tuple(leaf.shape), leaf.dtype, leaf.requires_grad, shard_of(leaf)
+        return tuple(leaf.shape), leaf.dtype, leaf.requires_grad, shard_of(leaf), memory_format_of(leaf)
     if leaf is None or isinstance(leaf, bool | int | float | str):
         return leaf
     return type(leaf).__name__

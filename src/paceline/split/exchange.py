@@ -21,6 +21,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from paceline.comm.group import Group
+from paceline.split.formats import as_it_lies, memory_format_of
 from paceline.split.placement import Shard, join, take
 
 
@@ -87,7 +88,8 @@ def sum_over(tensor: torch.Tensor, group: Group, what: str) -> torch.Tensor:
     """A new tensor: the sum over the group, without gradient."""
     if has_no_values(tensor):
         return tensor.clone()
-    return group.sum_(tensor.contiguous().clone(), what)
+    own = tensor.clone(memory_format=torch.contiguous_format)
+    return as_it_lies(tensor, group.sum_(own, what))
 
 
 def sum_pieces(tensor: torch.Tensor, shard: Shard, group: Group, what: str) -> torch.Tensor:
@@ -96,7 +98,7 @@ def sum_pieces(tensor: torch.Tensor, shard: Shard, group: Group, what: str) -> t
         return take(tensor, shard, group.rank, group.size).clone()
     pieces = torch.stack([take(tensor, shard, rank, group.size) for rank in range(group.size)])
     group.reduce_scatter_(pieces.view(-1), what)
-    return pieces[group.rank].clone()
+    return as_it_lies(tensor, pieces[group.rank].clone())
 
 
 def gather_whole(tensor: torch.Tensor, shard: Shard, group: Group, what: str) -> torch.Tensor:
@@ -105,7 +107,7 @@ def gather_whole(tensor: torch.Tensor, shard: Shard, group: Group, what: str) ->
         return join([tensor] * group.size, shard)
     if tensor.dtype == torch.bool:
         return gather_whole(tensor.to(torch.uint8), shard, group, what).to(torch.bool)
-    return join(group.gather(tensor.contiguous(), what).unbind(0), shard)
+    return as_it_lies(tensor, join(group.gather(tensor.contiguous(), what).unbind(0), shard))
 
 
 class _Share(torch.autograd.Function):
@@ -151,7 +153,8 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return take(gradient, ctx.shard, ctx.group.rank, ctx.group.size).contiguous(), None, None
+        own = take(gradient, ctx.shard, ctx.group.rank, ctx.group.size)
+        return own.contiguous(memory_format=memory_format_of(gradient)), None, None
 
 
 class _ShareWhole(_Gather):

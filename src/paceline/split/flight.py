@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from paceline.split.formats import as_it_lies
+
 
 class Links(Protocol):
     """How one worker's stages reach those of others, or of its own."""
@@ -122,7 +124,7 @@ def _gradients_in(
             if flag:
                 empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
                 roots.append(tensor)
-                gradients.append(links.receive(empty, target, stage, "B"))
+                gradients.append(as_it_lies(tensor, links.receive(empty, target, stage, "B")))
     return roots, gradients
 
 

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from paceline.errors import SplitError
 from paceline.split.absent import AbsentPieces
 from paceline.split.flight import Arrival, Arrive, Flight, Links
+from paceline.split.formats import as_it_lies
 from paceline.split.pieces import Piece
 from paceline.split.stages import PieceCalls, Stages
 from paceline.split.tensor_mode import mark, plainly, shard_of, works_in_place
@@ -188,7 +189,7 @@ class PipelineStage(TorchFunctionMode):
         if hasattr(tensor, _HERE):
             return getattr(tensor, _HERE)  # type: ignore[no-any-return]
         value = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
-        value = self._links.receive(value, stage, self._stage, "F")
+        value = as_it_lies(tensor, self._links.receive(value, stage, self._stage, "F"))
         if tensor.requires_grad and torch.is_grad_enabled():
             arrival = Arrival()
             self.flight.received.setdefault(stage, []).append(arrival)

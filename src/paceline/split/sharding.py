@@ -5,10 +5,11 @@ which worker r keeps range r (Rajbhandari et al. 2020; flat as in Zhao et al. 20
 flat tensor is gathered in place, without a copy; afterwards its memory is given back. The model's parameters stay
 the user's own objects: they look into the flat tensor.
 
-Cost per worker and step, with P bytes of parameters on n workers: an all-gather of P before forward and another
-before backward (ZeRO-3), one at all (ZeRO-2, ZeRO-1), and a reduce-scatter of P. Memory of parameters, gradients and
-state: 1/n of each (ZeRO-3), with the largest unit whole on top; two units, where the model calls
-`torch.utils.checkpoint` around its blocks.
+Cost per worker and step, with P bytes of parameters on n workers and m micro-batches: 2 m all-gathers of P (ZeRO-3:
+before each forward and each backward pass) or one (ZeRO-2, ZeRO-1), and m reduce-scatters of P or one (ZeRO-1). Memory
+of parameters, gradients and state: 1/n of each (ZeRO-3), with the largest unit whole on top; two units, where the model
+calls `torch.utils.checkpoint` around its blocks. ZeRO-2: the parameters of all units whole within a step, too; ZeRO-1:
+these always, and all gradients.
 """
 
 from __future__ import annotations
@@ -133,8 +134,8 @@ class _Flat:
 
 
 class _Unit:
-    def __init__(self, flats: list[_Flat]) -> None:
-        self.flats = flats
+    def __init__(self, flats: list[_Flat], *, forgets: bool) -> None:
+        self.flats, self._forgets = flats, forgets
         self.is_open = False
         """Its backward pass is under way, or over and not reduced yet."""
 
@@ -152,7 +153,8 @@ class _Unit:
         for flat in self.flats:
             if flat.trains:
                 flat.reduce()
-        self.release()
+        if self._forgets:
+            self.release()
 
 
 class ShardedParameters:
@@ -180,6 +182,7 @@ class ShardedParameters:
         deferred: DeferredParameters,
         *,
         keep: str,
+        waits: bool = False,
     ) -> None:
         """
         Args:
@@ -188,8 +191,11 @@ class ShardedParameters:
             blocks: modules that are gathered and released each for itself.
             deferred: the parameters that have no values yet; they get them here.
             keep: one of `KEEPS`.
+            waits: gradients stay as they are until `finish`, as with `always`: others are to be added to them.
         """
         self._group, self._data, self._deferred, self._keep = group, data, deferred, keep
+        assert keep != "nothing" or not waits
+        self._reduces_early = keep != "always" and not waits
         names = {p: name for name, p in model.named_parameters() if not p.is_meta}
         owners: dict[nn.Parameter, set[int]] = {}
         for number, block in enumerate(blocks):
@@ -207,7 +213,8 @@ class ShardedParameters:
         for parameter in names:
             where = owners[parameter]
             members[next(iter(where)) if len(where) == 1 else -1].append(parameter)
-        units = [_Unit(self._lay_out(parameters, names)) for parameters in members]
+        forgets = keep == "nothing"
+        units = [_Unit(self._lay_out(parameters, names), forgets=forgets) for parameters in members]
         self._root, self._units = units[-1], units[:-1]
         self._flats = [flat for unit in units for flat in unit.flats]
         if keep != "always":
@@ -315,7 +322,7 @@ class ShardedParameters:
         return flats
 
     def _watch(self, block: nn.Module, unit: _Unit) -> None:
-        """Gather before the block's forward and backward pass; release after each."""
+        """Gather before the block's forward and backward pass, and reduce after that; release after each, or not."""
         forgets = self._keep == "nothing"
         first_node = 0
 
@@ -329,14 +336,12 @@ class ShardedParameters:
                 unit.gather()
 
         def after(module: nn.Module, args: Any, outputs: Any) -> None:
-            if not forgets:
-                return
             with plainly():
-                if torch.is_grad_enabled():
+                if torch.is_grad_enabled() and self._reduces_early:
                     for tensor in tensors_in(outputs):
                         if _was_made_since(first_node, tensor):
                             tensor.register_hook(lambda _: self._open(unit))
-                if not unit.is_open:
+                if forgets and not unit.is_open:
                     unit.release()
 
         block.register_forward_pre_hook(before)

@@ -80,6 +80,7 @@ def measure_held_memory(
             precision=precision,
             total_steps=job.steps or 1000,
             in_parts=layout.splits_model,
+            images=datasets.images,
         )
         if layout.splits_model:
             replica.split(mesh, few_samples(job, datasets["train"], device))

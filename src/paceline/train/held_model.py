@@ -220,7 +220,14 @@ class HeldModel:
             parts.parameters[name].parameter for name in parts.found.read_between if name in parts.parameters
         ]
         self.sharded = ShardedParameters(
-            self.model, blocks, apart, mesh.shard, mesh.data, self._deferred, keep=keep
+            self.model,
+            blocks,
+            apart,
+            mesh.shard,
+            mesh.data,
+            self._deferred,
+            keep=keep,
+            waits=mesh.layout.keeps_gradients,
         )
         swap_parameters(self.optimizer, self.sharded.replaced)
         self.sharded.replaced = {}

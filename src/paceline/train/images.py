@@ -3,7 +3,8 @@
 Convolutions on CPUs work on all channels of a pixel at a time. A batch that comes channel by channel is turned over
 before and after many of them; one that comes with its channels last stays so from layer to layer (docs/log.md has
 times). Others gain nothing, a model that calls `view` on what a convolution gives cannot take it, and dropout on
-images draws other masks. So both are tried out on the job's first batch.
+images draws other masks. So both are tried out on the job's first batch, once: every layout takes what was found, so
+that layouts are compared, and forecast, as they will train.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _TOLERANCE = 1e-4
 
 
 class ImageFormat:
-    """Turns batches over, once it has been found that this pays."""
+    """Turns batches over, once it has been found that this pays. One for all layouts of a job."""
 
     def __init__(self) -> None:
         self.is_decided = False
@@ -39,12 +40,13 @@ class ImageFormat:
         return batch if self.ratio is None else _channels_last(batch)
 
     def measure(
-        self, batch: Any, run: Callable[[Any], float], clock: Callable[[], float] = time.perf_counter
+        self, batch: Any, run: Callable[[Any], float], clock: Callable[[], float] = time.process_time
     ) -> float | None:
         """The ratio, from forward and backward passes by turns; None where it does not pay, or is not possible.
 
         Args:
             run: a forward and a backward pass on a batch; gives the loss, which must not change.
+            clock: of processor time, since a process that has to stop now and then would be judged by chance.
         """
         if not has_images(batch):
             return None

@@ -23,7 +23,6 @@ from paceline.job import Job
 from paceline.split.pieces import Piece, find_pieces
 from paceline.split.stages import PieceCalls
 from paceline.split.trees import tensors_in
-from paceline.train.images import ImageFormat
 from paceline.train.replica import Replica
 
 FEWEST, MOST = 3, 15
@@ -101,17 +100,12 @@ class Passes:
         self._exchanges: list[tuple[str, float]] = []
 
     def measure(self, batch: Any, budget_s: float, go_on: GoOn) -> Timing:
-        """Pass after pass over one batch, for about `budget_s`, images lying as they would for that batch."""
-        images = ImageFormat()
-        images.decide(
-            None if self._replica.parts is not None else images.measure(batch, self._replica.try_out)
-        )
-        arranged = images.arrange(batch)
+        """Pass after pass over one batch, for about `budget_s`."""
         timing = Timing()
-        self._timed(arranged)  # warms up
+        self._timed(batch)  # warms up
         begin_s = time.perf_counter()
         while go_on(wants_more(len(timing.whole_s), time.perf_counter() - begin_s, budget_s)):
-            forward, backward = self._timed(arranged)
+            forward, backward = self._timed(batch)
             timing.forward_s.append([b.work_s(a) for a, b in itertools.pairwise(forward)])
             timing.backward_s.append([b.work_s(a) for a, b in itertools.pairwise(backward)][::-1])
             timing.whole_s.append(sum(timing.forward_s[-1]) + sum(timing.backward_s[-1]))
@@ -230,6 +224,7 @@ class Passes:
         return found
 
     def _loss(self, batch: Any) -> torch.Tensor:
+        batch = self._replica.images.arrange(batch)
         with self._replica.forward_context():
             loss: Any = self._job.loss(self._replica.call(batch), batch)
         whole: torch.Tensor = loss[0] / loss[1] if isinstance(loss, tuple) else loss

@@ -210,7 +210,7 @@ def _ways_of_splitting(
     micros = [m for m in (n, 2 * n, 3 * n, 4 * n) if batch_size % m == 0] or [1]
     layouts = [
         Layout(dp_replicate=n),
-        Layout(dp_shard=n, zero=2),
+        Layout(dp_shard=n, zero=1),
         Layout(dp_shard=n, zero=3),
         *(Layout(pp=n, micro=micro) for micro in sorted({micros[0], micros[-1]})),
         *([Layout(tp=n)] if can_divide else []),

@@ -74,7 +74,14 @@ def measure_costs(
     Raises:
         PacelineError: the job fails on its first steps.
     """
-    replica = Replica(job, seed=seed, device=device, precision=precision, total_steps=job.steps or 1000)
+    replica = Replica(
+        job,
+        seed=seed,
+        device=device,
+        precision=precision,
+        total_steps=job.steps or 1000,
+        images=datasets.images,
+    )
     batches = {size: _first_samples(job, datasets["train"], size, device) for size in sizes}
     steps = _Steps(job, datasets, replica, seed, device)
     steps.measure(budget_s / 8, go_on)
@@ -147,7 +154,13 @@ def measure_division(
         LayoutError: the model cannot be divided so.
     """
     replica = Replica(
-        job, seed=seed, device=device, precision=precision, total_steps=job.steps or 1000, in_parts=True
+        job,
+        seed=seed,
+        device=device,
+        precision=precision,
+        total_steps=job.steps or 1000,
+        in_parts=True,
+        images=datasets.images,
     )
     replica.split(mesh, few_samples(job, datasets["train"], device))
     passes = Passes(job, replica, device, mesh.tensor)

@@ -165,6 +165,7 @@ class _LayoutSide:
             total_steps=job.steps or 1000,
             dtype=dtype,
             in_parts=mesh.layout.splits_model,
+            images=datasets.images,
         )
         layout = mesh.layout
         self.model = self._replica.model

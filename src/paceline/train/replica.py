@@ -77,12 +77,14 @@ class Replica:
         total_steps: int | None,
         dtype: torch.dtype | None = None,
         in_parts: bool = False,
+        images: ImageFormat | None = None,
     ) -> None:
         """
         Args:
             precision: `fp32`, or `bf16` for autocast with float32 parameters.
             dtype: of the parameters; None: as the job says.
             in_parts: `split` will be called: the whole model need not be in memory.
+            images: how they are to lie in memory; None: found in the first step, where the model is whole.
             total_steps: what the job's schedule is given; None where the length is not known.
         """
         self.job = job
@@ -113,7 +115,7 @@ class Replica:
         self._reductions: dict[Group, Reduction] = {}
         self._pipeline: Pipeline | None = None
         self._noise = NoiseMeter([], self._mesh, None)
-        self.images = ImageFormat()
+        self.images = ImageFormat() if images is None else images
         self._reduction = self._reduction_of(self._mesh)
         self.model.train()
 
@@ -188,7 +190,7 @@ class Replica:
     def load(self, state: TrainingState | None) -> None:
         """Go on from what rank 0 gives, after `attach` or `split`. A collective call.
 
-        The gradient noise scale, and how images are to lie in memory, are measured anew.
+        The gradient noise scale is measured anew.
         """
         self._num_steps = training_state.load(state, self._held, self.scheduler, self._mesh.everyone)
 
@@ -316,8 +318,8 @@ class Replica:
         return metrics, int(totals[-1, 0])
 
     def _outputs(self, part: Part) -> Any:
+        part.batch = self.images.arrange(part.batch)
         if self._pipeline is None:
-            part.batch = self.images.arrange(part.batch)
             return self.call(part.batch)
         return self._pipeline.forward(part, derive(self._seed, "evaluation", part.share.begin))
 
@@ -342,12 +344,13 @@ class Replica:
             sums[_WEIGHTED] = float(weighted)
             return self._weigh(loss, part, batch, sums)  # type: ignore[no-any-return]
 
+        for part in batch.parts:
+            part.batch = self.images.arrange(part.batch)
         with self._share.among(self._mesh.data):
             if self._pipeline is not None:
                 self._pipeline.step(batch, seed_of, loss_of, self._around)
             else:
                 for position, part in enumerate(batch.parts):
-                    part.batch = self.images.arrange(part.batch)
                     seed_torch(seed_of(part), self.device)
                     with self._around(part):
                         with self.forward_context():

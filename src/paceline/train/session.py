@@ -18,6 +18,7 @@ from paceline.records import Layout
 from paceline.split.finding import Found
 from paceline.train.allocator import keep_freed_memory
 from paceline.train.data import GlobalBatch, ShareLoader, few_samples
+from paceline.train.images import ImageFormat
 from paceline.train.replica import Replica, StepResult
 from paceline.train.seeds import derive, seed_everything
 from paceline.train.training_state import TrainingState
@@ -31,6 +32,8 @@ class Datasets:
     def __init__(self, job: Job, seed: int) -> None:
         self._job, self._seed = job, seed
         self._built: dict[str, Any] = {}
+        self.images = ImageFormat()
+        """How batches of images are to lie in memory, whatever the layout; undecided: as the first step finds."""
 
     def __getitem__(self, split: str) -> Any:
         if split not in self._built:
@@ -118,6 +121,7 @@ class Session:
             precision=precision,
             total_steps=total_steps,
             in_parts=self.layout.splits_model,
+            images=self.datasets.images,
         )
         if self.layout.splits_model:
             self._replica.split(mesh, few_samples(job, self.datasets["train"], self.world.device), found)

@@ -56,7 +56,14 @@ def relative(step_s: Sequence[float], workers: Sequence[int]) -> tuple[float, ..
 
 def _step_s(job: Job, datasets: Datasets, world: World, everyone: Group, seed: int) -> float:
     """Seconds of this worker for a step of a whole batch, beside all others."""
-    replica = Replica(job, seed=seed, device=world.device, precision="fp32", total_steps=job.steps or 1000)
+    replica = Replica(
+        job,
+        seed=seed,
+        device=world.device,
+        precision="fp32",
+        total_steps=job.steps or 1000,
+        images=datasets.images,
+    )
     loader = ShareLoader(job, datasets["train"], seed=seed, micro=1, size=1, rank=0, device=world.device)
     batches = loader.endless()
     for _ in range(2):

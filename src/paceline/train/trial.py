@@ -150,6 +150,7 @@ class LayoutTimer:
                 precision=self._precision,
                 total_steps=self._job.steps or 1000,
                 in_parts=layout.splits_model,
+                images=self._datasets.images,
             )
             if layout.splits_model:
                 replica.split(mesh, few_samples(self._job, self._datasets["train"], self._world.device))

@@ -1,0 +1,56 @@
+"""How images lie in memory is found out once, and holds in every layout; nothing else comes of it."""
+
+from __future__ import annotations
+
+import pytest
+from groups import run_group
+from images_worker import agree, train_layouts
+
+LAYOUTS = [
+    "dp_replicate=2",
+    "dp_replicate=2,micro=2",
+    "dp_shard=2,zero=1",
+    "dp_shard=2,zero=3",
+    "pp=2,micro=2",
+    "pp=2,micro=4,schedule=zb-h1",
+    "tp=2",
+]
+
+
+def run(*args, **kwargs):
+    return run_group(*args, timeout_s=60.0, limit_s=300.0, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def runs():
+    return {is_turned: run(train_turned if is_turned else train_plain, 2, LAYOUTS) for is_turned in (False, True)}
+
+
+def train_turned(world, layouts):
+    return train_layouts(world, layouts, is_turned=True)
+
+
+def train_plain(world, layouts):
+    return train_layouts(world, layouts, is_turned=False)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_convolution_gets_channels_last(layout, runs):
+    for rank in range(2):
+        _, num_seen, num_turned = runs[True][rank][layout]
+        assert num_seen == num_turned > 0
+        _, num_seen, num_turned = runs[False][rank][layout]
+        assert num_turned < num_seen
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_training_is_the_same(layout, runs):
+    assert runs[True][0][layout][0] == pytest.approx(runs[False][0][layout][0], rel=1e-4)
+
+
+def test_all_workers_take_what_the_first_finds():
+    found = run(agree, 2)
+    assert found[0] == found[1]
+    small, large = found[0]
+    assert small is None
+    assert large > 0
