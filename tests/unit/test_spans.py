@@ -176,8 +176,12 @@ def kinds_of(layout: Layout) -> list[str]:
         (Layout(dp_shard=4, zero=2), "data gather forward backward gradients optimizer fixed"),
         (Layout(dp_shard=4, zero=1), "data forward backward gradients optimizer gather fixed"),
         (
+            Layout(dp_shard=2, dp_replicate=2, zero=2, micro=2),
+            "data gather" + 2 * " forward backward gradients" + " gradients optimizer fixed",
+        ),
+        (
             Layout(dp_shard=2, dp_replicate=2, zero=1, micro=2),
-            "data" + 2 * " forward backward gradients" + " gradients optimizer gather fixed",
+            "data" + 2 * " forward backward" + " gradients optimizer gather fixed",
         ),
     ],
 )

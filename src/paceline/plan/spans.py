@@ -129,8 +129,9 @@ def _one_stage(layout: Layout, parts: Parts, begin_s: float) -> list[StepSpan]:
     (stage,), (updating,) = parts.stages, parts.updating
     gather_s, gradients_s = updating.get("gather_s", 0.0), updating.get("gradients_s", 0.0)
     zero = layout.zero_stage if layout.dp_shard > 1 else 0
-    # Sharded, gradients go to the workers that keep them in each micro-batch; then shards meet their copies.
-    last_s = parts.copies_s if zero else gradients_s
+    # Sharded, gradients go to the workers that keep them in each micro-batch, or in the end; then shards meet their
+    # copies.
+    last_s = parts.copies_s if zero and not layout.keeps_gradients else gradients_s
     each_s = (gradients_s - last_s) / layout.micro
     gathered_s = gather_s / (2 * layout.micro) if zero == 3 else 0.0
     row: list[StepSpan] = []
