@@ -19,7 +19,7 @@ from paceline.plan.forecast import Forecaster
 from paceline.plan.kept import check_fits, read_kept
 from paceline.plan.links import Link, Placement, seconds
 from paceline.plan.presets import DEVICES, INTERCONNECTS, Device
-from paceline.plan.profile import LinkedCluster, Profile, Tried
+from paceline.plan.profile import Correction, LinkedCluster, Profile, Tried
 from paceline.plan.search import layouts, search
 from paceline.records import Layout
 
@@ -70,13 +70,17 @@ def gpu(**changes: Any) -> Device:
     return plain.model_copy(update=changes)
 
 
+def corrections(action_s: float, step_s: float) -> tuple[Correction, ...]:
+    return Correction(ways=("pipeline",), action_s=action_s), Correction(ways=("data",), step_s=step_s)
+
+
 def on_gpus(device: Device, **changes: Any) -> DescribedHost:
     return host(device=device, precision="bf16", within=INTERCONNECTS["nvlink4"].link, **changes)
 
 
 def test_the_machine_that_measured_described_gives_its_own_forecasts():
     job = measured()
-    job = job.model_copy(update={"action_s": 1e-3, "unexplained_s": {"data": 2e-3}})
+    job = job.model_copy(update={"corrections": corrections(1e-3, 2e-3)})
     found = estimate(job, HERE, cluster(host()))
     assert found.profile == job
     own, other = Forecaster(job, HERE), Forecaster(found.profile, found.linked)
@@ -164,13 +168,13 @@ def test_the_example_in_the_documentation_is_right():
 
 def test_what_trials_have_shown_is_of_cores_alone():
     tried = (Tried(layout=Layout(dp_replicate=2), step_s=1.0),)
-    update = {"action_s": 1e-3, "unexplained_s": {"data": -2e-3}, "tried": tried, "past_error": 0.05}
+    update = {"corrections": corrections(1e-3, -2e-3), "tried": tried, "past_error": 0.05}
     job = measured().model_copy(update=update)
     cores = estimate(job, HERE, cluster(host(speed=2.0))).profile
-    assert (cores.action_s, cores.unexplained_s, cores.tried) == (5e-4, {"data": -1e-3}, ())
+    assert (cores.corrections, cores.tried) == (corrections(5e-4, -1e-3), ())
     assert cores.past_error == 0.05
     gpus = estimate(job, HERE, cluster(on_gpus(gpu()))).profile
-    assert (gpus.action_s, gpus.unexplained_s, gpus.past_error) == (0.0, {}, GPU_ERROR)
+    assert (gpus.corrections, gpus.past_error) == ((), GPU_ERROR)
 
 
 def test_without_a_bandwidth_all_goes_by_operations_and_half_of_the_peak_is_half():

@@ -15,7 +15,7 @@ from paceline.plan.curves import Curve
 from paceline.plan.explain import limited_by, why_it_lost
 from paceline.plan.forecast import Forecaster
 from paceline.plan.links import KINDS, Link, MeasuredCollective, Placement
-from paceline.plan.profile import Block, Costs, Profile, Tried
+from paceline.plan.profile import Block, Correction, Costs, Profile, Tried
 from paceline.plan.scaling import find_knee, scaling
 from paceline.plan.schedules import SCHEDULES, make_schedule
 from paceline.plan.search import layouts, search
@@ -395,8 +395,10 @@ def test_a_forecast_of_what_was_tried_is_what_it_took(text, ratio, way):
     found = corrected(made, cluster, [Tried(layout=layout, step_s=step_s)])
     forecast = Forecaster(found, cluster).forecast(layout)
     assert forecast.step_s == pytest.approx(step_s, rel=1e-9)
-    assert set(found.unexplained_s) == ({way} - {""})
-    assert (found.action_s > 0) == (way == "")
+    (correction,) = found.corrections
+    assert correction.ways == ((way,) if way else ("pipeline",))
+    assert (correction.step_s != 0) == (way != "")
+    assert (correction.action_s > 0) == (way == "")
     assert forecast.error_s < Forecaster(made, cluster).forecast(layout).error_s
 
 
@@ -427,17 +429,75 @@ def test_what_was_tried_on_unequal_hosts_is_what_it_took_there(text, ratio):
 @pytest.mark.parametrize(("action_s", "step_s"), [(2e-3, 5e-3), (2e-3, -5e-3), (0.0, 4e-3)])
 def test_two_pipelines_tell_what_an_action_takes_from_what_a_step_takes(action_s, step_s):
     made, cluster = profile(tps=()), linked(2, 1)
-    slow = Forecaster(made.model_copy(update={"action_s": action_s}), cluster)
+    slowly = Correction(ways=("pipeline",), action_s=action_s)
+    slow = Forecaster(made.model_copy(update={"corrections": (slowly,)}), cluster)
     layouts = [Layout.parse(f"pp=2,micro={micro}") for micro in (2, 8)]
     tried = [Tried(layout=x, step_s=slow.forecast(x).step_s + step_s) for x in layouts]
     found = corrected(made, cluster, tried)
-    assert found.action_s == pytest.approx(action_s, abs=1e-7)
-    assert found.unexplained_s["pipeline"] == pytest.approx(step_s, rel=1e-3)
+    (correction,) = found.corrections
+    assert correction.action_s == pytest.approx(action_s, abs=1e-7)
+    assert correction.step_s == pytest.approx(step_s, rel=1e-3)
     after = Forecaster(found, cluster)
     between = Layout.parse("pp=2,micro=4")
     assert after.forecast(between).step_s == pytest.approx(slow.forecast(between).step_s + step_s, rel=1e-4)
     for one in tried:
         assert after.forecast(one.layout).step_s == pytest.approx(one.step_s, rel=1e-4)
+
+
+@pytest.mark.parametrize("text", ["dp_replicate=2", "dp_shard=2,zero=1", "dp_shard=2,zero=3", "tp=2"])
+def test_micro_batches_pay_as_two_layouts_have_shown(text):
+    made, cluster = profile(), linked()
+    before = Forecaster(made, cluster)
+    layouts = [Layout.parse(text if micro == 1 else f"{text},micro={micro}") for micro in (1, 2, 4)]
+    more_s = (3e-3, 5e-3, 9e-3)
+    took_s = [before.forecast(x).step_s + more for x, more in zip(layouts, more_s, strict=True)]
+    tried = [Tried(layout=x, step_s=s) for x, s in zip(layouts[:2], took_s[:2], strict=True)]
+    after = Forecaster(corrected(made, cluster, tried), cluster)
+    assert [after.forecast(x).step_s for x in layouts] == pytest.approx(took_s)
+
+
+def test_gradients_of_weights_as_actions_of_their_own_are_tried_by_themselves():
+    made, cluster = profile((1.0,) * 4, tps=()), linked(2, 1)
+    layouts = [Layout.parse(f"pp=2,micro={m}{s}") for m, s in ((2, ""), (8, ""), (2, ",schedule=zb-h1"))]
+    before = Forecaster(made, cluster)
+    more_s = (4e-3, 10e-3, 12e-3)
+    tried = [
+        Tried(layout=x, step_s=before.forecast(x).step_s + s) for x, s in zip(layouts, more_s, strict=True)
+    ]
+    after = Forecaster(corrected(made, cluster, tried), cluster)
+    for one in tried:
+        assert after.forecast(one.layout).step_s == pytest.approx(one.step_s, rel=1e-4)
+
+
+def test_what_two_ways_take_together_is_added_to_what_each_takes():
+    made, cluster = profile((1.0,) * 4, tps=()), linked(4, 1)
+    before = Forecaster(made, cluster)
+    texts = ("dp_replicate=4", "pp=4,micro=4", "pp=2,dp_replicate=2,micro=2")
+    tried = [
+        Tried(layout=Layout.parse(text), step_s=before.forecast(Layout.parse(text)).step_s + more_s)
+        for text, more_s in zip(texts, (1e-3, 2e-3, 9e-3), strict=True)
+    ]
+    after = Forecaster(corrected(made, cluster, tried), cluster)
+    for one in tried:
+        assert after.forecast(one.layout).step_s == pytest.approx(one.step_s, rel=1e-4)
+    for text in ("pp=2,dp_replicate=2,micro=4", "pp=2,dp_replicate=2,micro=2,schedule=gpipe"):
+        layout = Layout.parse(text)
+        assert after.forecast(layout).step_s > before.forecast(layout).step_s + 7e-3
+    alone = Layout.parse("dp_replicate=2")
+    assert after.forecast(alone).step_s == pytest.approx(before.forecast(alone).step_s + 0.5e-3)
+
+
+def test_what_was_tried_within_a_host_and_over_the_network_is_kept_apart():
+    made, cluster = profile(tps=()), linked(2, 2)
+    before = Forecaster(made, cluster)
+    texts = ("dp_replicate=2", "dp_replicate=4")
+    tried = [
+        Tried(layout=Layout.parse(text), step_s=before.forecast(Layout.parse(text)).step_s + more_s)
+        for text, more_s in zip(texts, (1e-3, 8e-3), strict=True)
+    ]
+    after = Forecaster(corrected(made, cluster, tried), cluster)
+    for one in tried:
+        assert after.forecast(one.layout).step_s == pytest.approx(one.step_s)
 
 
 def test_what_was_tried_moves_forecasts_of_the_same_way_and_no_others():

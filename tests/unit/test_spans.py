@@ -12,6 +12,7 @@ from planning_examples import linked, profile, random_linked, random_profile
 
 from paceline.plan.forecast import Forecaster
 from paceline.plan.links import Link
+from paceline.plan.profile import Correction
 from paceline.plan.schedules import SCHEDULES, make_schedule
 from paceline.plan.search import layouts
 from paceline.plan.spans import TERM_OF, StepTimeline, WorkerSpans, step_timeline
@@ -33,10 +34,17 @@ def cases(draw):
     """A random job and cluster, and a few of all layouts that it can have there, recomputation included."""
     drawn = random.Random(draw(st.integers(0, 2**32)))
     more = {
-        "action_s": drawn.choice((0.0, 2e-3)),
-        "unexplained_s": {
-            way: drawn.uniform(-3e-3, 3e-3) for way in ("data", "sharded", "gathered", "pipeline")
-        },
+        "corrections": tuple(
+            Correction(
+                ways=ways,
+                workers=drawn.choice((None, 2, 4)),
+                over_network=drawn.random() < 0.5,
+                step_s=drawn.uniform(-3e-3, 3e-3),
+                micro_s=drawn.uniform(-1e-3, 1e-3),
+                action_s=drawn.choice((0.0, 2e-3)) if ways == ("pipeline",) else 0.0,
+            )
+            for ways in (("data",), ("sharded",), ("gathered",), ("pipeline",), ("data", "pipeline"))
+        ),
     }
     job = random_profile(drawn).model_copy(update=more)
     forecaster = Forecaster(job, random_linked(drawn))

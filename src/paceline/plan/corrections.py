@@ -1,20 +1,24 @@
-"""What ways of splitting cost beyond the sum of their parts, taken from one step of each that was timed.
+"""What ways of splitting cost beyond the sum of their parts, taken from a few steps of each that were timed.
 
 Blocks, links and the optimizer are measured apart. Run together they cost more: a pipeline's worker runs the code
-around its blocks for every action, sharding gathers and frees, caches are shared. So of each way of splitting one
-layout is tried, and what its step takes beyond its forecast is added to the forecasts of all that split in that way.
-Likewise what its workers hold.
+around its blocks for every action, sharding gathers and frees, caches are shared. So of each way of splitting some
+layouts are tried, and what their steps take beyond their forecasts is added to the forecasts of all that split in that
+way. Likewise what their workers hold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from paceline.plan.forecast import Forecaster
-from paceline.plan.profile import PIPELINE, LinkedCluster, Profile, Tried
-from paceline.plan.ways import size_of, ways_of
+from paceline.plan.places import Places
+from paceline.plan.profile import GATHERED, PIPELINE, TENSOR, Correction, LinkedCluster, Profile, Tried
+from paceline.plan.schedules import SCHEDULES
+from paceline.plan.ways import is_over_network, size_of, ways_of
 
 _HALVINGS = 40
+_Place = tuple[tuple[str, ...], int, bool]
+"""Ways of splitting, among how many workers, and whether over a network."""
 
 
 def corrected(profile: Profile, linked: LinkedCluster, tried: Sequence[Tried]) -> Profile:
@@ -22,69 +26,113 @@ def corrected(profile: Profile, linked: LinkedCluster, tried: Sequence[Tried]) -
 
     Args:
         linked: the cluster on which the profile was measured and the layouts were tried.
-        tried: of each way of splitting one layout, which splits in no other way; of pipelines two, with few and with
-            many micro-batches.
+        tried: layouts that split in one way, with one and with several micro-batches, pipelines with few and with many
+            and one whose gradients of weights are actions of their own; and layouts that split in several ways.
     """
-    nothing = {"action_s": 0.0, "unexplained_s": {}, "unexplained_bytes": {}, "tried_workers": {}}
-    found = profile.model_copy(update={"tried": tuple(tried), **nothing})
-    unexplained_s: dict[str, float] = {}
-    unexplained_bytes: dict[str, float] = {}
-    tried_workers: dict[str, int] = {}
-    action_s = 0.0
+    bare = profile.model_copy(update={"tried": tuple(tried), "corrections": (), "unexplained_bytes": {}})
+    places = Places(linked)
+    groups: dict[_Place, list[Tried]] = {}
     for one in tried:
-        layout = one.layout
-        ways = ways_of(layout)
-        if len(ways) != 1:
-            continue
-        (way,) = ways
-        tried_workers[way] = size_of(layout, way)
-        forecaster = Forecaster(found, linked)
-        foreseen = forecaster.forecast(layout)
-        if one.peak_bytes is not None:
-            more = one.peak_bytes - foreseen.memory.total
-            unexplained_bytes[way] = max(more, unexplained_bytes.get(way, more))
-        if way != PIPELINE:
-            # In seconds of the device that was measured: slower hosts pay more.
-            missing_s = (one.step_s - foreseen.step_s) * linked.slowest(layout.workers)
-            unexplained_s[way] = missing_s / forecaster.times_of(layout, way)
-    pipelines = [one for one in tried if ways_of(one.layout) == (PIPELINE,)]
-    if pipelines:
-        few, many = (pick(pipelines, key=lambda one: one.layout.micro) for pick in (min, max))
-        action_s, missing_s = _of_pipelines(found, linked, few, many)
-        if missing_s:
-            unexplained_s[PIPELINE] = missing_s * linked.slowest(few.layout.workers)
-    seconds = {"action_s": action_s, "unexplained_s": unexplained_s, "tried_workers": tried_workers}
-    return found.model_copy(update={**seconds, "unexplained_bytes": unexplained_bytes})
+        ways = ways_of(one.layout)
+        if ways:
+            place = ways, size_of(one.layout, ways), is_over_network(one.layout, ways, places)
+            groups.setdefault(place, []).append(one)
+    corrections = [_of_one_way(bare, linked, *item) for item in groups.items() if len(item[0][0]) == 1]
+    each = bare.model_copy(update={"corrections": tuple(corrections)})
+    corrections += [_of_a_step(each, linked, *item) for item in groups.items() if len(item[0][0]) > 1]
+    return bare.model_copy(
+        update={"corrections": tuple(corrections), "unexplained_bytes": _bytes(bare, linked, tried)}
+    )
 
 
-def _of_pipelines(profile: Profile, linked: LinkedCluster, few: Tried, many: Tried) -> tuple[float, float]:
+def _bytes(profile: Profile, linked: LinkedCluster, tried: Iterable[Tried]) -> dict[str, float]:
+    """By way of splitting, from layouts that split in no other."""
+    found: dict[str, float] = {}
+    forecaster = Forecaster(profile, linked)
+    for one in tried:
+        ways = ways_of(one.layout)
+        if len(ways) == 1 and one.peak_bytes is not None:
+            more = one.peak_bytes - forecaster.forecast(one.layout).memory.total
+            found[ways[0]] = max(more, found.get(ways[0], more))
+    return found
+
+
+def _of_one_way(profile: Profile, linked: LinkedCluster, place: _Place, tried: Sequence[Tried]) -> Correction:
+    if place[0] == (PIPELINE,):
+        return _of_pipelines(profile, linked, place, tried)
+    return _of_a_step(profile, linked, place, tried)
+
+
+def _of_a_step(profile: Profile, linked: LinkedCluster, place: _Place, tried: Sequence[Tried]) -> Correction:
+    """A straight line through what layouts with one and with several micro-batches took beyond their forecasts."""
+    ways, workers, over_network = place
+    forecaster = Forecaster(profile, linked)
+
+    def missing_s(one: Tried) -> float:
+        """In seconds of the device that was measured: slower hosts pay more."""
+        return (one.step_s - forecaster.forecast(one.layout).step_s) * linked.slowest(one.layout.workers)
+
+    few, many = _ends(tried)
+    micro_s = 0.0
+    if many.layout.micro > few.layout.micro:
+        micro_s = (missing_s(many) - missing_s(few)) / (many.layout.micro - few.layout.micro)
+        step_s = missing_s(few) - (few.layout.micro - 1) * micro_s
+    elif ways in ((GATHERED,), (TENSOR,)):
+        # Each micro-batch gathers, or exchanges, anew.
+        step_s = micro_s = missing_s(few) / few.layout.micro
+    else:
+        step_s = missing_s(few)
+    return Correction(ways=ways, workers=workers, over_network=over_network, step_s=step_s, micro_s=micro_s)
+
+
+def _of_pipelines(
+    profile: Profile, linked: LinkedCluster, place: _Place, tried: Sequence[Tried]
+) -> Correction:
     """What each action of a pipeline takes beside its blocks, and each step beside that.
 
-    Args:
-        few, many: with few and with many micro-batches, else alike; the same, where only one was tried: then all is
-            each action's, unless a step took less than its forecast.
+    Where one was tried, all is each action's, unless a step took less than its forecast.
     """
+    ways, workers, over_network = place
+    none = Correction(ways=ways, workers=workers, over_network=over_network)
 
-    def forecast_s(one: Tried, action_s: float) -> float:
-        told = Forecaster(profile.model_copy(update={"action_s": action_s}), linked).forecast(one.layout)
-        return told.step_s
+    def missing_s(one: Tried, action_s: float) -> float:
+        correction = none.model_copy(update={"action_s": action_s})
+        told = Forecaster(profile.model_copy(update={"corrections": (correction,)}), linked)
+        return one.step_s - told.forecast(one.layout).step_s
 
-    def missing_s(action_s: float) -> float:
-        """Of what many micro-batches took more than few; or of all, where there is only one."""
-        if few is many:
-            return one_s(many, action_s)
-        return one_s(many, action_s) - one_s(few, action_s)
+    in_parts = [one for one in tried if SCHEDULES[one.layout.schedule].in_parts]
+    few, many = _ends([one for one in tried if one not in in_parts] or in_parts)
+    if few is many:
+        action_s = _root(lambda a: missing_s(many, a), many.step_s)
+        step_s = 0.0 if action_s else missing_s(many, 0.0)
+    else:
+        action_s = _root(lambda a: missing_s(many, a) - missing_s(few, a), many.step_s)
+        step_s = (missing_s(few, action_s) + missing_s(many, action_s)) / 2
+    split_s = None
+    if in_parts and few not in in_parts:
+        one = in_parts[0]
+        split_s = _root(lambda a: missing_s(one, a) - step_s, one.step_s)
+    return none.model_copy(
+        update={
+            "action_s": action_s,
+            "split_action_s": split_s,
+            "step_s": step_s * linked.slowest(few.layout.workers),
+        }
+    )
 
-    def one_s(one: Tried, action_s: float) -> float:
-        return one.step_s - forecast_s(one, action_s)
 
-    low, high = 0.0, many.step_s
+def _ends(tried: Sequence[Tried]) -> tuple[Tried, Tried]:
+    """Those with the fewest and with the most micro-batches."""
+    few, many = (pick(tried, key=lambda one: one.layout.micro) for pick in (min, max))
+    return few, many
+
+
+def _root(missing_s: Callable[[float], float], most_s: float) -> float:
+    """Where a falling function is nothing, between 0 and `most_s`; 0 where it is less from the beginning."""
     if missing_s(0.0) <= 0:
-        high = 0.0
-    for _ in range(_HALVINGS if high else 0):
+        return 0.0
+    low, high = 0.0, most_s
+    for _ in range(_HALVINGS):
         middle = (low + high) / 2
         low, high = (middle, high) if missing_s(middle) > 0 else (low, middle)
-    action_s = (low + high) / 2
-    if few is many:
-        return action_s, 0.0 if action_s else one_s(many, 0.0)
-    return action_s, (one_s(few, action_s) + one_s(many, action_s)) / 2
+    return (low + high) / 2

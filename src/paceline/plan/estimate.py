@@ -99,16 +99,16 @@ def _corrections(profile: Profile, first: DescribedHost, scale: Scale) -> dict[s
     """
     if first.device is not None:
         error = max(profile.past_error, GPU_ERROR)
-        nothing = {"action_s": 0.0, "unexplained_s": {}, "unexplained_bytes": {}, "tried_workers": {}}
-        return {"tried": (), **nothing, "past_error": error}
-    unexplained_s = {way: seconds * scale.host for way, seconds in profile.unexplained_s.items()}
-    # Other clusters have other delays: what was found is taken as it is.
-    return {
-        "tried": (),
-        "tried_workers": {},
-        "action_s": profile.action_s * scale.host,
-        "unexplained_s": unexplained_s,
-    }
+        return {"tried": (), "corrections": (), "unexplained_bytes": {}, "past_error": error}
+    corrections = []
+    for one in profile.corrections:
+        seconds = {"step_s": one.step_s, "micro_s": one.micro_s, "action_s": one.action_s}
+        scaled = {name: value * scale.host for name, value in seconds.items()}
+        split_s = None if one.split_action_s is None else one.split_action_s * scale.host
+        # Other clusters have other delays: what was found is taken as it is.
+        update = {"workers": None, "split_action_s": split_s, **scaled}
+        corrections.append(one.model_copy(update=update))
+    return {"tried": (), "corrections": tuple(corrections)}
 
 
 def _alone(profile: Profile) -> Costs:

@@ -18,10 +18,9 @@ from paceline.plan.memory import worker_memory
 from paceline.plan.orders import orders, peak_stored, stages_of_workers
 from paceline.plan.places import Places
 from paceline.plan.profile import (
-    GATHERED,
     PIPELINE,
-    TENSOR,
     Block,
+    Correction,
     Costs,
     Division,
     LinkedCluster,
@@ -32,7 +31,7 @@ from paceline.plan.stages import Stage, join, partition
 from paceline.plan.terms import Forecast, Memory, Terms
 from paceline.plan.timeline import makespan_s
 from paceline.plan.updates import one_copy, updating
-from paceline.plan.ways import size_of, ways_of
+from paceline.plan.ways import correction_of, ways_of
 from paceline.records import Layout
 
 _MOST_TAKEN_OFF = 0.5
@@ -117,22 +116,27 @@ class Forecaster:
     def _with_unexplained(self, layout: Layout, step_s: float) -> float:
         """A step with what its ways of splitting took beyond the sum of the terms, when they were tried."""
         more_s = 0.0
-        for way in ways_of(layout):
-            each_s = self.profile.unexplained_s.get(way, 0.0) * self._growth(layout, way)
-            more_s += each_s * self.times_of(layout, way)
+        ways = ways_of(layout)
+        for some in dict.fromkeys([*((way,) for way in ways), *([ways] if ways else [])]):
+            found = self._correction(layout, some)
+            if found is not None:
+                one, growth = found
+                more_s += growth * (one.step_s + (layout.micro - 1) * one.micro_s)
         more_s /= self.linked.slowest(layout.workers)
         return max(step_s + more_s, step_s * (1 - _MOST_TAKEN_OFF))
 
-    def _growth(self, layout: Layout, way: str) -> float:
-        """What a way of splitting takes beyond its parts, against what it takes among as many workers as were tried."""
-        tried = self.profile.tried_workers.get(way)
-        return 1.0 if tried is None else math.log2(size_of(layout, way)) / math.log2(tried)
+    def _correction(self, layout: Layout, ways: tuple[str, ...]) -> tuple[Correction, float] | None:
+        return correction_of(self.profile.corrections, layout, ways, self._places)
 
-    def times_of(self, layout: Layout, way: str) -> int:
-        """How often a step of a layout pays what a way of splitting costs beyond its parts."""
-        if way == GATHERED:
-            return layout.micro * len(self.profile.costs[0].model)
-        return layout.micro if way == TENSOR else 1
+    def _action_s(self, layout: Layout, *, in_parts: bool) -> float:
+        """What an action of a pipeline takes beside its blocks."""
+        found = self._correction(layout, (PIPELINE,))
+        if found is None:
+            return 0.0
+        one, growth = found
+        of_parts = in_parts and one.split_action_s is not None
+        seconds: float = one.split_action_s if of_parts else one.action_s  # type: ignore[assignment]
+        return seconds * growth / self.linked.slowest(layout.workers)
 
     def _heaviest(self, layout: Layout, stages: Sequence[Stage]) -> list[Stage]:
         """The stages of the worker that has most parameters to update."""
@@ -206,10 +210,8 @@ class Forecaster:
         key += (self.linked.slowest(layout.workers), self.place(layout, "tp"), self.place(layout, "data"))
         action_s, in_parts = 0.0, False
         if layout.pp > 1:
-            action_s = (
-                self.profile.action_s * self._growth(layout, PIPELINE) / self.linked.slowest(layout.workers)
-            )
             in_parts = SCHEDULES[layout.schedule].in_parts
+            action_s = self._action_s(layout, in_parts=in_parts)
         key += (action_s, in_parts)
         if key not in self._stages:
             row = self._row(layout)

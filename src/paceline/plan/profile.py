@@ -18,7 +18,7 @@ Exchange = tuple[str, float]
 """A collective and its bytes for one sample."""
 DATA, SHARDED, GATHERED, TENSOR, PIPELINE = "data", "sharded", "gathered", "tensor", "pipeline"
 """Ways of splitting, each of which may take longer than the sum of its parts: with one copy of the parameters or an
-all-reduce; ZeRO-1 and 2; ZeRO-3, for each block and micro-batch; for each micro-batch; and in a step."""
+all-reduce; ZeRO-1 and 2; ZeRO-3; tensor parallelism; pipelines."""
 
 
 class Division(Record):
@@ -127,6 +127,27 @@ class Tried(Record):
     """What a worker that only trains in it would hold at most; None: not known."""
 
 
+class Correction(Record):
+    """What splitting in a way, or in several at once, takes beyond the sum of the terms, as steps have shown that were
+    timed; less than nothing where those are too much."""
+
+    ways: tuple[str, ...]
+    """As `ways_of` gives them. Of several: what they take together beyond what each takes by itself."""
+    workers: int | None = Field(default=None, ge=2)
+    """Among how many that was found. What many wait for grows with the logarithm of their number, as the largest of as
+    many delays does; None: it is taken to be the same for all."""
+    over_network: bool = False
+    """Whether these were on several hosts."""
+    step_s: float = 0.0
+    """In a step of one micro-batch; of pipelines, of any number."""
+    micro_s: float = 0.0
+    """For each further micro-batch."""
+    action_s: float = Field(default=0.0, ge=0)
+    """What an action of a pipeline's schedule takes beside its blocks."""
+    split_action_s: float | None = Field(default=None, ge=0)
+    """The same of schedules in which gradients of weights are actions of their own; None: the same."""
+
+
 class Profile(Record):
     """What was measured of a job on one kind of device."""
 
@@ -148,17 +169,10 @@ class Profile(Record):
     """Of one sample, where all is computed again: what is held beyond the inputs of all blocks and the whole of one;
     negative where it is less."""
     tried: tuple[Tried, ...] = ()
-    """One layout of each way of splitting, timed for a moment: what `action_s` and `unexplained_s` were taken from."""
-    action_s: float = Field(default=0.0, ge=0)
-    """What an action of a pipeline's schedule takes beside its blocks."""
-    unexplained_s: dict[str, float] = {}
-    """By way of splitting: what its measured step took beyond the sum of the terms; less than nothing where those are
-    too much."""
-    tried_workers: dict[str, int] = {}
-    """By way of splitting: among how many workers that was found. What many wait for grows with the logarithm of their
-    number, as the largest of as many delays does; where it is not known, it is taken to be the same for all."""
+    """Layouts that were timed for a moment, some of each way of splitting: what `corrections` were taken from."""
+    corrections: tuple[Correction, ...] = ()
     unexplained_bytes: dict[str, float] = {}
-    """The same of what a worker held at most."""
+    """By way of splitting: what a worker held at most beyond what was foreseen."""
     past_error: float = Field(default=0.1, ge=0)
     """Relative, of earlier forecasts on this machine."""
     spread: float = Field(default=0.0, ge=0)

@@ -60,7 +60,7 @@ class Traffic:
 
 def _without_seconds(profile: Profile) -> Profile:
     """The job on workers that take no time."""
-    update = {"costs": tuple(map(_costs, profile.costs)), "action_s": 0.0, "unexplained_s": {}, "tried": ()}
+    update = {"costs": tuple(map(_costs, profile.costs)), "corrections": (), "tried": ()}
     return profile.model_copy(update=update)
 
 

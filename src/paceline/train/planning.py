@@ -18,7 +18,8 @@ from paceline.measure.machine import launcher_memory_bytes
 from paceline.plan.corrections import corrected
 from paceline.plan.forecast import Forecaster
 from paceline.plan.profile import MOST_SPREAD, Block, Costs, LinkedCluster, Profile, Tried
-from paceline.records import Cluster, Host, Layout
+from paceline.plan.tries import layouts_to_try
+from paceline.records import Cluster, Host, Layout, Trial
 from paceline.split.granularity import NUMBERS, TENSORS, granularity
 from paceline.train.build import build_model, build_optimizer
 from paceline.train.held_memory import HeldMemory, measure_held_memory
@@ -30,6 +31,8 @@ from paceline.train.trial import LayoutTimer
 
 BUDGET_S = 12.0
 """What measuring a job takes, about."""
+_TRY = 0.04
+"""Share of that which is for each layout that is tried, on top of the rest."""
 _ATTEMPTS = 2
 """Measurements of one condition, where the first is too noisy to plan with: the less noisy one counts."""
 
@@ -49,11 +52,12 @@ def measure_all(
     """What the planner has to know, on rank 0; None on the others. A collective call of all workers.
 
     Costs are measured with one worker alone (with one thread, and on a CPU with all of its host), and with all workers
-    of a host at once; then blocks divided among those, and links; and last a layout of each way of splitting is timed.
+    of a host at once; then blocks divided among those, and links; and last layouts of each way of splitting are timed.
 
     Args:
         threads: what the user asked each worker to have; None: the host's cores are shared out.
-        budget_s: about how long all that may take, without building models and finding out where they can be split.
+        budget_s: about how long all that may take, without building models, finding out where they can be split, and
+            timing the layouts.
 
     Raises:
         PacelineError: the job fails on its first steps.
@@ -102,19 +106,9 @@ def measure_all(
         )
         everyone.barrier("after measuring divided blocks")
     within, between, meeting_s = measure_links(world, everyone, cluster)
-    layouts = _ways_of_splitting(job.batch_size, cluster, conditions[-1], can_divide=divided is not None)
-    layouts = [Layout.parse(t) for t in everyone.gather_json([str(x) for x in layouts], "layouts to try")[0]]
-    timer = LayoutTimer(
-        job,
-        layouts,
-        world,
-        datasets,
-        seed=seed,
-        precision=precision,
-        budget_s=budget_s / parts * 3 / 2,
-        rounds=(2, 5),
+    trials = _try(
+        job, datasets, world, everyone, cluster, conditions[-1][0], seed, precision, budget_s, divided
     )
-    trials = timer.run() if layouts else []
     speeds = measure_speeds(job, datasets, world, everyone, cluster, seed=seed)
     if held is None:
         return None
@@ -197,27 +191,35 @@ def _with_divisions(costs: Costs, divided: Costs) -> Costs:
     )
 
 
-def _ways_of_splitting(
-    batch_size: int, cluster: Cluster, condition: tuple[int, int], *, can_divide: bool
-) -> list[Layout]:
-    """One layout of each way of splitting over the workers of the first host, or of all, as far as the batch allows."""
-    threads, here = condition
-    # Where each host has one worker, over the cable between them.
-    n = here if here > 1 else cluster.workers
-    if n == 1:
-        return []
-    # What each action of a pipeline takes, and what each step, is told apart by two numbers of micro-batches.
-    micros = [m for m in (n, 2 * n, 3 * n, 4 * n) if batch_size % m == 0] or [1]
-    layouts = [
-        Layout(dp_replicate=n),
-        Layout(dp_shard=n, zero=1),
-        Layout(dp_shard=n, zero=3),
-        *(Layout(pp=n, micro=micro) for micro in sorted({micros[0], micros[-1]})),
-        *([Layout(tp=n)] if can_divide else []),
-    ]
-    if cluster.device == "cpu":
-        layouts = [layout.model_copy(update={"threads": threads}) for layout in layouts]
-    return [layout for layout in layouts if batch_size % (layout.data_parallel * layout.micro) == 0]
+def _try(
+    job: Job,
+    datasets: Datasets,
+    world: World,
+    everyone: Group,
+    cluster: Cluster,
+    threads: int,
+    seed: int,
+    precision: str,
+    budget_s: float,
+    divided: Costs | None,
+) -> list[Trial]:
+    """Time what `layouts_to_try` says on rank 0: one replica of the model after the other, as not all may fit."""
+    groups = layouts_to_try(job.batch_size, cluster, threads, can_divide=divided is not None)
+    texts = [[str(layout) for layout in group] for group in groups]
+    trials = []
+    for group in everyone.gather_json(texts, "layouts to try")[0]:
+        timer = LayoutTimer(
+            job,
+            [Layout.parse(text) for text in group],
+            world,
+            datasets,
+            seed=seed,
+            precision=precision,
+            budget_s=budget_s * _TRY * len(group),
+            rounds=(2, 5),
+        )
+        trials += timer.run()
+    return trials
 
 
 def _with_memory(profile: Profile, linked: LinkedCluster, threads: int, held: HeldMemory) -> Profile:

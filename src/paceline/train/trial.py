@@ -73,7 +73,7 @@ class LayoutTimer:
         self._all = world.group(world.size)
         self._precision = precision
         self._replicas: dict[Layout, Replica] = {}
-        """By layout, whatever its threads."""
+        """By what `_key` makes of layouts."""
         self._candidates = [_Candidate(layout, make_mesh(world, layout)) for layout in layouts]
 
     def run(self) -> list[Trial]:
@@ -160,8 +160,8 @@ class LayoutTimer:
         return self._replicas[key]
 
     def _key(self, layout: Layout) -> Layout:
-        """Layouts that differ in their threads alone have one replica."""
-        return layout.model_copy(update={"threads": None})
+        """Layouts that differ in their threads alone have one replica, or, without a pipeline, in micro-batches."""
+        return layout.model_copy(update={"threads": None, "micro": layout.micro if layout.pp > 1 else 1})
 
     def _take_worst(self) -> None:
         """Of each candidate the growth of the worker whose memory grew most, on all workers."""

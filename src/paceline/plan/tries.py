@@ -1,0 +1,78 @@
+"""Which layouts are timed for a moment while a job is measured: what splitting costs beyond the sum of its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from paceline.records import Cluster, Layout
+
+_SEVERAL = 2
+"""Micro-batches of the second layout of a way, which tells what each micro-batch pays."""
+
+
+def layouts_to_try(
+    batch_size: int, cluster: Cluster, threads: int, *, can_divide: bool
+) -> list[tuple[Layout, ...]]:
+    """Some of each way of splitting, and of ways combined, over the first host's workers and over all.
+
+    Args:
+        threads: of each worker, on CPUs.
+        can_divide: tensor parallelism over the first host's workers is possible.
+
+    Returns:
+        Groups in the order in which they are to be timed, each of layouts that one replica of the model serves, the one
+        that holds most first.
+    """
+    here, everyone = cluster.hosts[0].workers, cluster.workers
+    sizes = [n for n in dict.fromkeys((here, everyone)) if n > 1]
+    groups: list[Iterable[Layout]] = []
+    for n in sizes:
+        groups += _in_one_way(n, in_full=n == sizes[0])
+        if n == here and can_divide:
+            groups.append((Layout(tp=n), Layout(tp=n, micro=_SEVERAL)))
+    if sizes:
+        groups += _in_two_ways(here, everyone, can_divide=can_divide)
+    found = []
+    for group in groups:
+        if cluster.device == "cpu":
+            group = (layout.model_copy(update={"threads": threads}) for layout in group)
+        fit = tuple(x for x in group if batch_size % (x.data_parallel * x.micro) == 0)
+        if fit:
+            found.append(fit)
+    return found
+
+
+def _in_one_way(n: int, *, in_full: bool) -> list[tuple[Layout, ...]]:
+    """Over `n` workers.
+
+    Args:
+        in_full: with several micro-batches, too, and a pipeline with gradients of weights as actions of their own.
+    """
+    ways = (Layout(dp_replicate=n), Layout(dp_shard=n, zero=1), Layout(dp_shard=n, zero=3))
+    pipeline = Layout(pp=n, micro=n)
+    if not in_full:
+        return [(way,) for way in (*ways, pipeline)]
+    # What each action of a pipeline takes, and what each step, is told apart by two numbers of micro-batches.
+    return [
+        *((way, way.model_copy(update={"micro": _SEVERAL})) for way in ways),
+        (pipeline,),
+        (pipeline.model_copy(update={"micro": 4 * n}),),
+        (pipeline.model_copy(update={"schedule": "zb-h1"}),),
+    ]
+
+
+def _in_two_ways(here: int, everyone: int, *, can_divide: bool) -> list[tuple[Layout, ...]]:
+    """Over all workers: the first way over the hosts, or over two parts of the only host, the second within them."""
+    inner = here if 1 < here < everyone else everyone // 2
+    outer = everyone // inner
+    if everyone < 4 or outer * inner != everyone:
+        return []
+    pipeline = Layout(pp=outer, micro=outer)
+    found = [
+        pipeline.model_copy(update={"dp_replicate": inner}),
+        pipeline.model_copy(update={"dp_shard": inner, "zero": 1}),
+        *(Layout(dp_replicate=outer, dp_shard=inner, zero=zero) for zero in (1, 3)),
+    ]
+    if can_divide and inner == here:
+        found += [pipeline.model_copy(update={"tp": inner}), Layout(dp_replicate=outer, tp=inner)]
+    return [(layout,) for layout in found]

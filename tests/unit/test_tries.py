@@ -1,0 +1,66 @@
+"""Which layouts are tried while a job is measured."""
+
+from __future__ import annotations
+
+import pytest
+
+from paceline.plan.tries import layouts_to_try
+from paceline.plan.ways import ways_of
+from paceline.records import Cluster, Host
+
+
+def cluster(*workers: int) -> Cluster:
+    common = {"device": "cpu", "device_name": "a processor", "memory_bytes": 1 << 34}
+    hosts = [Host(name=f"host{n}", workers=w, cores=w, **common) for n, w in enumerate(workers)]
+    return Cluster(hosts=tuple(hosts))
+
+
+def tried(*workers: int, batch_size: int = 64, can_divide: bool = False):
+    return layouts_to_try(batch_size, cluster(*workers), 1, can_divide=can_divide)
+
+
+def test_a_single_worker_tries_nothing():
+    assert tried(1) == []
+
+
+@pytest.mark.parametrize("workers", [(2,), (1, 1), (4,), (1, 1, 1, 1), (2, 2), (4, 4)])
+def test_each_way_is_tried_and_two_together_where_that_is_possible(workers):
+    groups = tried(*workers, can_divide=workers[0] > 1)
+    layouts = [layout for group in groups for layout in group]
+    ways = {ways_of(layout) for layout in layouts}
+    alone = {("data",), ("sharded",), ("gathered",), ("pipeline",)} | (
+        {("tensor",)} if workers[0] > 1 else set()
+    )
+    assert alone <= ways
+    assert any(len(some) > 1 for some in ways) == (sum(workers) >= 4)
+    assert all(layout.threads == 1 for layout in layouts)
+    assert len(set(layouts)) == len(layouts)
+    assert max(layout.workers for layout in layouts) == sum(workers)
+    for group in groups:
+        assert len({(x.workers, ways_of(x), x.schedule) for x in group}) == 1
+        assert [x.micro for x in group] == sorted(x.micro for x in group)
+
+
+def test_several_micro_batches_tell_what_each_pays():
+    layouts = [x for group in tried(2, can_divide=True) for x in group]
+    for way in ("data", "sharded", "gathered", "tensor", "pipeline"):
+        assert len({x.micro for x in layouts if ways_of(x) == (way,)}) == 2
+    assert {x.schedule for x in layouts if x.pp > 1} == {"1f1b", "zb-h1"}
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 6])
+def test_what_the_batch_does_not_allow_is_not_tried(batch_size):
+    for group in tried(2, 2, batch_size=batch_size, can_divide=True):
+        for layout in group:
+            layout.check_batch(batch_size)
+
+
+def test_over_several_hosts_tensor_parallelism_stays_within_one():
+    layouts = [x for group in tried(2, 2, can_divide=True) for x in group]
+    assert max(x.tp for x in layouts) == 2
+    assert any(x.tp == 2 and x.pp == 2 for x in layouts)
+    assert not any(x.tp > 1 for group in tried(1, 1) for x in group)
+
+
+def test_hosts_that_cannot_be_paired_are_not():
+    assert all(len(ways_of(x)) == 1 for group in tried(2, 1) for x in group)
