@@ -59,16 +59,17 @@ def test_limits_of_version_2(tmp_path):
     group.make(0.25, 1 << 30)
     (directory,) = group.directories
     told = {path.name: path.read_text() for path in directory.iterdir()}
-    assert told == {"cpu.max": "5000 20000", "cpu.weight": "1600", "memory.max": "1073741824"}
+    assert told == {"cpu.max": "4000 16000", "cpu.weight": "1600", "memory.max": "1073741824"}
     assert (tmp_path / "cgroup.subtree_control").read_text() == "+cpu +memory"
     (directory / "memory.events").write_text("low 0\noom 3\noom_kill 2\n")
     assert group.num_killed_for_memory() == 2
 
 
-def test_the_least_quota_that_the_kernel_grants_lengthens_the_period(tmp_path):
+@pytest.mark.parametrize(("cores", "told"), [(0.02, "4000 200000"), (0.5, "5000 10000"), (2, "20000 10000")])
+def test_a_quota_of_less_than_the_kernel_counts_in_lengthens_the_period(tmp_path, cores, told):
     group = ControlGroup(find_hierarchy(_V2.replace("/sys/fs/cgroup", str(tmp_path)), "0::/\n"), "a-box")
-    group.make(0.02, None)
-    assert (group.directories[0] / "cpu.max").read_text() == "1000 50000"
+    group.make(cores, None)
+    assert (group.directories[0] / "cpu.max").read_text() == told
 
 
 def test_a_box_is_left_over_when_its_maker_is_dead():
