@@ -23,8 +23,8 @@ _PERIOD_US = 10_000
 """Within which a quota is granted, at least. Four hosts of 0.45 cores pause for 4 to 8 ms with it, for 8 to 12 ms with
 20 ms, and have what they were given; with 5 ms they pause no shorter, and have 10 % too little."""
 _LEAST_GRANTED_US = 4_000
-"""Within a period: the kernel takes stock every 4 ms. Eight hosts of 0.24 cores pause no longer with 17 ms than with 10,
-and have what they were given, not 1 to 7 % less."""
+"""Within a period: the kernel takes stock every 4 ms. Eight hosts of 0.24 cores pause no longer with 17 ms than with
+10, and have what they were given, not 1 to 7 % less."""
 _WEIGHT = 16
 """Of a host with a quota against anything else that runs on the machine: what was asked for is to be had."""
 _CONTROLLERS = ("cpu", "memory")
