@@ -55,6 +55,7 @@ def enter(process: int, group: Sequence[Path], cpus: Sequence[int], command: Seq
     return [
         *("sh", "-c", _JOIN_GROUP, "sh", *map(str, group), "--"),
         *("taskset", "--cpu-list", ",".join(map(str, cpus))),
+        *(sys.executable, "-ES", str(Path(__file__).with_name("box_slices.py"))),
         *("nsenter", *flags, "--", "env", f"--chdir={Path.cwd()}", "--"),
         *command,
     ]

@@ -87,19 +87,21 @@ def _start_here(command: Sequence[str], timeout_s: float, tell: Tell) -> list[En
     return carry_out(starts, [_NoLimits()], timeout_s, tell)
 
 
+# Hosts of less than a core have half of this machine together: with all of it they wait for each other's turns, which
+# hosts with CPUs of their own do not (docs/clusters.md).
 CLUSTERS = {
     cluster.name: cluster
     for cluster in (
         BoxCluster("here"),
         BoxCluster("two-1g", (BoxHost(1.0),) * 2, 1e9),
         BoxCluster("two-100m", (BoxHost(1.0),) * 2, 100e6, 1e-3),
-        BoxCluster("four-1g", (BoxHost(0.45),) * 4, 1e9),
+        BoxCluster("four-1g", (BoxHost(0.24),) * 4, 1e9),
         BoxCluster("two-by-two", (BoxHost(1.0, workers=2),) * 2, 300e6),
         BoxCluster("unequal", (BoxHost(1.0), BoxHost(0.5)), 1e9),
-        BoxCluster("small-1g", (BoxHost(0.24),) * 2, 1e9),
-        BoxCluster("small-100m", (BoxHost(0.24),) * 2, 100e6),
-        BoxCluster("eight-1g", (BoxHost(0.24),) * 8, 1e9, is_curve=True),
-        BoxCluster("eight-100m", (BoxHost(0.24),) * 8, 100e6, is_curve=True),
+        BoxCluster("small-1g", (BoxHost(0.12),) * 2, 1e9),
+        BoxCluster("small-100m", (BoxHost(0.12),) * 2, 100e6),
+        BoxCluster("eight-1g", (BoxHost(0.12),) * 8, 1e9, is_curve=True),
+        BoxCluster("eight-100m", (BoxHost(0.12),) * 8, 100e6, is_curve=True),
     )
 }
 

@@ -4,7 +4,7 @@
     python benchmarks/knee.py --jobs conv --boxes eight-1g
     python benchmarks/knee.py --from build/cells                       # the tables again, from the files
 
-A curve is a job on eight hosts of 0.24 cores. For each number of workers the planner forecasts the fastest layout;
+A curve is a job on eight hosts of 0.12 cores. For each number of workers the planner forecasts the fastest layout;
 measured are a few of the fastest by forecast, one of a kind, and plain data parallelism, all in interleaved rounds,
 and the fastest of them counts. Knee and turn of both curves are found by the planner's own function. The same jobs are
 measured on two such hosts; from that alone all layouts of four and eight workers are forecast, as if there were no

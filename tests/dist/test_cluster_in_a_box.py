@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -117,7 +118,8 @@ def test_what_fails_or_takes_too_long_is_ended_everywhere_and_said(pair):
     stubborn = "setsid sh -c 'trap \"\" TERM; sleep 60' & exit 3"
     first, second = pair.run(lambda host: ["sh", "-c", stubborn if host else "true"], timeout_s=20)
     assert (first.exit_code, second.exit_code) == (0, 3)
-    assert not kill_all([path for path in left_over() if path.name.endswith("host1")])
+    own = f"paceline-box-{os.getpid()}-"
+    assert not kill_all([p for p in left_over() if p.name.startswith(own) and p.name.endswith("host1")])
     with pytest.raises(BoxError, match="host 1 ended with exit code 3"):
         require_success([first, second])
 
