@@ -37,3 +37,10 @@ def test_without_a_forecast_and_within_its_error_nothing_is_told():
     assert told(Watch(0.010, 0.020), step(0.025), 5) == []
     # A forecast that claims to be exact is given the machine's own noise.
     assert told(Watch(0.010, 0.0), step(0.0104), 5) == []
+
+
+def test_what_lies_between_the_forecast_and_the_trial_is_as_expected():
+    for step_s in (0.009, 0.012, 0.015):
+        assert told(Watch(0.010, 0.001, trial_s=0.014), step(step_s - 0.001), 5) == []
+    (text,) = told(Watch(0.010, 0.001, trial_s=0.014), step(0.019), 5)
+    assert text.startswith("Steps take 20 ms, 2.00 times the forecast of 10")

@@ -170,7 +170,11 @@ class Worker:
             self._tell(session)
             return session
 
-        watch = Watch(plan.forecast_step_s or plan.planned_step_s, plan.planned_error_s or 0.0)
+        watch = Watch(
+            plan.planned_step_s or plan.forecast_step_s,
+            plan.planned_error_s or 0.0,
+            trial_s=plan.forecast_step_s,
+        )
         session = None if mesh is None else begin(mesh, found)
         self._loop = loop = TrainingLoop(
             session, length, target, self._writer, watch, may_change=spec.replan and choosing.has_choice

@@ -33,12 +33,19 @@ class Watch:
     """
 
     def __init__(
-        self, expected_s: float | None, error_s: float, *, rest_steps: int = 0, rest_s: float = 0.0
+        self,
+        expected_s: float | None,
+        error_s: float,
+        *,
+        trial_s: float | None = None,
+        rest_steps: int = 0,
+        rest_s: float = 0.0,
     ) -> None:
         """
         Args:
-            expected_s: seconds of a step; None: nothing was forecast, and nothing is told.
+            expected_s: seconds of a step by forecast; None: nothing was forecast, and nothing is told.
             error_s: by how much the forecast may err.
+            trial_s: what a step took when the layout was timed: what lies between that and the forecast is expected.
             rest_steps, rest_s: before so many steps, and so many seconds of steps, `is_due` is never true.
         """
         self._rest_steps, self._rest_s = rest_steps, rest_s
@@ -46,6 +53,7 @@ class Watch:
         """Of the last window, the median."""
         self._expected_s = expected_s
         self._error_s = max(error_s, (expected_s or 0.0) * _LEAST_ERROR)
+        self._bounds_s = [bound for bound in (expected_s, trial_s) if bound is not None]
         self._window: list[StepResult] = []
         self._usual: dict[str, float] | None = None
         """Of the first window that was as expected: what a step's parts took."""
@@ -73,7 +81,8 @@ class Watch:
         window, self._window = self._window, []
         self.step_s = step_s = median(r.step_s for r in window)
         parts = {name: median(getattr(r, name) for r in window) for name in _PARTS}
-        is_off = abs(step_s - self._expected_s) > self._error_s
+        nearest_s = min(max(step_s, min(self._bounds_s)), max(self._bounds_s))
+        is_off = abs(step_s - nearest_s) > self._error_s
         self._off.append(is_off)
         if not is_off and self._usual is None:
             self._usual = parts
