@@ -147,16 +147,11 @@ class Group:
             raise OSError(0, reason)
         return memory
 
-    def sum_between_hosts_(self, own: torch.Tensor, what: str) -> None:
-        """Replace `own` (1-D) by its sum over the workers with the same place on all hosts. On one host it stays."""
-        if isinstance(self._memory, Hierarchy):
-            with self._patience.counted():
-                self._memory.sum_between_hosts_(own, what)
-
     def start_sum_between_hosts(self, own: torch.Tensor, what: str, number: int) -> None:
-        """Begin `sum_between_hosts_` and return at once; `own` holds the sum after `finish_sums_between_hosts`.
+        """Begin to add up `own` (1-D) over the workers with the same place on all hosts, in the order of hosts.
 
-        Hosts may begin theirs in different orders: those under way together are told apart by their numbers, from 0.
+        Returns at once; `own` holds the sum after `finish_sums_between_hosts`. On one host it stays as it is. Hosts may
+        begin theirs in different orders: those under way together are told apart by their numbers, from 0.
         """
         if isinstance(self._memory, Hierarchy):
             with self._patience.counted():

@@ -110,13 +110,8 @@ class Hierarchy:
         self._network = Network(grid, process_group, self._patience)
         self._failure = ""
 
-    def sum_between_hosts_(self, own: torch.Tensor, what: str) -> None:
-        """Replace `own` (1-D) by its sum over those with this worker's place on all hosts, in the order of hosts."""
-        with self._operation("all-reduce", own, what) as name:
-            self._network.sum_(own, name)
-
     def start_sum_between_hosts(self, own: torch.Tensor, what: str, number: int) -> None:
-        """Begin `sum_between_hosts_`; see `Network.start_sum`."""
+        """Begin to add up `own` (1-D) over those with this worker's place on all hosts; see `Network.start_sum`."""
         with self._operation("all-reduce", own, what) as name:
             self._network.start_sum(own, name, number)
 
