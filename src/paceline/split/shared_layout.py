@@ -120,7 +120,7 @@ def _cut(
     found: list[dict[str, nn.Parameter]] = []
     at_the_end = {name: parameter for name, parameter in named.items() if parameter in late}
     room = 0
-    for name, parameter in reversed(named.items()):
+    for name, parameter in reversed(list(named.items())):
         if name in at_the_end:
             continue
         num_bytes = parameter.numel() * parameter.element_size()
