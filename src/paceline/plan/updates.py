@@ -52,11 +52,11 @@ def updating(
         across = Placement(hosts=place.hosts, per_host=1, beside=place.beside * k, used=place.used)
         added_s = trained * add_s + (k - 1) * trained / k * add_s
         reduce_s = places.seconds("all-reduce", across, trained / k)
-        bucket = bucket_bytes(profile.device, over_network=place.hosts > 1)
+        bucket = bucket_bytes(profile.device, over_network=place.hosts > 1, sharers=k)
         if bucket is not None and layout.pp == 1:
-            # Each worker of a host sends a bucket of its own. What is handed on to a third host waits for the end.
+            # What is handed on to a third host waits for the end.
             early_s = reduce_s if place.hosts == 2 else reduce_s / 2
-            reduce_s += exposed_s(_backwards(row), k * bucket, early_s) - early_s
+            reduce_s += exposed_s(_backwards(row), bucket, early_s) - early_s
         num_meetings = 2 if place.hosts == 1 else 3
         return {
             "gradients_s": added_s + reduce_s,

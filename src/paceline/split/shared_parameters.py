@@ -79,13 +79,13 @@ class SharedParameters:
             kinds.setdefault((parameter.dtype, parameter.requires_grad), {})[name] = parameter
         self._by_numbers = kind == NUMBERS
         # Adding up on one host would take its time from the very cores that compute.
-        size_bytes = bucket_bytes("cpu", over_network=self.has_copies)
+        size_bytes = bucket_bytes("cpu", over_network=self.has_copies, sharers=per_host)
         self._flats = [
             Flat(
                 named,
                 per_host,
                 by_numbers=self._by_numbers,
-                segment_bytes=per_host * size_bytes if size_bytes is not None and trains else None,
+                segment_bytes=size_bytes if trains else None,
                 late=late,
             )
             for (_, trains), named in kinds.items()
@@ -112,7 +112,7 @@ class SharedParameters:
         self._early: EarlySums | None = None
         if size_bytes is not None:
             self._early = EarlySums(
-                self._trained, group, gradients_memory, gradients_bytes, size_bytes, self._add_up
+                self._trained, group, gradients_memory, gradients_bytes, size_bytes // per_host, self._add_up
             )
         for member in self._members:
             num_bytes = member.parameter.numel() * member.parameter.element_size()
