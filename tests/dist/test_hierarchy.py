@@ -93,6 +93,38 @@ def test_results_are_exact_on_every_worker(num_hosts, per_host):
     assert results == {rank: [] for rank in range(size)}
 
 
+def begin_in_other_orders(world: World) -> list[int]:
+    """Which sums are wrong; three times, the second and third in the rooms of the first."""
+    group, numbers = everyone(world), list(range(6))
+    host, place = divmod(world.rank, world.local_size)
+    wrong = []
+    for step in range(3):
+        of_hosts = [
+            [random(100 * step + 10 * host + number, LENGTHS[2], torch.float32) for number in numbers]
+            for host in range(world.size // world.local_size)
+        ]
+        own = [(place + 1) * tensor for tensor in of_hosts[host]]
+        for at in numbers:
+            number = numbers[(at * (-1) ** host + host) % len(numbers)]
+            group.start_sum_between_hosts(own[number], "a test", number)
+        group.sum_(torch.zeros(10_000), "something else on its way")
+        group.finish_sums_between_hosts()
+        for number in numbers:
+            total = (place + 1) * of_hosts[0][number]
+            for others in of_hosts[1:]:
+                total += (place + 1) * others[number]
+            if not torch.equal(own[number], total):
+                wrong.append(number)
+    return wrong
+
+
+@pytest.mark.parametrize(("num_hosts", "per_host"), GRIDS)
+def test_hosts_may_begin_sums_in_different_orders(num_hosts, per_host):
+    size = num_hosts * per_host
+    results = run_group(begin_in_other_orders, size, per_host=per_host, timeout_s=NEVER_S)
+    assert results == {rank: [] for rank in range(size)}
+
+
 def count_bytes(world: World, num_bytes: int) -> dict[str, int]:
     """What this worker sends between hosts; a difference, as groups talk while they are made."""
     hierarchy = everyone(world)._memory

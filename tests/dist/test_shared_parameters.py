@@ -183,6 +183,8 @@ def train_split(world: World, layout: str) -> dict[str, Any]:
         ("dp_replicate=2,tp=2", None),
         ("pp=2,dp_replicate=2,micro=2", None),
         ("dp_replicate=4,recompute=full", 2),
+        ("dp_replicate=4,tp=2", 4),
+        ("pp=2,dp_replicate=4,micro=2", 2),
         ("dp_replicate=2,recompute=full", None),
     ],
 )

@@ -372,9 +372,22 @@ def test_the_example_in_the_documentation_is_right():
     assert steps_ms == pytest.approx(
         {"dp_replicate=1": 100.1, "dp_replicate=2": 53.12, "pp=2,micro=4": 63.74}
     )
+    on_two_hosts = Forecaster(job, linked(2, 2)).forecast(Layout(dp_replicate=4))
+    assert 1e3 * on_two_hosts.step_s == pytest.approx(337.33)
     terms = forecaster.forecast(Layout.parse("pp=2,micro=4")).terms
     assert terms.bubble_s == pytest.approx(12e-3)
     assert terms.messages_s == pytest.approx(1.64e-3)
+
+
+def test_of_three_hosts_half_of_the_bytes_wait_for_the_end_of_the_backward_pass():
+    job = profile((1.0,) * 4, 12, (), shares_update=True)
+    terms = Forecaster(job, linked(3, 2)).forecast(Layout(dp_replicate=6)).terms
+    # 160 MB, a worker's half of it; the cable carries both workers' four thirds of that; four messages.
+    whole_s = 4 / 3 * 160e6 / 1.25e8 + 4e-4
+    added_s = 160e6 * 5e-11 + 80e6 * 5e-11
+    # Four blocks of 2 samples: three of them are backward while the first half of the bytes travels.
+    hidden_s = 3 * (2e-4 + 2 * 2e-3)
+    assert terms.gradients_s == pytest.approx(added_s + whole_s - hidden_s)
 
 
 TRIED = (

@@ -28,7 +28,14 @@ def test_in_one_bucket_nothing_is_hidden():
 def test_workers_of_a_host_send_all_in_the_end():
     assert bucket_bytes("cpu", over_network=False) is None
     assert bucket_bytes("cpu", over_network=True) is not None
+    assert bucket_bytes("cpu", over_network=False, sharers=2) is None
     assert bucket_bytes("cuda", over_network=False) is not None
+
+
+def test_workers_that_share_parameters_send_their_shares_together():
+    assert bucket_bytes("cpu", over_network=True, sharers=4) == 2 * bucket_bytes(
+        "cpu", over_network=True, sharers=2
+    )
 
 
 @given(

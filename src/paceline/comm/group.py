@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from paceline.comm import mailbox
-from paceline.comm.hierarchy import Hierarchy, HostGrid, arrange, join_host_memory
+from paceline.comm.between_hosts import HostGrid
+from paceline.comm.hierarchy import Hierarchy, arrange, join_host_memory
 from paceline.comm.mailbox import Mailbox
 from paceline.comm.memory_map import MemoryMap, join_memory
 from paceline.comm.pending import Done, Patience, Pending, Work
@@ -146,11 +147,21 @@ class Group:
             raise OSError(0, reason)
         return memory
 
-    def sum_between_hosts_(self, own: torch.Tensor, what: str) -> None:
-        """Replace `own` (1-D) by its sum over the workers with the same place on all hosts. On one host it stays."""
+    def start_sum_between_hosts(self, own: torch.Tensor, what: str, number: int) -> None:
+        """Begin to add up `own` (1-D) over the workers with the same place on all hosts, in the order of hosts.
+
+        Returns at once; `own` holds the sum after `finish_sums_between_hosts`. On one host it stays as it is. Hosts may
+        begin theirs in different orders: those under way together are told apart by their numbers, from 0.
+        """
         if isinstance(self._memory, Hierarchy):
             with self._patience.counted():
-                self._memory.sum_between_hosts_(own, what)
+                self._memory.start_sum_between_hosts(own, what, number)
+
+    def finish_sums_between_hosts(self) -> None:
+        """Return when all sums are there that were begun."""
+        if isinstance(self._memory, Hierarchy):
+            with self._patience.counted():
+                self._memory.finish_sums_between_hosts()
 
     def broadcast_between_hosts_(self, own: torch.Tensor, what: str) -> None:
         """Replace `own` (1-D) by that of the worker with the same place on the first host."""

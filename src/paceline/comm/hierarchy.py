@@ -8,61 +8,19 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from paceline.comm.between_hosts import HostGrid, Network
 from paceline.comm.memory_map import MemoryMap, join_memory
 from paceline.comm.pending import Patience
 from paceline.comm.shared_memory import SharedMemory
-from paceline.comm.wire import as_bytes
 from paceline.errors import CollectiveError
 
 _WHOLE_BYTES = 4096
 """Up to this size one worker of a host carries the whole: a message costs more than what it carries."""
-
-
-@dataclasses.dataclass(frozen=True)
-class HostGrid:
-    """A group as `num_hosts` rows, its hosts, of `per_host` neighbours each; and one member's place in it."""
-
-    ranks: tuple[int, ...]
-    """The members' ranks in the world, host after host."""
-    rank: int
-    """This worker's place in `ranks`."""
-    per_host: int
-
-    @property
-    def num_hosts(self) -> int:
-        return len(self.ranks) // self.per_host
-
-    @property
-    def host(self) -> int:
-        """The number of this worker's host."""
-        return self.rank // self.per_host
-
-    @property
-    def place(self) -> int:
-        """This worker's number on its host."""
-        return self.rank % self.per_host
-
-    @property
-    def row(self) -> slice:
-        """The members on this worker's host."""
-        return slice(self.host * self.per_host, (self.host + 1) * self.per_host)
-
-    @property
-    def others(self) -> list[int]:
-        """The numbers of the other hosts."""
-        return [host for host in range(self.num_hosts) if host != self.host]
-
-    def peer(self, host: int) -> int:
-        """The member on `host` that has the same place there."""
-        return host * self.per_host + self.place
 
 
 def arrange(ranks: tuple[int, ...], rank: int, hosts: Sequence[int]) -> tuple[HostGrid | None, str]:
@@ -149,13 +107,18 @@ class Hierarchy:
         """
         self._memory, self._grid = memory, grid
         self._patience = Patience(grid.ranks[grid.rank], timeout_s)
-        self._network = _Network(grid, process_group, self._patience)
+        self._network = Network(grid, process_group, self._patience)
         self._failure = ""
 
-    def sum_between_hosts_(self, own: torch.Tensor, what: str) -> None:
-        """Replace `own` (1-D) by its sum over those with this worker's place on all hosts, in the order of hosts."""
+    def start_sum_between_hosts(self, own: torch.Tensor, what: str, number: int) -> None:
+        """Begin to add up `own` (1-D) over those with this worker's place on all hosts; see `Network.start_sum`."""
         with self._operation("all-reduce", own, what) as name:
-            self._network.sum_(own, name)
+            self._network.start_sum(own, name, number)
+
+    def finish_sums_between_hosts(self) -> None:
+        """Complete all that were begun."""
+        with self._remembered("all-reduces that were begun"):
+            self._network.finish_sums()
 
     def broadcast_between_hosts_(self, own: torch.Tensor, what: str) -> None:
         """Replace `own` (1-D) by that of who has this worker's place on the first host."""
@@ -251,19 +214,27 @@ class Hierarchy:
     def _operation(self, kind: str, tensor: torch.Tensor, what: str) -> Iterator[str]:
         """Name an operation, and remember that it failed."""
         name = self._patience.name(f"{kind} of {what}", tensor)
+        with self._remembered(name):
+            try:
+                yield f"{name} between hosts"
+            except CollectiveError as error:
+                raise self._of_the_whole(error, name) from error
+
+    @contextlib.contextmanager
+    def _remembered(self, name: str) -> Iterator[None]:
+        """Remember that what is done within failed; after that nothing is done any more."""
         if self._failure:
             cause = f"an earlier operation failed: {self._failure}"
             raise CollectiveError(self._patience.rank, name, timed_out=False, cause=cause)
         try:
-            yield f"{name} between hosts"
+            yield
         except BaseException as error:
-            told = self._of_the_whole(error, name)
-            self._failure = str(told).splitlines()[0] if str(told) else type(told).__name__
-            raise told from error
+            self._failure = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise
 
-    def _of_the_whole(self, error: BaseException, name: str) -> BaseException:
+    def _of_the_whole(self, error: CollectiveError, name: str) -> CollectiveError:
         """The error to raise: one of this host's memory names but a part of the operation."""
-        if not isinstance(error, CollectiveError) or error.operation.startswith(name):
+        if error.operation.startswith(name):
             return error
         return CollectiveError(
             error.rank,
@@ -272,94 +243,3 @@ class Hierarchy:
             cause=error.cause,
             next_step=error.next_step,
         )
-
-
-class _Network:
-    """One worker's exchanges with those that have its place on the other hosts, its peers."""
-
-    def __init__(self, grid: HostGrid, process_group: Any, patience: Patience) -> None:
-        self._grid, self._process_group, self._patience = grid, process_group, patience
-        self._scratch: dict[torch.dtype, torch.Tensor] = {}
-        self.sent_bytes = 0
-
-    def sum_(self, own: torch.Tensor, name: str) -> None:
-        """Replace `own` (1-D) by its sum over the peers: of more than two each adds up a part."""
-        grid = self._grid
-        if grid.num_hosts == 2:
-            self.swap_and_add({grid.others[0]: own}, own, name)
-            return
-        parts = own.tensor_split(grid.num_hosts)
-        mine = parts[grid.host]
-        self.swap_and_add({host: parts[host] for host in grid.others}, mine, name)
-        self.exchange(dict.fromkeys(grid.others, mine), {host: parts[host] for host in grid.others}, name)
-
-    def swap_and_add(self, outgoing: Mapping[int, torch.Tensor], own: torch.Tensor, name: str) -> None:
-        """Send each host what is meant for it, and add what they send to `own`, in the order of hosts."""
-        received = self._room(own)
-        self.exchange(outgoing, received, name)
-        total, *others = [received.get(host, own) for host in range(self._grid.num_hosts)]
-        for other in others:
-            total.add_(other)
-        if total is not own:
-            own.copy_(total)
-
-    def broadcast_(self, own: torch.Tensor, source: int, name: str) -> None:
-        """Replace `own` (1-D) by that of the peer on host `source`.
-
-        Of more than two the source gives each other one a part, and they pass these on: else it would send
-        all of it to each of them.
-        """
-        grid = self._grid
-        is_source = grid.host == source
-        receivers = [host for host in grid.others if host != source]
-        if grid.num_hosts == 2:
-            self.exchange(
-                dict.fromkeys(receivers, own) if is_source else {}, {} if is_source else {source: own}, name
-            )
-            return
-        parts = own.tensor_split(grid.num_hosts)
-        mine = parts[grid.host]
-        if is_source:
-            self.exchange({host: parts[host] for host in receivers}, {}, name)
-            self.exchange(dict.fromkeys(receivers, mine), {}, name)
-        else:
-            self.exchange({}, {source: mine}, name)
-            incoming = {host: parts[host] for host in grid.others}
-            self.exchange(dict.fromkeys(receivers, mine), incoming, name)
-
-    def exchange(
-        self, outgoing: Mapping[int, torch.Tensor], incoming: Mapping[int, torch.Tensor], name: str
-    ) -> None:
-        """Send contiguous tensors to peers, fill others with what they send, by host; return when all is done."""
-        works: list[tuple[str, Any]] = []
-        for call, way, messages in ((dist.irecv, "group_src", incoming), (dist.isend, "group_dst", outgoing)):
-            for host, tensor in messages.items():
-                if tensor.numel() == 0:
-                    continue
-                peer = self._grid.peer(host)
-                other = f"rank {self._grid.ranks[peer]}"
-                with self._patience.translated(name, other):
-                    work: Any = call(
-                        as_bytes(tensor), group=self._process_group, tag=_tag(tensor), **{way: peer}
-                    )
-                works.append((other, work))
-        self.sent_bytes += sum(tensor.numel() * tensor.element_size() for tensor in outgoing.values())
-        for other, work in works:
-            with self._patience.translated(name, other):
-                work.wait()
-
-    def _room(self, like: torch.Tensor) -> dict[int, torch.Tensor]:
-        """Room for a tensor from each other host. Kept: fresh memory costs a page fault every 4 KiB."""
-        num_needed = like.numel() * len(self._grid.others)
-        if like.dtype not in self._scratch or self._scratch[like.dtype].numel() < num_needed:
-            self._scratch[like.dtype] = torch.empty(num_needed, dtype=like.dtype)
-        rows = self._scratch[like.dtype][:num_needed].view(len(self._grid.others), like.numel())
-        return dict(zip(self._grid.others, rows.unbind(0), strict=True))
-
-
-def _tag(tensor: torch.Tensor) -> int:
-    """One for each type and length: what has another length must not be written over the end of a tensor.
-
-    Below 2^29, so that none of `Wire`'s is equal.
-    """
-    return 1 + (zlib.crc32(f"{tensor.dtype} {tensor.numel()}".encode()) & 0xFFFFFFF)

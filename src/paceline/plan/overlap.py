@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-_GPU_BYTES, _NETWORK_BYTES = 25 << 20, 1 << 20
+_GPU_BYTES, _NETWORK_BYTES, _SHARE_BYTES = 25 << 20, 1 << 20, 512 << 10
 
 
-def bucket_bytes(device: str, *, over_network: bool) -> int | None:
+def bucket_bytes(device: str, *, over_network: bool, sharers: int = 1) -> int | None:
     """How many bytes of gradients workers send together, while they compute the others; None: all, in the end.
 
     Through a network as many as are worth a message. Within a host of CPUs all of them: what carries them takes its
     time from the very cores that compute.
+
+    Args:
+        sharers: workers of a host that have one copy of the parameters: each sends its share of these bytes.
     """
     if device == "cuda":
         return _GPU_BYTES
-    return _NETWORK_BYTES if over_network else None
+    if not over_network:
+        return None
+    return _NETWORK_BYTES if sharers == 1 else sharers * _SHARE_BYTES
 
 
 def exposed_s(blocks: Sequence[tuple[float, float]], bucket: int, whole_s: float) -> float:

@@ -51,18 +51,24 @@ def updating(
         k = place.per_host
         across = Placement(hosts=place.hosts, per_host=1, beside=place.beside * k, used=place.used)
         added_s = trained * add_s + (k - 1) * trained / k * add_s
+        reduce_s = places.seconds("all-reduce", across, trained / k)
+        bucket = bucket_bytes(profile.device, over_network=place.hosts > 1, sharers=k)
+        if bucket is not None and layout.pp == 1:
+            # What is handed on to a third host waits for the end.
+            early_s = reduce_s if place.hosts == 2 else reduce_s / 2
+            reduce_s += exposed_s(_backwards(row), bucket, early_s) - early_s
+        num_meetings = 2 if place.hosts == 1 else 3
         return {
-            "gradients_s": added_s + places.seconds("all-reduce", across, trained / k),
+            "gradients_s": added_s + reduce_s,
             "optimizer_s": trained / k * update_s,
-            "fixed_s": costs.fixed_s + 2 * costs.meeting_s,
+            "fixed_s": costs.fixed_s + num_meetings * costs.meeting_s,
         }
     if layout.dp_shard == 1:
         reduce_s = places.seconds("all-reduce", place, trained)
         bucket = bucket_bytes(profile.device, over_network=place.hosts > 1)
         # Pipelines begin it when all backward passes have ended.
         if bucket is not None and layout.pp == 1:
-            blocks = [(block.input_s + block.weight_s, block.trained_bytes) for block in reversed(row())]
-            reduce_s = exposed_s(blocks, bucket, reduce_s)
+            reduce_s = exposed_s(_backwards(row), bucket, reduce_s)
         return {
             "gradients_s": 2 * trained * add_s + reduce_s,
             "optimizer_s": trained * update_s,
@@ -82,3 +88,8 @@ def updating(
         "optimizer_s": trained / layout.dp_shard * update_s,
         "fixed_s": costs.fixed_s,
     }
+
+
+def _backwards(row: Callable[[], Sequence[Stage]]) -> list[tuple[float, float]]:
+    """Of each block, in the order of the backward pass: its seconds, and bytes of gradients."""
+    return [(block.input_s + block.weight_s, block.trained_bytes) for block in reversed(row())]

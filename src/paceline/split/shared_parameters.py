@@ -9,7 +9,6 @@ between those who have it on their hosts, and every host's copy is updated alike
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Collection, Iterator, Mapping
 
@@ -19,65 +18,18 @@ from torch import nn
 from paceline.comm.gradients import require_dense
 from paceline.comm.group import Group
 from paceline.comm.memory_map import MemoryMap
+from paceline.plan.overlap import bucket_bytes
 from paceline.split.deferred import DeferredParameters
+from paceline.split.early_sums import EarlySums, words_bytes
 from paceline.split.granularity import NUMBERS
+from paceline.split.shared_layout import Flat, Member
 from paceline.split.swap import Cut
 from paceline.split.tensor_mode import plainly
 
-_ALIGNED_BYTES = 64
-"""Each parameter, and each worker's share, begins in a cache line of its own."""
 _AT_ONCE_BYTES = 64 << 10
 """Gradients of at least this size are copied as soon as they are there, while they are in the cache."""
 _CHUNK_BYTES = 256 << 10
 """Gradients of more than two workers are added up in pieces of this size, which stay in the cache."""
-
-
-@dataclasses.dataclass(eq=False)
-class _Member:
-    name: str
-    parameter: nn.Parameter
-    begin: int
-    """In its flat, in numbers; `end` likewise."""
-    end: int
-    own_gradient: torch.Tensor | None = None
-    """This worker's own, in shared memory, of the parameter's shape."""
-    was_taken: bool = False
-    """A gradient of this step is in `own_gradient`."""
-    piece: nn.Parameter | None = None
-    """What of it lies in this worker's share: 1-D, or whole and of its shape."""
-    piece_gradient: torch.Tensor | None = None
-
-
-class _Flat:
-    """Parameters of one type of number, trained or not, end to end."""
-
-    def __init__(self, named: Mapping[str, nn.Parameter], size: int, *, by_numbers: bool) -> None:
-        first = next(iter(named.values()))
-        self.dtype, self.trains = first.dtype, first.requires_grad
-        self._unit = _ALIGNED_BYTES // self.dtype.itemsize
-        shares = [dict(named)] if by_numbers else _by_load(named, size)
-        self.members: list[_Member] = []
-        ends, at = [], 0
-        for share in shares:
-            for name, parameter in share.items():
-                self.members.append(_Member(name, parameter, at, at + parameter.numel()))
-                at = self._up(at + parameter.numel())
-            ends.append(at)
-        self.numel = at
-        if by_numbers:
-            width = self._up(-(-at // size))
-            ends = [min(at, width * (rank + 1)) for rank in range(size)]
-        self.bounds = [0, *ends]
-        """Worker r's share lies from `bounds[r]` to `bounds[r + 1]`."""
-        self.gradients: list[torch.Tensor] = []
-        """Of each worker, 1-D; empty where nothing is trained."""
-
-    @property
-    def num_bytes(self) -> int:
-        return self.numel * self.dtype.itemsize
-
-    def _up(self, numel: int) -> int:
-        return -(-numel // self._unit) * self._unit
 
 
 class SharedParameters:
@@ -85,15 +37,16 @@ class SharedParameters:
 
     A step: each worker's backward pass leaves its gradients in its own stretch of the memory; all meet once
     (`finish`), which also carries the step's sums; each adds up its own share over its host's workers, in the order of
-    rank, then over the hosts, in their order, and its optimizer updates that; all meet again (`publish`).
+    rank, and its optimizer updates that; all meet again (`publish`). On several hosts shares are added up over the
+    hosts as well, in their order, beginning while the backward pass goes on (`EarlySums`).
 
     Shares are ranges of numbers, or whole parameters where the optimizer wants them whole.
 
     Cost per step and worker, in memory traffic, for P bytes of parameters and N workers: the gradients' copy, P
     written and (P read, as far as they are not in the cache); adding up, P read and P/N written; the optimizer's own,
     an N-th of what one process has. Memory: P on the host instead of N·P; P per worker for gradients; an N-th of the
-    optimizer's state. Two meetings. Of several hosts N is what one of them has, and a worker sends P/N bytes over the
-    network with two, 2 (h-1)/h · P/N with h.
+    optimizer's state. Two meetings. Of several hosts N is what one of them has, a worker sends P/N bytes over the
+    network with two, 2 (h-1)/h · P/N with h, and there are three meetings.
     """
 
     def __init__(
@@ -125,11 +78,23 @@ class SharedParameters:
         for name, parameter in parameters.items():
             kinds.setdefault((parameter.dtype, parameter.requires_grad), {})[name] = parameter
         self._by_numbers = kind == NUMBERS
-        self._flats = [_Flat(named, per_host, by_numbers=self._by_numbers) for named in kinds.values()]
+        # Adding up on one host would take its time from the very cores that compute.
+        size_bytes = bucket_bytes("cpu", over_network=self.has_copies, sharers=per_host)
+        self._flats = [
+            Flat(
+                named,
+                per_host,
+                by_numbers=self._by_numbers,
+                segment_bytes=size_bytes if trains else None,
+                late=late,
+            )
+            for (_, trains), named in kinds.items()
+        ]
         self._trained = [flat for flat in self._flats if flat.trains]
         self._members = [m for flat in self._trained for m in flat.members]
         values_memory = group.map_memory((0,), _total(self._flats))
-        gradients_memory = group.map_memory(range(per_host), _total(self._trained))
+        gradients_bytes = _total(self._trained)
+        gradients_memory = group.map_memory(range(per_host), gradients_bytes + words_bytes(self._trained))
         for memory in (values_memory, gradients_memory):
             memory.close()  # the group watches the other workers
         values = _views(values_memory, 0, self._flats)
@@ -144,34 +109,40 @@ class SharedParameters:
                 flat.gradients.append(gradients)
         for flat in self._trained:
             self._take_share(flat, values[self._flats.index(flat)])
+        self._early: EarlySums | None = None
+        if size_bytes is not None:
+            self._early = EarlySums(
+                self._trained, group, gradients_memory, gradients_bytes, size_bytes // per_host, self._add_up
+            )
         for member in self._members:
             num_bytes = member.parameter.numel() * member.parameter.element_size()
-            if num_bytes >= _AT_ONCE_BYTES and member.parameter not in late:
-                member.parameter.register_post_accumulate_grad_hook(functools.partial(self._take, member))
+            if (num_bytes >= _AT_ONCE_BYTES or self._early is not None) and member.parameter not in late:
+                member.parameter.register_post_accumulate_grad_hook(functools.partial(self._came, member))
         widest = max((f.dtype.itemsize for f in self._trained), default=1)
         self._scratch = torch.empty(_CHUNK_BYTES // widest * widest, dtype=torch.uint8)
         self.pieces = {m.name: m.piece for m in self._members if m.piece is not None}
         """What of each trained parameter is this worker's to update; missing where nothing is."""
         self.ranges = {
-            m.name: tuple(at - m.begin for at in self._overlap(flat, m))
-            for flat in self._trained
-            for m in flat.members
+            m.name: tuple(at - m.begin for at in m.segment.overlap(m, self._grid.place))
+            for m in self._members
             if m.piece is not None
         }
         """Which numbers of the parameter each of them is: from, and up to."""
         self.replaced: dict[nn.Parameter, tuple[nn.Parameter, Cut] | None] = {
-            m.parameter: None if m.piece is None else (m.piece, self._cutter(flat, m))
-            for flat in self._trained
-            for m in flat.members
+            m.parameter: None if m.piece is None else (m.piece, self._cutter(m)) for m in self._members
         }
         """For `swap_parameters`."""
         group.barrier_on_host("shared parameters")
-        for flat, whole in zip(self._flats, values, strict=True):
-            group.broadcast_between_hosts_(self._share_of(flat, whole), "initial parameters")
+        for whole in values:
+            group.broadcast_between_hosts_(
+                whole.tensor_split(per_host)[self._grid.place], "initial parameters"
+            )
         group.barrier_on_host("initial parameters")
 
     def begin_backward(self, *, last: bool) -> None:
-        """Nothing waits for the last backward pass: gradients are taken as they come."""
+        """Called before each backward pass; `last` is the step's last micro-batch."""
+        if self._early is not None:
+            self._early.begin_backward(last=last)
 
     def finish(self, sums: torch.Tensor, scale_by_sum: int | None) -> torch.Tensor:
         """Complete the step's reduction: afterwards the pieces have their global gradients, or none.
@@ -190,12 +161,14 @@ class SharedParameters:
                 assert member.own_gradient is not None
                 member.own_gradient.zero_()
         flags = torch.tensor([float(m.was_taken) for m in self._members])
+        if self._early is not None:
+            self._early.finish()
         tail = self._group.sum_(torch.cat([sums, flags]), "the step's sums")
         sums = tail[: self._num_sums].clone()
-        for flat in self._trained:
-            self._add_up(flat)
-            own = self._share_of(flat, flat.gradients[self._grid.place])
-            self._group.sum_between_hosts_(own, "gradients")
+        if self._early is None:
+            for flat in self._trained:
+                for segment in flat.segments:
+                    self._add_up(flat, segment.share(self._grid.place))
         if scale_by_sum is not None:
             self.scale_(1.0 / float(sums[scale_by_sum]))
         for member, used in zip(self._members, (tail[self._num_sums :] > 0).tolist(), strict=True):
@@ -222,7 +195,8 @@ class SharedParameters:
     def scale_(self, factor: float) -> None:
         """Multiply this worker's share of the gradients."""
         for flat in self._trained:
-            self._share_of(flat, flat.gradients[self._grid.place]).mul_(factor)
+            own = flat.gradients[self._grid.place]
+            torch._foreach_mul_([own[segment.share(self._grid.place)] for segment in flat.segments], factor)
 
     def publish(self) -> None:
         """After the optimizer's step: return when all workers have made theirs."""
@@ -234,12 +208,17 @@ class SharedParameters:
         used = (self._group.sum_(mine, "which parameters were used") > 0).tolist()
         flags = dict(zip(map(id, self._members), used, strict=True))
         for flat in self._trained:
-            shares = zip(flat.gradients, flat.bounds[:-1], flat.bounds[1:], strict=True)
-            whole = torch.cat([gradients[begin:end] for gradients, begin, end in shares])
+            whole = torch.cat(
+                [
+                    gradients[segment.share(place)]
+                    for segment in flat.segments
+                    for place, gradients in enumerate(flat.gradients)
+                ]
+            )
             for m in flat.members:
                 yield m.name, whole[m.begin : m.end].view(m.parameter.shape) if flags[id(m)] else None
 
-    def _move(self, flat: _Flat, memory: MemoryMap, at: int, deferred: DeferredParameters) -> None:
+    def _move(self, flat: Flat, memory: MemoryMap, at: int, deferred: DeferredParameters) -> None:
         for member in flat.members:
             # A storage of its own, as in any model: whoever saves it finds no other parameter in it.
             offset_bytes = at + member.begin * flat.dtype.itemsize
@@ -250,18 +229,23 @@ class SharedParameters:
                     place.copy_(member.parameter.detach())
             member.parameter.data = place
 
-    def _take_share(self, flat: _Flat, values: torch.Tensor) -> None:
+    def _take_share(self, flat: Flat, values: torch.Tensor) -> None:
         own = flat.gradients[self._grid.place]
         for member in flat.members:
             member.own_gradient = own[member.begin : member.end].view(member.parameter.shape)
-            begin, end = self._overlap(flat, member)
+            begin, end = member.segment.overlap(member, self._grid.place)
             if begin < end:
                 shape = (-1,) if self._by_numbers else member.parameter.shape
                 member.piece = nn.Parameter(values[begin:end].view(shape))
                 member.piece_gradient = own[begin:end].view(shape)
 
-    def _take(self, member: _Member, parameter: torch.Tensor) -> None:
+    def _came(self, member: Member, parameter: torch.Tensor) -> None:
         """A gradient has come."""
+        self._take(member, parameter)
+        if self._early is not None:
+            self._early.came(member)
+
+    def _take(self, member: Member, parameter: torch.Tensor) -> None:
         gradient = parameter.grad
         assert gradient is not None
         assert member.own_gradient is not None
@@ -274,9 +258,9 @@ class SharedParameters:
         member.was_taken = True
         parameter.grad = None
 
-    def _add_up(self, flat: _Flat) -> None:
-        """The own share of all workers' gradients, in the order of rank, in place of one's own."""
-        rows = [self._share_of(flat, gradients) for gradients in flat.gradients]
+    def _add_up(self, flat: Flat, share: slice) -> None:
+        """A range of all workers' gradients on this host, in the order of rank, in place of one's own."""
+        rows = [gradients[share] for gradients in flat.gradients]
         own = rows[self._grid.place]
         if len(rows) == 2:
             torch.add(rows[0], rows[1], out=own)
@@ -289,36 +273,18 @@ class SharedParameters:
                 total.add_(piece)
             own[begin : begin + scratch.numel()].copy_(total)
 
-    def _share_of(self, flat: _Flat, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor[flat.bounds[self._grid.place] : flat.bounds[self._grid.place + 1]]
-
-    def _overlap(self, flat: _Flat, member: _Member) -> tuple[int, int]:
-        begin, end = flat.bounds[self._grid.place], flat.bounds[self._grid.place + 1]
-        return max(member.begin, begin), min(member.end, end)
-
-    def _cutter(self, flat: _Flat, member: _Member) -> Cut:
+    def _cutter(self, member: Member) -> Cut:
         if not self._by_numbers:
             return torch.clone
-        begin, end = self._overlap(flat, member)
+        begin, end = member.segment.overlap(member, self._grid.place)
         return lambda tensor: tensor.reshape(-1)[begin - member.begin : end - member.begin].clone()
 
 
-def _by_load(named: Mapping[str, nn.Parameter], size: int) -> list[dict[str, nn.Parameter]]:
-    """Whole parameters shared out among `size` workers: the largest first, each to who has least so far."""
-    loads = [0] * size
-    owner: dict[str, int] = {}
-    for name, parameter in sorted(named.items(), key=lambda item: -item[1].numel()):
-        least = loads.index(min(loads))
-        owner[name] = least
-        loads[least] += parameter.numel()
-    return [{n: p for n, p in named.items() if owner[n] == rank} for rank in range(size)]
-
-
-def _total(flats: list[_Flat]) -> int:
+def _total(flats: list[Flat]) -> int:
     return sum(flat.num_bytes for flat in flats)
 
 
-def _views(memory: MemoryMap, rank: int, flats: list[_Flat]) -> list[torch.Tensor]:
+def _views(memory: MemoryMap, rank: int, flats: list[Flat]) -> list[torch.Tensor]:
     """Each flat's place in the memory that `rank` made."""
     views, at = [], 0
     for flat in flats:
