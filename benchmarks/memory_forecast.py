@@ -45,6 +45,13 @@ REPORTED = ("text", "image", "speech", "driving", "mlp-wide")
 STEPS = 8
 TIMEOUT_S = 300.0
 MIB = 1 << 20
+PREPARE = """
+import json, sys
+from paceline.load import load_job
+
+job = load_job(sys.argv[1], json.loads(sys.argv[2]))
+print(len(job.data("train")), len(job.data("test")), "samples")
+"""
 
 
 def layouts_for(batch_size: int) -> list[Layout]:
@@ -111,6 +118,10 @@ def start(spec: RunSpec, workers: int) -> str:
 def measure(job: str, directory: Path) -> None:
     """Leave the job's profile in `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
+    # What data sets keep on disk is made in another process, as by `paceline plan` itself.
+    file, settings = JOBS[job]
+    prepare = [sys.executable, "-c", PREPARE, str(ROOT / file), json.dumps(settings)]
+    subprocess.run(prepare, check=True)
     error = start(spec_of(job, directory, purpose="plan"), CORES)
     if error:
         sys.exit(f"{job} could not be measured: {error}")

@@ -25,10 +25,19 @@ def corrected(profile: Profile, linked: LinkedCluster, tried: Sequence[Tried]) -
         tried: of each way of splitting one layout, which splits in no other way; of pipelines two, with few and with
             many micro-batches.
     """
-    nothing = {"action_s": 0.0, "unexplained_s": {}, "unexplained_bytes": {}, "tried_workers": {}}
+    nothing = {
+        "action_s": 0.0,
+        "unexplained_s": {},
+        "unexplained_bytes": {},
+        "unexplained_evaluation_bytes": {},
+        "tried_workers": {},
+    }
     found = profile.model_copy(update={"tried": tuple(tried), **nothing})
     unexplained_s: dict[str, float] = {}
-    unexplained_bytes: dict[str, float] = {}
+    more_bytes: dict[str, dict[str, float]] = {
+        "unexplained_bytes": {},
+        "unexplained_evaluation_bytes": {},
+    }
     tried_workers: dict[str, int] = {}
     action_s = 0.0
     for one in tried:
@@ -40,9 +49,16 @@ def corrected(profile: Profile, linked: LinkedCluster, tried: Sequence[Tried]) -
         tried_workers[way] = size_of(layout, way)
         forecaster = Forecaster(found, linked)
         foreseen = forecaster.forecast(layout)
-        if one.peak_bytes is not None:
-            more = one.peak_bytes - foreseen.memory.total
-            unexplained_bytes[way] = max(more, unexplained_bytes.get(way, more))
+        held = zip(
+            more_bytes.values(),
+            (one.peak_bytes, one.evaluation_peak_bytes),
+            forecaster.memories(layout),
+            strict=True,
+        )
+        for found_bytes, peak_bytes, memory in held:
+            if peak_bytes is not None:
+                more = peak_bytes - memory.total
+                found_bytes[way] = max(more, found_bytes.get(way, more))
         if way != PIPELINE:
             # In seconds of the device that was measured: slower hosts pay more.
             missing_s = (one.step_s - foreseen.step_s) * linked.slowest(layout.workers)
@@ -54,7 +70,7 @@ def corrected(profile: Profile, linked: LinkedCluster, tried: Sequence[Tried]) -
         if missing_s:
             unexplained_s[PIPELINE] = missing_s * linked.slowest(few.layout.workers)
     seconds = {"action_s": action_s, "unexplained_s": unexplained_s, "tried_workers": tried_workers}
-    return found.model_copy(update={**seconds, "unexplained_bytes": unexplained_bytes})
+    return found.model_copy(update={**seconds, **more_bytes})
 
 
 def _of_pipelines(profile: Profile, linked: LinkedCluster, few: Tried, many: Tried) -> tuple[float, float]:

@@ -99,7 +99,14 @@ def _corrections(profile: Profile, first: DescribedHost, scale: Scale) -> dict[s
     """
     if first.device is not None:
         error = max(profile.past_error, GPU_ERROR)
-        nothing = {"action_s": 0.0, "unexplained_s": {}, "unexplained_bytes": {}, "tried_workers": {}}
+        nothing = {
+            "action_s": 0.0,
+            "evaluation_bytes": 0.0,
+            "unexplained_s": {},
+            "unexplained_bytes": {},
+            "unexplained_evaluation_bytes": {},
+            "tried_workers": {},
+        }
         return {"tried": (), **nothing, "past_error": error}
     unexplained_s = {way: seconds * scale.host for way, seconds in profile.unexplained_s.items()}
     # Other clusters have other delays: what was found is taken as it is.

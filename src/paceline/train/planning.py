@@ -113,6 +113,7 @@ def measure_all(
         precision=precision,
         budget_s=budget_s / parts * 3 / 2,
         rounds=(2, 5),
+        evaluates=True,
     )
     trials = timer.run() if layouts else []
     speeds = measure_speeds(job, datasets, world, everyone, cluster, seed=seed)
@@ -146,7 +147,8 @@ def measure_all(
         Tried(
             layout=t.layout,
             step_s=step_s,
-            peak_bytes=None if t.grown_bytes is None else _empty_bytes(held, t.layout) + t.grown_bytes,
+            peak_bytes=_peak_bytes(held, t.layout, t.grown_bytes),
+            evaluation_peak_bytes=_peak_bytes(held, t.layout, t.evaluation_grown_bytes),
         )
         for t in trials
         if (step_s := steps_s.get(t.layout))
@@ -246,6 +248,7 @@ def _with_memory(profile: Profile, linked: LinkedCluster, threads: int, held: He
             "splitting_bytes": held.splitting,
         }
     )
+    found = _with_evaluation(found, linked, threads, held)
     if held.peak_recomputed is None:
         return found
     layout = Layout(recompute="full", threads=threads)
@@ -253,9 +256,26 @@ def _with_memory(profile: Profile, linked: LinkedCluster, threads: int, held: He
     return found.model_copy(update={"recomputed_bytes": more / profile.batch_size})
 
 
-def _empty_bytes(held: HeldMemory, layout: Layout) -> int:
-    """What a worker of the layout holds without a model."""
-    return held.empty + (held.splitting if layout.splits_model else 0)
+def _with_evaluation(profile: Profile, linked: LinkedCluster, threads: int, held: HeldMemory) -> Profile:
+    """The same of an evaluation."""
+    more = held.evaluation_samples - held.fewer_samples
+    each = max(0, held.evaluation - held.evaluation_in_parts) / more if more else 0.0
+    # Parameters, state and what is there whatever the model.
+    _, kept = Forecaster(profile, linked).memories(Layout(threads=threads))
+    return profile.model_copy(
+        update={
+            "evaluation_samples": held.evaluation_samples,
+            "evaluated_bytes": each,
+            "evaluation_bytes": held.evaluation - kept.total - each * held.evaluation_samples,
+        }
+    )
+
+
+def _peak_bytes(held: HeldMemory, layout: Layout, grown_bytes: int | None) -> int | None:
+    """What a worker of the layout holds whose memory grows by so much from when it has no model."""
+    if grown_bytes is None:
+        return None
+    return held.empty + (held.splitting if layout.splits_model else 0) + grown_bytes
 
 
 def _as_rank_0(group: Group, wish: bool) -> bool:
