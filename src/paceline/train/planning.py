@@ -224,12 +224,13 @@ def _ways_of_splitting(
 
 def _with_memory(profile: Profile, linked: LinkedCluster, threads: int, held: HeldMemory) -> Profile:
     """The profile with what one process held beyond what is known to be there: of each sample as much, and the rest."""
-    forecaster = Forecaster(profile, linked)
 
-    def rest(micro: int, peak_bytes: int) -> int:
-        return peak_bytes - forecaster.forecast(Layout(micro=micro, threads=threads)).memory.total
+    def rest(peak_bytes: int, found: Profile, layout: Layout) -> int:
+        """What a step held beyond its forecast."""
+        return peak_bytes - Forecaster(found, linked).memories(layout)[0].total
 
-    whole, in_parts = rest(1, held.peak), rest(held.micro, held.peak_in_parts)
+    whole = rest(held.peak, profile, Layout(threads=threads))
+    in_parts = rest(held.peak_in_parts, profile, Layout(micro=held.micro, threads=threads))
     fewer = profile.batch_size - profile.batch_size // held.micro
     each = max(0, whole - in_parts) / fewer if fewer else 0.0
 
@@ -252,7 +253,7 @@ def _with_memory(profile: Profile, linked: LinkedCluster, threads: int, held: He
     if held.peak_recomputed is None:
         return found
     layout = Layout(recompute="full", threads=threads)
-    more = held.peak_recomputed - Forecaster(found, linked).forecast(layout).memory.total
+    more = rest(held.peak_recomputed, found, layout)
     return found.model_copy(update={"recomputed_bytes": more / profile.batch_size})
 
 
