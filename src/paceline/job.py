@@ -41,7 +41,8 @@ class Job:
         clip_norm: the largest global norm of the gradient; None leaves it as it is.
         epochs, steps: how long to train if the command line does not say; `steps` wins.
         evaluate_every_steps: how often to evaluate on the test split; None: only at the end.
-        evaluation_batch_size: samples per global batch in evaluation; `batch_size` by default.
+        evaluation_batch_size: samples per global batch in evaluation; `batch_size` by default. It is cut as
+            a batch of the training: into micro-batches and shares of workers.
         loader_workers: processes of PyTorch's DataLoader that read samples for each worker; 0: the
             worker reads them itself. A sample's random draws from torch's generator depend on
             (seed, epoch, sample), whoever reads it.

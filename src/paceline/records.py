@@ -262,6 +262,8 @@ class Trial(Record):
     optimizer_s: float | None = None
     grown_bytes: int | None = None
     """By how much the memory of its worst worker grew with its first steps; None: not known."""
+    evaluation_grown_bytes: int | None = None
+    """The same until, after its first steps, it had evaluated a few batches; the steps themselves do not count."""
     error: str | None = None
 
 

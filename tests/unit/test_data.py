@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
+from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
 import paceline
-from paceline.train.data import ShareLoader, tensors_of
+from paceline.train.data import ShareLoader, evaluation_parts, first_samples, tensors_of
 
 ROWS = TensorDataset(torch.randn(40, 3), torch.arange(40))
 
@@ -33,11 +33,25 @@ class OneByOne(Dataset):
         return self.dataset[index]
 
 
-def batches(dataset, collate=None):
-    job = paceline.Job(
+class Stream(IterableDataset):
+    """The same samples, one after the other."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __iter__(self):
+        return iter(self.dataset)
+
+
+def job_of(dataset, collate=None):
+    return paceline.Job(
         model=lambda: torch.nn.Linear(3, 1), data=lambda split: dataset, loss=lambda o, b: o.mean(),
         optimizer=lambda p: torch.optim.SGD(p, lr=0.1), batch_size=16, collate=collate,
     )  # fmt: skip
+
+
+def batches(dataset, collate=None):
+    job = job_of(dataset, collate)
     loader = ShareLoader(job, dataset, seed=1, micro=2, size=2, rank=1, device=torch.device("cpu"))
     return [part.batch for epoch in (0, 1) for batch in loader.epoch(epoch) for part in batch.parts]
 
@@ -73,3 +87,20 @@ def test_a_collate_of_the_jobs_own_gets_samples():
 
     batches(ROWS, collate)
     assert all(isinstance(samples, list) and isinstance(samples[0], tuple) for samples in seen)
+
+
+@pytest.mark.parametrize("dataset", [ROWS, Stream(ROWS)], ids=["map", "stream"])
+def test_evaluations_see_every_sample_once_in_parts_of_micro_batches(dataset):
+    job = job_of(dataset)
+    found = []
+    for rank in range(2):
+        parts = list(evaluation_parts(job, dataset, micro=3, size=2, rank=rank, device=torch.device("cpu")))
+        assert max(part.share.samples for part in parts) == 3
+        found += [part.batch[1] for part in parts if not part.share.borrowed]
+    assert sorted(torch.cat(found).tolist()) == list(range(40))
+
+
+@pytest.mark.parametrize("dataset", [ROWS, Stream(ROWS)], ids=["map", "stream"])
+def test_the_first_samples_are_a_data_set(dataset):
+    assert [int(y) for _, y in first_samples(dataset, "test", 3)] == [0, 1, 2]
+    assert len(first_samples(dataset, "test", 100)) == 40

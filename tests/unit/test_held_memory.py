@@ -12,8 +12,12 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import paceline
+from paceline.comm.group import Group
+from paceline.comm.mesh import data_mesh
 from paceline.measure import machine
+from paceline.records import Layout
 from paceline.train.held_memory import Growth, measure_held_memory
+from paceline.train.replica import Replica
 from paceline.train.session import Datasets
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -62,3 +66,49 @@ def test_a_process_holds_parameters_gradients_and_state():
     for peak in (held.peak, held.peak_in_parts, held.peak_recomputed):
         assert state - 2 * MIB < peak - held.empty < 2 * state
     assert 0 < held.files < held.empty
+
+
+def large_evaluation() -> paceline.Job:
+    """Steps on 8 rows of 8 KiB, and evaluations of 8192, which hold 64 MiB of rows and as much of outputs."""
+    return paceline.Job(
+        model=lambda: nn.Linear(2048, 2048),
+        data=lambda split: TensorDataset(torch.zeros(8192, 1).expand(8192, 2048)),
+        loss=lambda outputs, batch: outputs.mean(),
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
+        batch_size=8,
+        evaluation_batch_size=8192,
+        steps=10,
+    )
+
+
+def test_an_evaluation_that_holds_more_than_a_step_is_counted():
+    job = large_evaluation()
+    held = measure_held_memory(job, Datasets(job, 0), seed=0, device=CPU, precision="fp32")
+    assert (held.evaluation_samples, held.fewer_samples) == (8192, 2048)
+    assert held.evaluation - held.empty > 128 * MIB
+    assert held.peak - held.empty < 80 * MIB
+    assert 90 * MIB < held.evaluation - held.evaluation_in_parts < 270 * MIB
+
+
+def test_an_evaluation_leaves_nothing_behind():
+    job = large_evaluation()
+    replica = Replica(job, seed=0, device=CPU, precision="fp32", total_steps=10)
+    replica.evaluate(job.data("test"))
+    before = machine.held_memory_bytes("cpu")
+    if not machine.forget_peak_memory("cpu"):
+        pytest.skip("the peak cannot be set back here")
+    replica.evaluate(job.data("test"))
+    assert machine.peak_memory_bytes("cpu") - before > 120 * MIB
+    assert machine.held_memory_bytes("cpu") - before < 8 * MIB
+
+
+def test_micro_batches_bound_an_evaluation():
+    job = large_evaluation()
+    replica = Replica(job, seed=0, device=CPU, precision="fp32", total_steps=10)
+    metrics = replica.evaluate(job.data("test"))
+    replica.attach(data_mesh(Group.alone(CPU), Layout(micro=8)))
+    before = machine.held_memory_bytes("cpu")
+    if not machine.forget_peak_memory("cpu"):
+        pytest.skip("the peak cannot be set back here")
+    assert replica.evaluate(job.data("test")) == (pytest.approx(metrics[0], rel=1e-4), metrics[1])
+    assert machine.peak_memory_bytes("cpu") - before < 60 * MIB

@@ -64,6 +64,46 @@ def test_what_tried_layouts_held_is_in_the_forecasts_of_their_way():
     assert Forecaster(found, there).forecast(Layout()).memory.unexplained == 0
 
 
+def test_the_worst_moment_may_be_an_evaluation():
+    """Of 64 samples that hold 50 MB each, beside 10 MB whatever their number."""
+    job, there = profile((1.0,) * 3, 16), linked()
+    parts = {"evaluation_samples": 64, "evaluated_bytes": 5e7, "evaluation_bytes": 1e7}
+    evaluating = Forecaster(job.model_copy(update=parts), there)
+
+    def temporary(**keys: int) -> int:
+        memory = evaluating.forecast(Layout(**keys)).memory
+        assert memory.saved == 0
+        return memory.temporary
+
+    assert temporary() == 64 * 50_000_000 + 10_000_000
+    assert evaluating.forecast(Layout()).memory.gradients == 0
+    assert temporary(tp=2) == 32 * 50_000_000 + 10_000_000
+    assert temporary(micro=4) == temporary(dp_replicate=2, micro=2) == 16 * 50_000_000 + 10_000_000
+    # What is gathered for a block is there as well.
+    assert temporary(dp_shard=4, zero=3) == 16 * 50_000_000 + 50_000_000
+    # Two micro-batches of what crosses a cut are on their way.
+    assert temporary(pp=2, micro=4) == 16 * 50_000_000 + 10_000_000 + 2 * 16 * 100_000
+    small = Forecaster(job.model_copy(update={**parts, "evaluated_bytes": 1e3}), there)
+    assert small.forecast(Layout()).memory == Forecaster(job, there).forecast(Layout()).memory
+
+
+def test_evaluations_of_tried_layouts_are_in_the_forecasts_of_their_way():
+    parts = {"evaluation_samples": 64, "evaluated_bytes": 5e7}
+    job, there = profile().model_copy(update=parts), linked()
+    two = Layout(dp_replicate=2)
+    steps, evaluation = Forecaster(job, there).memories(two)
+    tried = Tried(
+        layout=two,
+        step_s=1.0,
+        peak_bytes=steps.total + MIB,
+        evaluation_peak_bytes=evaluation.total + 5 * MIB,
+    )
+    found = corrected(job, there, [tried])
+    assert found.unexplained_bytes == {"data": MIB}
+    assert found.unexplained_evaluation_bytes == {"data": 5 * MIB}
+    assert Forecaster(found, there).forecast(two).memory.total == evaluation.total + 5 * MIB
+
+
 def test_gradients_come_while_what_was_saved_goes():
     """Three blocks of 40 MB of parameters; a sample saves 3 MB in each, and has 1 MB of temporaries."""
 

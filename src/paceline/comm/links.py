@@ -9,11 +9,12 @@ import torch
 
 from paceline.comm.group import Group, Pending
 
-_KINDS = ("F", "B", "tied")
+_KINDS = ("F", "B", "tied", "done")
 
 
 class StageLinks:
-    """The links of one worker's stages: `kind` is `F` for values, `B` for gradients, `tied` for those of tied weights.
+    """The links of one worker's stages: `kind` is `F` for values, `B` for gradients, `tied` for those of tied weights,
+    `done` for a word that a micro-batch has come to the last stage.
 
     What one stage sends another of one kind arrives in the order in which it was sent. Sending does not wait.
     """
@@ -29,6 +30,7 @@ class StageLinks:
             collections.deque
         )
         self._pending: list[Pending] = []
+        self._earlier: collections.deque[list[Pending]] = collections.deque()
 
     def send(self, tensor: torch.Tensor, source: int, target: int, kind: str) -> None:
         """Begin to send the contiguous `tensor` from stage `source`, which is here, to stage `target`."""
@@ -49,16 +51,34 @@ class StageLinks:
         self._group.receive_(tensor, where, what, self._channel(kind, source, target))
         return tensor
 
+    def settle(self, keep: int) -> None:
+        """Return when everything has left that was sent before the last `keep` calls: its memory can be used again."""
+        self._earlier.append(self._pending)
+        self._pending = []
+        while len(self._earlier) > keep:
+            _wait_for(self._earlier.popleft())
+
     def flush(self) -> None:
         """Return when everything sent has left."""
-        for pending in self._pending:
-            pending.wait()
+        while self._earlier:
+            _wait_for(self._earlier.popleft())
+        _wait_for(self._pending)
         self._pending.clear()
 
     def _channel(self, kind: str, source: int, target: int) -> int:
         return (_KINDS.index(kind) * self._num_stages + source) * self._num_stages + target
 
 
+def _wait_for(sent: list[Pending]) -> None:
+    for pending in sent:
+        pending.wait()
+
+
 def _describe(kind: str, source: int, target: int) -> str:
-    noun = {"F": "activations", "B": "gradients", "tied": "gradients of tied weights"}[kind]
+    noun = {
+        "F": "activations",
+        "B": "gradients",
+        "tied": "gradients of tied weights",
+        "done": "word of a micro-batch",
+    }[kind]
     return f"{noun} from stage {source} to stage {target}"

@@ -245,6 +245,7 @@ class Worker:
 
     def _finish(self, session: Session, world: World, loop: TrainingLoop, plan: Plan) -> None:
         outcome, tally = loop.outcome, loop.tally
+        weights = save(session, self._spec.directory)
         cores, threads = take_cores(world.local_rank, session.local_workers, session.layout.threads)
         own = {
             "rank": world.rank,
@@ -266,7 +267,6 @@ class Worker:
             self._write("message", level="info", text=text)
         ranks = session.group.gather_json(own, "the workers' times")
         self._write("ranks", ranks=ranks)
-        weights = save(session, self._spec.directory)
         if self._writer is None:
             return
         if plan.planned_step_s is not None and tally.median_step_s is not None:

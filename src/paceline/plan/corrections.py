@@ -9,6 +9,7 @@ way. Likewise what their workers hold.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from paceline.plan.forecast import Forecaster
 from paceline.plan.places import Places
@@ -29,7 +30,8 @@ def corrected(profile: Profile, linked: LinkedCluster, tried: Sequence[Tried]) -
         tried: layouts that split in one way, with one and with several micro-batches, pipelines with few and with many
             and one whose gradients of weights are actions of their own; and layouts that split in several ways.
     """
-    bare = profile.model_copy(update={"tried": tuple(tried), "corrections": (), "unexplained_bytes": {}})
+    nothing: dict[str, Any] = {"corrections": (), "unexplained_bytes": {}, "unexplained_evaluation_bytes": {}}
+    bare = profile.model_copy(update={"tried": tuple(tried), **nothing})
     places = Places(linked)
     groups: dict[_Place, list[Tried]] = {}
     for one in tried:
@@ -40,21 +42,25 @@ def corrected(profile: Profile, linked: LinkedCluster, tried: Sequence[Tried]) -
     corrections = [_of_one_way(bare, linked, *item) for item in groups.items() if len(item[0][0]) == 1]
     each = bare.model_copy(update={"corrections": tuple(corrections)})
     corrections += [_of_a_step(each, linked, *item) for item in groups.items() if len(item[0][0]) > 1]
-    return bare.model_copy(
-        update={"corrections": tuple(corrections), "unexplained_bytes": _bytes(bare, linked, tried)}
-    )
+    return bare.model_copy(update={"corrections": tuple(corrections), **_bytes(bare, linked, tried)})
 
 
-def _bytes(profile: Profile, linked: LinkedCluster, tried: Iterable[Tried]) -> dict[str, float]:
-    """By way of splitting, from layouts that split in no other."""
-    found: dict[str, float] = {}
+def _bytes(profile: Profile, linked: LinkedCluster, tried: Iterable[Tried]) -> dict[str, dict[str, float]]:
+    """What was held in steps and in evaluations, by way of splitting, from layouts that split in no other."""
+    steps: dict[str, float] = {}
+    evaluations: dict[str, float] = {}
     forecaster = Forecaster(profile, linked)
     for one in tried:
         ways = ways_of(one.layout)
-        if len(ways) == 1 and one.peak_bytes is not None:
-            more = one.peak_bytes - forecaster.forecast(one.layout).memory.total
-            found[ways[0]] = max(more, found.get(ways[0], more))
-    return found
+        if len(ways) != 1:
+            continue
+        peaks_bytes = one.peak_bytes, one.evaluation_peak_bytes
+        memories = forecaster.memories(one.layout)
+        for found, peak_bytes, memory in zip((steps, evaluations), peaks_bytes, memories, strict=True):
+            if peak_bytes is not None:
+                more = peak_bytes - memory.total
+                found[ways[0]] = max(more, found.get(ways[0], more))
+    return {"unexplained_bytes": steps, "unexplained_evaluation_bytes": evaluations}
 
 
 def _of_one_way(profile: Profile, linked: LinkedCluster, place: _Place, tried: Sequence[Tried]) -> Correction:

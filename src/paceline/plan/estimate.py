@@ -99,7 +99,13 @@ def _corrections(profile: Profile, first: DescribedHost, scale: Scale) -> dict[s
     """
     if first.device is not None:
         error = max(profile.past_error, GPU_ERROR)
-        return {"tried": (), "corrections": (), "unexplained_bytes": {}, "past_error": error}
+        nothing = {
+            "corrections": (),
+            "evaluation_bytes": 0.0,
+            "unexplained_bytes": {},
+            "unexplained_evaluation_bytes": {},
+        }
+        return {"tried": (), **nothing, "past_error": error}
     corrections = []
     for one in profile.corrections:
         seconds = {"step_s": one.step_s, "micro_s": one.micro_s, "action_s": one.action_s}

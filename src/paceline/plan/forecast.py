@@ -14,7 +14,7 @@ from typing import Any
 
 from paceline.errors import LayoutError
 from paceline.plan.links import Placement
-from paceline.plan.memory import worker_memory
+from paceline.plan.memory import evaluation_memory, training_memory
 from paceline.plan.orders import orders, peak_stored, stages_of_workers
 from paceline.plan.places import Places
 from paceline.plan.profile import (
@@ -84,11 +84,10 @@ class Forecaster:
         terms = computing.model_copy(update={**slowest, "data_s": data_s})
         unexplained_s = self._with_unexplained(layout, terms.step_s) - terms.step_s
         terms = terms.model_copy(update={"unexplained_s": unexplained_s})
-        memory = max((self._memory(layout, mine, w) for w, mine in enumerate(held)), key=lambda m: m.total)
         return Forecast(
             layout=layout,
             terms=terms,
-            memory=memory,
+            memory=max(self.memories(layout), key=_total),
             samples=self.profile.batch_size,
             error_s=terms.step_s * self.relative_error(layout),
         )
@@ -348,9 +347,21 @@ class Forecaster:
     def _updating(self, layout: Layout, costs: Costs, mine: Sequence[Stage]) -> dict[str, float]:
         return updating(self.profile, self._places, layout, costs, mine, functools.partial(self._row, layout))
 
-    def _memory(self, layout: Layout, mine: Sequence[Stage], worker: int) -> Memory:
-        stored = 1
+    def memories(self, layout: Layout) -> tuple[Memory, Memory]:
+        """In steps and in evaluations: of the worker that needs most then."""
+        stages, stored = self.stages_of(layout), [1]
         if layout.pp > 1:
-            stored = peak_stored(layout.schedule, layout.pp, layout.micro, layout.stages)[worker]
+            stored = list(peak_stored(layout.schedule, layout.pp, layout.micro, layout.stages))
         sharers = self.place(layout, "data").per_host if one_copy(self.profile, self._places, layout) else 1
-        return worker_memory(self.profile, layout, mine, stored=stored, sharers=sharers)
+        workers = stages_of_workers(layout.schedule, layout.pp, layout.stages)
+        held = [[stages[s] for s in mine] for mine in workers]
+        training = (
+            training_memory(self.profile, layout, mine, stored=number, sharers=sharers)
+            for mine, number in zip(held, stored, strict=True)
+        )
+        evaluating = (evaluation_memory(self.profile, layout, mine, sharers=sharers) for mine in held)
+        return max(training, key=_total), max(evaluating, key=_total)
+
+
+def _total(memory: Memory) -> int:
+    return memory.total

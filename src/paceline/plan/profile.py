@@ -125,6 +125,8 @@ class Tried(Record):
     """Median."""
     peak_bytes: int | None = None
     """What a worker that only trains in it would hold at most; None: not known."""
+    evaluation_peak_bytes: int | None = None
+    """The same of one that evaluates."""
 
 
 class Correction(Record):
@@ -168,11 +170,20 @@ class Profile(Record):
     recomputed_bytes: float = 0.0
     """Of one sample, where all is computed again: what is held beyond the inputs of all blocks and the whole of one;
     negative where it is less."""
+    evaluation_samples: int = Field(default=0, ge=0)
+    """Of a batch of an evaluation, in all."""
+    evaluated_bytes: float = Field(default=0.0, ge=0)
+    """Of one of these: what a forward pass holds that keeps nothing for a backward pass, and the metrics."""
+    evaluation_bytes: float = 0.0
+    """What an evaluation holds beside that, the parameters, the optimizer's state and `base_bytes`; negative where some
+    of these are not needed then."""
     tried: tuple[Tried, ...] = ()
     """Layouts that were timed for a moment, some of each way of splitting: what `corrections` were taken from."""
     corrections: tuple[Correction, ...] = ()
     unexplained_bytes: dict[str, float] = {}
-    """By way of splitting: what a worker held at most beyond what was foreseen."""
+    """By way of splitting: what a worker held at most beyond what was foreseen, in steps."""
+    unexplained_evaluation_bytes: dict[str, float] = {}
+    """And in an evaluation."""
     past_error: float = Field(default=0.1, ge=0)
     """Relative, of earlier forecasts on this machine."""
     spread: float = Field(default=0.0, ge=0)

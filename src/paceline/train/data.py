@@ -253,27 +253,40 @@ class ShareLoader:
             )
 
 
-def evaluation_parts(job: Job, dataset: Any, *, size: int, rank: int, device: torch.device) -> Iterator[Part]:
-    """This worker's shares of the test split's batches, in its own order; as many on every worker."""
+def evaluation_parts(
+    job: Job, dataset: Any, *, micro: int, size: int, rank: int, device: torch.device
+) -> Iterator[Part]:
+    """This worker's shares of the test split's batches, each cut into `micro` micro-batches, in its own order.
+
+    As many on every worker.
+    """
     batch_size = job.evaluation_batch_size or job.batch_size
     collate: Callable[[list[Any]], Any] = job.collate or default_collate
     length = num_samples(dataset, "test")
     if length is None:
         stream = iter(dataset)
         while samples := _take(stream, batch_size):
-            (share,) = shares(len(samples), 1, size, rank)
-            yield Part(to_device(collate(samples[share.begin : share.end]), device), share)
+            for share in shares(len(samples), micro, size, rank):
+                yield Part(to_device(collate(samples[share.begin : share.end]), device), share)
         return
     begins = range(0, length, batch_size)
-    mine = [shares(min(batch_size, length - begin), 1, size, rank)[0] for begin in begins]
-    index_lists = [
-        list(range(begin + share.begin, begin + share.end)) for begin, share in zip(begins, mine, strict=True)
+    mine = [
+        (begin, share)
+        for begin in begins
+        for share in shares(min(batch_size, length - begin), micro, size, rank)
     ]
+    index_lists = [list(range(begin + share.begin, begin + share.end)) for begin, share in mine]
     loader = DataLoader(
         dataset, batch_sampler=index_lists, collate_fn=collate, num_workers=job.loader_workers
     )
-    for share, batch in zip(mine, loader, strict=True):
+    for (_, share), batch in zip(mine, loader, strict=True):
         yield Part(to_device(batch, device), share)
+
+
+def first_samples(dataset: Any, split: str, count: int) -> Any:
+    """The first `count` samples as a data set."""
+    length = num_samples(dataset, split)
+    return _take(iter(dataset), count) if length is None else Subset(dataset, range(min(count, length)))
 
 
 def few_samples(job: Job, dataset: Any, device: torch.device) -> list[Any]:

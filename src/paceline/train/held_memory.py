@@ -21,7 +21,7 @@ from paceline.measure.machine import (
 )
 from paceline.records import Layout
 from paceline.train.allocator import give_back_freed_memory
-from paceline.train.data import ShareLoader, few_samples
+from paceline.train.data import ShareLoader, few_samples, first_samples, num_samples
 from paceline.train.replica import Replica
 from paceline.train.session import Datasets
 
@@ -29,6 +29,10 @@ _STEPS = 2
 """The first makes the optimizer's state; the second has it beside its activations."""
 _FEWER = 4
 """Micro-batches of the smaller size, or the next number that divides the batch."""
+
+
+EVALUATED_BATCHES = 4
+"""Of an evaluation: samples may be of several sizes."""
 
 
 class Growth:
@@ -39,6 +43,11 @@ class Growth:
         give_back_freed_memory()
         self._before_bytes = held_memory_bytes(self._kind)
         self._is_known = forget_peak_memory(self._kind)
+
+    def begin_anew(self) -> None:
+        """What was held until now does not count any more."""
+        give_back_freed_memory()
+        forget_peak_memory(self._kind)
 
     def most_bytes(self) -> int | None:
         """None where the system does not tell."""
@@ -56,6 +65,12 @@ class HeldMemory:
     micro: int
     peak_recomputed: int | None
     """At most, with whole batches, where all is computed again in the backward pass; None: the job cannot do that."""
+    evaluation: int
+    """At most in an evaluation, with whole batches of `evaluation_samples`."""
+    evaluation_samples: int
+    evaluation_in_parts: int
+    """At most in an evaluation of `fewer_samples`."""
+    fewer_samples: int
     empty: int
     """Without a model, after there was one."""
     files: int
@@ -67,11 +82,16 @@ class HeldMemory:
 def measure_held_memory(
     job: Job, datasets: Datasets, *, seed: int, device: torch.device, precision: str
 ) -> HeldMemory:
-    """A few steps in this process, which has not trained anything yet."""
+    """A few steps, and evaluations of a few batches, in this process, which has not trained anything yet."""
     kind, micro = device.type, next(m for m in range(_FEWER, 0, -1) if job.batch_size % m == 0)
 
-    def peak(layout: Layout, numbers: tuple[int, ...]) -> list[int]:
-        """With each of these numbers of micro-batches."""
+    together = job.evaluation_batch_size or job.batch_size
+    length = num_samples(datasets["test"], "test")
+    together = together if length is None else min(together, length)
+    fewer = max(1, together // _FEWER)
+
+    def peak(layout: Layout, numbers: tuple[int, ...], evaluated: tuple[int, ...] = ()) -> list[int]:
+        """With each of these numbers of micro-batches, then in an evaluation of each of these numbers of samples."""
         mesh = data_mesh(Group.alone(device), layout)
         replica = Replica(
             job,
@@ -94,6 +114,11 @@ def measure_held_memory(
             for batch in itertools.islice(loader.endless(), _STEPS):
                 replica.step(batch)
             found.append(peak_memory_bytes(kind))
+        for number in evaluated:
+            give_back_freed_memory()
+            forget_peak_memory(kind)
+            replica.evaluate(first_samples(datasets["test"], "test", number))
+            found.append(peak_memory_bytes(kind))
         return found
 
     def held() -> int:
@@ -101,7 +126,7 @@ def measure_held_memory(
         give_back_freed_memory()
         return held_memory_bytes(kind)
 
-    whole, in_parts = peak(Layout(), (1, micro))
+    whole, in_parts, *evaluation = peak(Layout(), (1, micro), (fewer, EVALUATED_BATCHES * together))
     empty, files = held(), file_memory_bytes(kind)
     recomputed = None
     with contextlib.suppress(LayoutError):
@@ -111,6 +136,10 @@ def measure_held_memory(
         peak_in_parts=in_parts,
         micro=micro,
         peak_recomputed=recomputed,
+        evaluation=evaluation[1],
+        evaluation_samples=together,
+        evaluation_in_parts=evaluation[0],
+        fewer_samples=fewer,
         empty=empty,
         files=files,
         splitting=max(0, held() - empty),

@@ -83,6 +83,7 @@ class HeldModel:
         if kind:
             self._share(named, mesh, kind)
             self.state = WholeState(self.model, self.local, shared=self.shared)
+        give_back_freed_memory()
 
     def split(self, mesh: Mesh, runs: Sequence[Callable[[], None]], found: Found | None) -> SplitModel:
         """See `Replica.split`.

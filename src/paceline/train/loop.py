@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from paceline.events import EventWriter
+from paceline.train.allocator import give_back_freed_memory
 from paceline.train.noise import StepNoise
 from paceline.train.replica import StepResult
 from paceline.train.session import Session
@@ -218,6 +219,7 @@ def showcase(session: Session, writer: EventWriter | None, directory: Path) -> d
 
 def save(session: Session, directory: Path) -> str | None:
     """Write the trained weights into the run's directory; the file's name, on rank 0. All workers call it."""
+    give_back_freed_memory()
     if not session.layout.splits_model:
         return save_weights(session.model, directory) if session.group.rank == 0 else None
     described = session.describe_state()

@@ -64,7 +64,9 @@ class Pipeline:
         self.first_stage_of = {schedule.worker_of(s): s for s in reversed(range(self._stages.num_stages))}
         """A stage of each of the pipeline's workers, by which it is reached."""
         self._weights = {stage: split.trained_on(stage) for stage in own}
-        self._last = self._stages.num_stages - 1
+        self._first, self._last = 0, self._stages.num_stages - 1
+        self._under_way = 0
+        """Micro-batches of an evaluation that this worker, which has the first stage, has begun and not heard of."""
         self._orders: dict[int, list[Action]] = {}
         self._seed = 0
         self._calls_seen = 0
@@ -98,6 +100,7 @@ class Pipeline:
                     flight, outputs = self._forward(action.stage, part, seed_of(part))
                     if action.stage == self._last:
                         flight.loss = loss_of(part, outputs)
+                    del outputs
                     flights[key] = flight
                 elif action.kind == "B":
                     backward(flights.pop(key), action.stage, self.links, self._device)
@@ -119,12 +122,33 @@ class Pipeline:
             self._orders[num_micro] = schedule.actions(self._rank)
         return self._orders[num_micro]
 
-    def forward(self, part: Part, seed: int) -> Any:
-        """The model's outputs for one micro-batch, on the worker that has the last stage; absent tensors elsewhere."""
+    def evaluate(self, part: Part, seed: int) -> Any:
+        """The model's outputs for a micro-batch, on the worker that has the last stage; absent tensors elsewhere.
+
+        At most as many as there are workers are on their way: what the first stages sent ahead would lie in memory.
+        """
+        if self._first in self._modes and self._under_way == self._layout.pp:
+            self._hear_of_one()
         outputs = None
         for stage in sorted(self._modes):
             outputs = self._forward(stage, part, seed)[1]
+        if self._first in self._modes:
+            self._under_way += 1
+        if self.has_last:
+            self.links.send(torch.zeros(1, device=self._device), self._last, self._first, "done")
+        self.links.settle(self._layout.pp)
         return outputs
+
+    def end_evaluation(self) -> None:
+        """After the last micro-batch."""
+        while self._under_way:
+            self._hear_of_one()
+        self.links.flush()
+
+    def _hear_of_one(self) -> None:
+        """Wait until the oldest micro-batch under way has come to the last stage."""
+        self.links.receive(torch.zeros(1, device=self._device), self._last, self._first, "done")
+        self._under_way -= 1
 
     def _forward(self, stage: int, part: Part, seed: int) -> tuple[Flight, Any]:
         seed_torch(seed, self._device)

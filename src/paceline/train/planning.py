@@ -140,7 +140,8 @@ def measure_all(
         Tried(
             layout=t.layout,
             step_s=step_s,
-            peak_bytes=None if t.grown_bytes is None else _empty_bytes(held, t.layout) + t.grown_bytes,
+            peak_bytes=_peak_bytes(held, t.layout, t.grown_bytes),
+            evaluation_peak_bytes=_peak_bytes(held, t.layout, t.evaluation_grown_bytes),
         )
         for t in trials
         if (step_s := steps_s.get(t.layout))
@@ -217,6 +218,7 @@ def _try(
             precision=precision,
             budget_s=budget_s * _TRY * len(group),
             rounds=(2, 5),
+            evaluates=True,
         )
         trials += timer.run()
     return trials
@@ -224,12 +226,13 @@ def _try(
 
 def _with_memory(profile: Profile, linked: LinkedCluster, threads: int, held: HeldMemory) -> Profile:
     """The profile with what one process held beyond what is known to be there: of each sample as much, and the rest."""
-    forecaster = Forecaster(profile, linked)
 
-    def rest(micro: int, peak_bytes: int) -> int:
-        return peak_bytes - forecaster.forecast(Layout(micro=micro, threads=threads)).memory.total
+    def rest(peak_bytes: int, found: Profile, layout: Layout) -> int:
+        """What a step held beyond its forecast."""
+        return peak_bytes - Forecaster(found, linked).memories(layout)[0].total
 
-    whole, in_parts = rest(1, held.peak), rest(held.micro, held.peak_in_parts)
+    whole = rest(held.peak, profile, Layout(threads=threads))
+    in_parts = rest(held.peak_in_parts, profile, Layout(micro=held.micro, threads=threads))
     fewer = profile.batch_size - profile.batch_size // held.micro
     each = max(0, whole - in_parts) / fewer if fewer else 0.0
 
@@ -248,16 +251,34 @@ def _with_memory(profile: Profile, linked: LinkedCluster, threads: int, held: He
             "splitting_bytes": held.splitting,
         }
     )
+    found = _with_evaluation(found, linked, threads, held)
     if held.peak_recomputed is None:
         return found
     layout = Layout(recompute="full", threads=threads)
-    more = held.peak_recomputed - Forecaster(found, linked).forecast(layout).memory.total
+    more = rest(held.peak_recomputed, found, layout)
     return found.model_copy(update={"recomputed_bytes": more / profile.batch_size})
 
 
-def _empty_bytes(held: HeldMemory, layout: Layout) -> int:
-    """What a worker of the layout holds without a model."""
-    return held.empty + (held.splitting if layout.splits_model else 0)
+def _with_evaluation(profile: Profile, linked: LinkedCluster, threads: int, held: HeldMemory) -> Profile:
+    """The same of an evaluation."""
+    more = held.evaluation_samples - held.fewer_samples
+    each = max(0, held.evaluation - held.evaluation_in_parts) / more if more else 0.0
+    # Parameters, state and what is there whatever the model.
+    _, kept = Forecaster(profile, linked).memories(Layout(threads=threads))
+    return profile.model_copy(
+        update={
+            "evaluation_samples": held.evaluation_samples,
+            "evaluated_bytes": each,
+            "evaluation_bytes": held.evaluation - kept.total - each * held.evaluation_samples,
+        }
+    )
+
+
+def _peak_bytes(held: HeldMemory, layout: Layout, grown_bytes: int | None) -> int | None:
+    """What a worker of the layout holds whose memory grows by so much from when it has no model."""
+    if grown_bytes is None:
+        return None
+    return held.empty + (held.splitting if layout.splits_model else 0) + grown_bytes
 
 
 def _as_rank_0(group: Group, wish: bool) -> bool:

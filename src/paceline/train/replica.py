@@ -20,6 +20,7 @@ from paceline.split.apply import SplitModel
 from paceline.split.batchnorm import BatchShare, share_batch_norms, uses_batch_statistics
 from paceline.split.finding import Found
 from paceline.train import training_state
+from paceline.train.allocator import give_back_freed_memory
 from paceline.train.calling import caller, require_scalar, sum_and_weight
 from paceline.train.data import GlobalBatch, Part, evaluation_parts
 from paceline.train.held_model import HeldModel
@@ -94,6 +95,8 @@ class Replica:
         self.change_requested = False
         self._seed = seed
         self._num_steps = 0
+        self._has_state = False
+        """A step has been taken here."""
         self._held = HeldModel(
             job, seed=seed, device=device, dtype=dtype, in_parts=in_parts, num_sums=SUMS.num
         )
@@ -258,6 +261,10 @@ class Replica:
         self._held.publish()
         self._num_steps += 1
         end_s = time.perf_counter()
+        if not self._has_state:
+            # The optimizer's state lies where it will be: what is free between its parts is not held on top of a step.
+            self._has_state = True
+            give_back_freed_memory()
         return StepResult(
             loss=loss,
             samples=batch.samples,
@@ -276,6 +283,9 @@ class Replica:
     def evaluate(self, dataset: Any) -> tuple[dict[str, float], int]:
         """Metrics over the test split (`loss` among them) and the number of its samples.
 
+        What steps have freed is given back before, and what the evaluation has freed afterwards: neither is held beside
+        what the other needs.
+
         Raises:
             WorkerError: the workers' parameters have parted.
         """
@@ -283,32 +293,22 @@ class Replica:
         functions = {"loss": self.job.loss, **self.job.metrics}
         totals = torch.zeros(len(functions) + 1, 2, dtype=torch.float64)
         data = self._mesh.data
-        counts_here = self._mesh.tensor.rank == 0 and (self._pipeline is None or self._pipeline.has_last)
         self.model.eval()
         try:
             self._held.begin_pass()
+            give_back_freed_memory()
             with torch.no_grad(), self._share.among(data):
+                micro, size, rank = self._mesh.layout.micro, data.size, data.rank
                 for part in evaluation_parts(
-                    self.job, dataset, size=data.size, rank=data.rank, device=self.device
+                    self.job, dataset, micro=micro, size=size, rank=rank, device=self.device
                 ):
-                    self._share.counts = not part.share.borrowed
-                    with self.forward_context():
-                        outputs = self._outputs(part)
-                        if part.share.borrowed or (
-                            self._pipeline is not None and not self._pipeline.has_last
-                        ):
-                            continue
-                        for row, (name, function) in enumerate(functions.items()):
-                            value = function(outputs, part.batch)
-                            if counts_here:
-                                totals[row] += sum_and_weight(name, value, part.share.samples)
-                    if counts_here:
-                        totals[-1, 0] += part.share.samples
+                    self._evaluate_part(part, functions, totals)
             if self._pipeline is not None:
-                self._pipeline.links.flush()
+                self._pipeline.end_evaluation()
             self._held.end_evaluation()
         finally:
             self.model.train()
+        give_back_freed_memory()
         totals = self._mesh.everyone.sum_(totals.to(self.device), "evaluation sums").to("cpu")
         metrics = {}
         for row, name in enumerate(functions):
@@ -317,11 +317,27 @@ class Replica:
             metrics[name] = finish(value) if finish is not None else value
         return metrics, int(totals[-1, 0])
 
+    def _evaluate_part(self, part: Part, functions: dict[str, Any], totals: torch.Tensor) -> None:
+        """Add to `totals`, row by row, the sum and the weight of each function, and last the number of samples."""
+        has_outputs = self._pipeline is None or self._pipeline.has_last
+        counts_here = self._mesh.tensor.rank == 0
+        self._share.counts = not part.share.borrowed
+        with self.forward_context():
+            outputs = self._outputs(part)
+            if part.share.borrowed or not has_outputs:
+                return
+            for row, (name, function) in enumerate(functions.items()):
+                value = function(outputs, part.batch)
+                if counts_here:
+                    totals[row] += sum_and_weight(name, value, part.share.samples)
+        if counts_here:
+            totals[-1, 0] += part.share.samples
+
     def _outputs(self, part: Part) -> Any:
         part.batch = self.images.arrange(part.batch)
         if self._pipeline is None:
             return self.call(part.batch)
-        return self._pipeline.forward(part, derive(self._seed, "evaluation", part.share.begin))
+        return self._pipeline.evaluate(part, derive(self._seed, "evaluation", part.share.begin))
 
     def check_in_step(self) -> None:
         """Raise `WorkerError` unless workers that should hold the same parameters do, bit for bit in their sums."""
@@ -356,6 +372,7 @@ class Replica:
                         with self.forward_context():
                             outputs = self.call(part.batch)
                         to_differentiate = loss_of(part, outputs)
+                        del outputs  # the backward pass keeps what it needs of them
                         self._reduction.begin_backward(last=position == len(batch.parts) - 1)
                         to_differentiate.backward()
         sums[_STOP] = float(self.stop_requested)

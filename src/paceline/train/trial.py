@@ -15,8 +15,8 @@ from paceline.comm.world import World
 from paceline.errors import LayoutError
 from paceline.job import Job
 from paceline.records import Layout, Trial, describe_layout
-from paceline.train.data import GlobalBatch, ShareLoader, few_samples
-from paceline.train.held_memory import Growth
+from paceline.train.data import GlobalBatch, ShareLoader, few_samples, first_samples
+from paceline.train.held_memory import EVALUATED_BATCHES, Growth
 from paceline.train.replica import Replica, StepResult
 from paceline.train.session import Datasets
 
@@ -41,6 +41,8 @@ class _Candidate:
     results: list[StepResult] = dataclasses.field(default_factory=list)
     grown_bytes: int | None = None
     """By which the memory of this worker grew, when it built the model and took its first steps."""
+    evaluation_grown_bytes: int | None = None
+    """By which it grew then until it had evaluated a few batches."""
 
 
 class LayoutTimer:
@@ -61,9 +63,11 @@ class LayoutTimer:
         precision: str,
         budget_s: float = BUDGET_S,
         rounds: tuple[int, int] = (_FEWEST_ROUNDS, _MOST_ROUNDS),
+        evaluates: bool = False,
     ) -> None:
         """
         Args:
+            evaluates: find out what an evaluation holds, as well.
             budget_s: about what all of it may take, once each layout has run its first steps.
             rounds: how many at least, and at most.
         """
@@ -71,7 +75,7 @@ class LayoutTimer:
         self._round_s = min(_ROUND_S, budget_s / 2 / max(1, len(layouts)) / rounds[0])
         self._job, self._world, self._datasets, self._seed = job, world, datasets, seed
         self._all = world.group(world.size)
-        self._precision = precision
+        self._precision, self._evaluates = precision, evaluates
         self._replicas: dict[Layout, Replica] = {}
         """By what `_key` makes of layouts."""
         self._candidates = [_Candidate(layout, make_mesh(world, layout)) for layout in layouts]
@@ -135,10 +139,18 @@ class LayoutTimer:
         seconds = time.perf_counter() - begin_s
         if growth is not None:
             candidate.grown_bytes = growth.most_bytes()
+            if self._evaluates:
+                growth.begin_anew()
+                self._evaluate(replica, max(EVALUATED_BATCHES, 2 * layout.pp))
+                candidate.evaluation_grown_bytes = growth.most_bytes()
         candidate.results += results
         # Only whole batches are compared: an epoch's last one may be smaller.
         samples = sum(result.samples for result in results)
         return seconds * self._job.batch_size / samples
+
+    def _evaluate(self, replica: Replica, batches: int) -> None:
+        together = self._job.evaluation_batch_size or self._job.batch_size
+        replica.evaluate(first_samples(self._datasets["test"], "test", batches * together))
 
     def _replica_of(self, layout: Layout, mesh: Mesh) -> Replica:
         key = self._key(layout)
@@ -166,10 +178,11 @@ class LayoutTimer:
     def _take_worst(self) -> None:
         """Of each candidate the growth of the worker whose memory grew most, on all workers."""
         assert self._all is not None
-        rows = self._all.gather_json([c.grown_bytes for c in self._candidates], "memory of trials")
-        for candidate, grown in zip(self._candidates, zip(*rows, strict=True), strict=True):
-            known = [num_bytes for num_bytes in grown if num_bytes is not None]
-            candidate.grown_bytes = max(known, default=None)
+        for name in ("grown_bytes", "evaluation_grown_bytes"):
+            rows = self._all.gather_json([getattr(c, name) for c in self._candidates], "memory of trials")
+            for candidate, grown in zip(self._candidates, zip(*rows, strict=True), strict=True):
+                known = [num_bytes for num_bytes in grown if num_bytes is not None]
+                setattr(candidate, name, max(known, default=None))
 
     def _endless(self, layout: Layout, group: Group) -> Iterator[GlobalBatch]:
         return ShareLoader(
@@ -198,5 +211,6 @@ class LayoutTimer:
             data_s=median(r.data_s for r in results) if results else None,
             optimizer_s=median(r.optimizer_s for r in results) if results else None,
             grown_bytes=candidate.grown_bytes,
+            evaluation_grown_bytes=candidate.evaluation_grown_bytes,
             error=candidate.error,
         )
