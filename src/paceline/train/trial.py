@@ -43,6 +43,45 @@ class _Candidate:
     """By which the memory of this worker grew, when it built the model and took its first steps."""
 
 
+def time_by_turns(
+    groups: Sequence[Sequence[Layout]],
+    job: Job,
+    world: World,
+    everyone: Group,
+    datasets: Datasets,
+    *,
+    seed: int,
+    precision: str,
+    budget_s: float = BUDGET_S,
+    rounds: tuple[int, int] = (_FEWEST_ROUNDS, _MOST_ROUNDS),
+) -> list[Trial]:
+    """Time the layouts that rank 0 gives, those of a group in interleaved rounds; the same list on every worker.
+
+    A collective call of all workers.
+
+    Args:
+        groups: layouts whose models can be in memory at the same time; looked at on rank 0 alone.
+        budget_s, rounds: as of `LayoutTimer`, for all of them together.
+    """
+    told = [[str(layout) for layout in group] for group in groups]
+    texts: list[list[str]] = everyone.gather_json(told, "layouts to time")[0]
+    number = sum(map(len, texts))
+    trials: list[Trial] = []
+    for group in texts:
+        timer = LayoutTimer(
+            job,
+            [Layout.parse(text) for text in group],
+            world,
+            datasets,
+            seed=seed,
+            precision=precision,
+            budget_s=budget_s * len(group) / number,
+            rounds=rounds,
+        )
+        trials += timer.run()
+    return trials
+
+
 class LayoutTimer:
     """Times layouts in interleaved rounds (A B C, A B C, …), so that a machine whose speed drifts is fair to all.
 
