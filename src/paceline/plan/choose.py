@@ -80,7 +80,9 @@ def choose(trials: Sequence[Trial], forecast_s: Mapping[Layout, float] | None = 
         return _plan(best, reason, trials)
     others = [t for t in timed if t is not best]
     if not others:
-        return _plan(best, "It is the only layout that this machine and batch allow.", trials)
+        return _plan(
+            best, "It is the only layout that was timed: no other is possible here, or worth a trial.", trials
+        )
     second = min(others, key=lambda t: median(t.step_s))
     several = [t for t in others if t.workers > 1]
     ratio = paired_ratio(second, best)

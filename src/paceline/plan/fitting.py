@@ -9,19 +9,21 @@ from paceline.plan.search import MEMORY_MARGIN, room_bytes
 from paceline.records import Layout
 
 
-def fits(forecaster: Forecaster, layout: Layout) -> bool:
-    """Whether each worker of a layout would have the memory that it is forecast to need, as `search` judges it."""
-    return why_not(forecaster, layout) == ""
-
-
 def why_not(forecaster: Forecaster, layout: Layout) -> str:
-    """What a worker of a layout would need, and what there is, where that is less; else empty."""
-    needed = forecaster.forecast(layout, apart=False).memory.own
-    room = room_bytes(forecaster.linked, layout, None, MEMORY_MARGIN)
-    if needed <= room:
+    """Why a layout cannot be timed: what a worker would need, and what there is, where that is less; else empty.
+
+    There is what `search` lets it have, less what the workers hold that it leaves out: they wait meanwhile.
+    """
+    linked = forecaster.linked
+    memory = forecaster.forecast(layout, apart=False).memory
+    room = room_bytes(linked, layout, None, MEMORY_MARGIN)
+    here = min(layout.workers, linked.per_host)
+    if linked.cluster.device == "cpu":
+        room -= (linked.per_host - here) * memory.base // here
+    if memory.own <= room:
         return ""
     return (
-        f"{layout} needs {needed / 2**20:,.0f} MiB a worker, and there are {room / 2**20:,.0f} MiB "
+        f"{layout} needs {memory.own / 2**20:,.0f} MiB a worker, and there are {room / 2**20:,.0f} MiB "
         f"({MEMORY_MARGIN:.0%} left free)"
     )
 

@@ -34,6 +34,7 @@ from paceline.train.profiling import (
     Measured,
     as_blocks,
     first_samples,
+    pass_s,
     relative_error,
 )
 from paceline.train.replica import Replica
@@ -132,7 +133,6 @@ class BlockCosts:
         state_bytes = sum(self._state.get(n, 0) for n in walk.row) + self._state[-1]
         data_s = self._data_s()
         optimizer_s_per_byte = updates_s / measured_bytes
-        passes_s = of_size[largest].whole_s
         costs = Costs(
             threads=threads,
             active=workers,
@@ -146,8 +146,8 @@ class BlockCosts:
         return Measured(
             costs=costs,
             state_per_byte=state_bytes / trained_bytes,
-            step_s=median(passes_s) + data_s + trained_bytes * optimizer_s_per_byte,
-            spread=relative_error(passes_s),
+            step_s=pass_s(of_size[largest], pauses) + data_s + trained_bytes * optimizer_s_per_byte,
+            spread=relative_error(of_size[largest].whole_s),
             pauses=pauses,
         )
 

@@ -18,7 +18,7 @@ from paceline.errors import LayoutError
 from paceline.job import Job
 from paceline.measure.machine import file_memory_bytes, held_memory_bytes, launcher_memory_bytes
 from paceline.plan.corrections import corrected
-from paceline.plan.fitting import by_turns, fits
+from paceline.plan.fitting import by_turns, why_not
 from paceline.plan.forecast import Forecaster
 from paceline.plan.profile import Block, Costs, LinkedCluster, Profile, Tried
 from paceline.records import Cluster, Layout, Trial
@@ -147,7 +147,7 @@ def measure_all(
             profile = _with_memory(profile, linked, conditions[0][0], held)
         layouts = _ways_of_splitting(job.batch_size, cluster, conditions[-1], can_divide=divided is not None)
         forecaster = Forecaster(profile, linked)
-        groups = by_turns(forecaster, [layout for layout in layouts if fits(forecaster, layout)])
+        groups = by_turns(forecaster, [layout for layout in layouts if not why_not(forecaster, layout)])
     trials = time_by_turns(
         groups,
         job,

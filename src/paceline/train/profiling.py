@@ -93,7 +93,7 @@ def measure_costs(
     calls = passes.describe(batches[sizes[-1]], sizes[-1])
     rest_s = step_s - data_s - optimizer_s
     # Blocks take no more than the step.
-    whole_pass_s = _whole_s(of_size[sizes[-1]], pauses)
+    whole_pass_s = pass_s(of_size[sizes[-1]], pauses)
     share = min(1.0, rest_s / whole_pass_s)
     curves, among_curves = (Curves(timings, share, pauses) for timings in (of_size, among))
     blocks, row = as_blocks(
@@ -302,7 +302,7 @@ class Curves:
             share: of the whole passes that the calls are to add up to.
         """
         self._timings = timings
-        self._scales = {s: share * _whole_s(t, pauses) / t.sum_of_medians_s() for s, t in timings.items()}
+        self._scales = {s: share * pass_s(t, pauses) / t.sum_of_medians_s() for s, t in timings.items()}
 
     def forward(self, numbers: Sequence[int]) -> Curve:
         """The mean over the calls of these numbers."""
@@ -316,7 +316,7 @@ class Curves:
         return Curve.of({float(size): seconds * self._scales[size] for size, seconds in means.items()})
 
 
-def _whole_s(timing: Timing, pauses: bool) -> float:
+def pass_s(timing: Timing, pauses: bool) -> float:
     """Of a pass."""
     return mean(timing.whole_s) if pauses else median(timing.whole_s)
 

@@ -15,6 +15,7 @@ from paceline.comm.world import World
 from paceline.errors import LayoutError
 from paceline.job import Job
 from paceline.records import Layout, Trial, describe_layout
+from paceline.train.allocator import give_back_freed_memory
 from paceline.train.data import GlobalBatch, ShareLoader, few_samples
 from paceline.train.held_memory import Growth
 from paceline.train.replica import Replica, StepResult
@@ -68,6 +69,7 @@ def time_by_turns(
     number = sum(map(len, texts))
     trials: list[Trial] = []
     for group in texts:
+        _leave_room(everyone)
         timer = LayoutTimer(
             job,
             [Layout.parse(text) for text in group],
@@ -79,7 +81,15 @@ def time_by_turns(
             rounds=rounds,
         )
         trials += timer.run()
+    _leave_room(everyone)
     return trials
+
+
+def _leave_room(everyone: Group) -> None:
+    """Have what all workers have freed given back, that of those too whom the next layout leaves out."""
+    gc.collect()  # models and their hooks refer to each other
+    give_back_freed_memory()
+    everyone.barrier("memory is given back")
 
 
 class LayoutTimer:

@@ -115,7 +115,7 @@ class Walk:
         self.calls: list[Call] = []
         """What each call holds; and, last, what is around them."""
         self.work: list[tuple[int, int]] = []
-        """The same of what they compute, as `count_work` gives it."""
+        """The same of what they compute, as `count_work` gives it; filling what is read between them is counted too."""
         self.around: list[nn.Parameter] = []
         """The parameters that no call has."""
         self.between: list[nn.Parameter] = []
