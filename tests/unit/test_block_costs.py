@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,58 +20,12 @@ from paceline.train.profiling import Measured, measure_costs
 from paceline.train.replica import Replica
 from paceline.train.session import Datasets
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "dist"))
+from gpt_job import gpt
+
 CPU = torch.device("cpu")
-WIDTH, VOCABULARY, LENGTH, SAMPLES = 64, 512, 16, 32
+WIDTH = 64
 MIB = 1 << 20
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.before, self.after = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.three, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.wide = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        heads = self.three(self.before(x)).unflatten(-1, (3, 4, WIDTH // 4)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(*heads, is_causal=True)
-        x = x + self.out(mixed.transpose(1, 2).flatten(2))
-        return x + self.wide(self.after(x))
-
-
-class Gpt(nn.Module):
-    """Positions are read between the pieces, and the head has the table of the embedding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding(VOCABULARY, WIDTH)
-        self.positions = nn.Parameter(0.02 * torch.randn(LENGTH, WIDTH))
-        self.blocks = nn.ModuleList(Block() for _ in range(3))
-        self.norm = nn.LayerNorm(WIDTH)
-        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
-        self.head.weight = self.table.weight
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        x = self.table(tokens) + self.positions
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x))
-
-
-def tokens(split: str) -> TensorDataset:
-    text = torch.randint(VOCABULARY, (SAMPLES, LENGTH + 1), generator=torch.Generator().manual_seed(0))
-    return TensorDataset(text[:, :-1], text[:, 1:])
-
-
-def gpt() -> paceline.Job:
-    return paceline.Job(
-        model=Gpt,
-        data=tokens,
-        loss=lambda outputs, batch: F.cross_entropy(outputs.flatten(0, 1), batch[1].flatten()),
-        optimizer=lambda parameters: torch.optim.AdamW(parameters, 1e-3),
-        batch_size=8,
-        clip_norm=1.0,
-    )
 
 
 def in_blocks(job: paceline.Job, sizes: list[int]) -> Measured:
@@ -80,7 +35,7 @@ def in_blocks(job: paceline.Job, sizes: list[int]) -> Measured:
 
 @pytest.fixture(scope="module")
 def both() -> tuple[Measured, Measured]:
-    job = gpt()
+    job = gpt(WIDTH)
     whole = measure_costs(job, Datasets(job, 1), seed=1, device=CPU, sizes=[2, 8], threads=1, budget_s=0.2)
     return whole, in_blocks(job, [2, 8])
 
@@ -97,7 +52,7 @@ def test_blocks_alone_are_those_of_the_whole_model(both):
         assert abs(one.operations - other.operations) <= 3
     assert alone.state_per_byte == pytest.approx(whole.state_per_byte, rel=1e-3)
     assert state_per_byte(
-        Replica(gpt(), seed=1, device=CPU, precision="fp32", total_steps=1)
+        Replica(gpt(WIDTH), seed=1, device=CPU, precision="fp32", total_steps=1)
     ) == pytest.approx(2, abs=0.001)
 
 
