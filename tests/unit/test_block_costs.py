@@ -56,6 +56,17 @@ def test_blocks_alone_are_those_of_the_whole_model(both):
     ) == pytest.approx(2, abs=0.001)
 
 
+def test_in_bfloat16_too():
+    """What is saved is in another type, weights that were cast included."""
+    job = gpt(WIDTH)
+    about = {"seed": 1, "device": CPU, "sizes": [4], "precision": "bf16"}
+    whole = measure_costs(job, Datasets(job, 1), threads=1, budget_s=0.1, **about)
+    alone = BlockCosts(job, Datasets(job, 1), **about).measure(threads=1, budget_s=0.1)
+    for one, other in zip(alone.costs.blocks, whole.costs.blocks, strict=True):
+        assert one.saved_bytes == other.saved_bytes, one.name
+        assert one.output_bytes == other.output_bytes, one.name
+
+
 def test_everything_that_takes_time_is_there(both):
     costs = both[1].costs
     for block in costs.blocks:

@@ -224,6 +224,8 @@ class Walk:
 
     def _hand_on(self, number: int, samples: int, args: Any, kwargs: Any, outputs: Any) -> Any:
         """The results without the graph that they come from; arguments and results are kept, if they are a unit's."""
+        # It has copies of parameters, in another type.
+        torch.clear_autocast_cache()
         given, restore = flatten((args, kwargs))
         results, rebuild = flatten(outputs)
         places = {id(leaf): at for at, leaf in enumerate(given) if isinstance(leaf, torch.Tensor)}
@@ -259,7 +261,7 @@ class _Begin(torch.autograd.Function):
 
 def begin(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor at the beginning of a graph, not as a leaf: its gradient is computed, and not kept."""
-    started: torch.Tensor = _Begin.apply(torch.zeros((), requires_grad=True), tensor)
+    started: torch.Tensor = _Begin.apply(torch.zeros((), device=tensor.device, requires_grad=True), tensor)
     return started
 
 
