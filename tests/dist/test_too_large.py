@@ -25,10 +25,12 @@ from paceline.records import Layout
 MIB = 1 << 20
 
 
-def measured(folder: Path, why: str) -> tuple[Profile, LinkedCluster]:
-    """In a process of its own, as memory is what that holds at most."""
+def measured(folder: Path, job: str, why: str, *, workers: int = 1) -> tuple[Profile, LinkedCluster]:
+    """In processes of their own, as memory is what these hold at most."""
     folder.mkdir()
-    command = [sys.executable, str(HERE / "in_blocks_worker.py"), str(folder), why]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]
+    script = [str(HERE / "in_blocks_worker.py"), str(folder), job, why]
+    command = [sys.executable, *(torchrun if workers > 1 else []), *script]
     process = subprocess.run(
         command, capture_output=True, text=True, timeout=200, env=ENVIRONMENT, check=False
     )
@@ -39,8 +41,8 @@ def measured(folder: Path, why: str) -> tuple[Profile, LinkedCluster]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_in_blocks_a_job_is_found_to_hold_what_it_holds_whole(tmp_path):
-    whole, linked = measured(tmp_path / "whole", "")
-    blocks, linked_too = measured(tmp_path / "blocks", "a test asks for it")
+    whole, linked = measured(tmp_path / "whole", "gpt", "")
+    blocks, linked_too = measured(tmp_path / "blocks", "gpt", "a test asks for it")
     assert (whole.how_measured, blocks.how_measured) == (
         "",
         "The model was measured block by block, as a test asks for it.",
@@ -59,8 +61,27 @@ def test_in_blocks_a_job_is_found_to_hold_what_it_holds_whole(tmp_path):
             Forecaster(p, there).forecast(layout).memory.total
             for p, there in ((whole, linked), (blocks, linked_too))
         ]
-        print(text, [total / MIB for total in totals])
         assert totals[1] == pytest.approx(totals[0], rel=0.05)
+
+
+def test_two_workers_measure_blocks_at_once_with_their_statistics_and_their_parts(tmp_path):
+    profile, linked = measured(tmp_path / "found", "normed", "a test asks for it", workers=2)
+    assert [costs.active for costs in profile.costs] == [1, 2]
+    alone, together = profile.costs
+    with_norm = [block for block in together.model if block.statistics]
+    assert with_norm
+    assert all(block.forward_among_s is not None for block in with_norm)
+    assert not any(block.forward_among_s for block in alone.model)
+    assert {d.tp for block in together.model for d in block.divisions} == {2}
+    # One layout of each way of splitting was tried, as all of them fit.
+    assert {str(one.layout).partition(",")[0] for one in profile.tried} >= {
+        "dp_replicate=2",
+        "dp_shard=2",
+        "pp=2",
+        "tp=2",
+    }
+    assert all(one.peak_bytes is None or one.peak_bytes > profile.base_bytes for one in profile.tried)
+    assert linked.cluster.workers == 2
 
 
 @pytest.fixture
