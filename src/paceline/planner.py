@@ -80,7 +80,7 @@ def plan(
     if found_here is None:
         return
     profile, linked, directory = found_here
-    notes = (profile.how_noisy,) if profile.how_noisy else ()
+    notes = tuple(filter(None, (profile.how_measured, profile.how_noisy)))
     if described is not None:
         scaled = estimate(profile, linked, described)
         profile, linked, notes = scaled.profile, scaled.linked, (*notes, *scaled.notes)

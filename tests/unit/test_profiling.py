@@ -10,7 +10,7 @@ from torch.utils.data import TensorDataset
 
 import paceline
 from paceline.train.passes import FEWEST, LEAST_S, MOST, Timing, wants_more
-from paceline.train.profiling import Measured, _Curves, measure_costs
+from paceline.train.profiling import Curves, Measured, measure_costs
 from paceline.train.session import Datasets
 
 WIDTH, SAMPLES = 16, 64
@@ -120,11 +120,11 @@ def test_what_pauses_take_is_in_the_blocks():
     backward_s = [[1e-3, 2e-3]] * 4
     whole_s = [sum(f) + sum(b) for f, b in zip(forward_s, backward_s, strict=True)]
     timing = Timing(forward_s, backward_s, whole_s)
-    curves = _Curves({8: timing}, 1.0, pauses=True)
+    curves = Curves({8: timing}, 1.0, pauses=True)
     # Together the mean of 6, 18, 6 and 18 ms, shared out as the medians are.
     assert [curves.forward([n])(8) for n in (0, 1)] == pytest.approx([2e-3, 4e-3])
     assert curves.backward([0, 1])(8) == pytest.approx(3e-3)
-    half = _Curves({8: timing}, 0.5, pauses=True)
+    half = Curves({8: timing}, 0.5, pauses=True)
     assert half.forward([1])(8) == pytest.approx(2e-3)
 
 

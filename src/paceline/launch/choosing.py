@@ -17,7 +17,7 @@ from paceline.plan.choose import JobForecasts, choose
 from paceline.plan.shortlist import shortlist
 from paceline.records import Cluster, Layout, Plan, Trial, describe_layout
 from paceline.train.session import Datasets
-from paceline.train.trial import LayoutTimer
+from paceline.train.trial import time_by_turns
 
 _TRIAL_S = 6.0
 """What timing the layouts of a shortlist may take, once each has run its first steps."""
@@ -55,7 +55,7 @@ class Choosing:
         return len(self._always) > 1
 
     def run(self) -> Plan:
-        """The plan, the same on all workers. Single processes and plain data parallelism are always timed.
+        """The plan, the same on all workers. Single processes and plain data parallelism are always timed, if they fit.
 
         Raises:
             LayoutError: nothing fits, or nothing could be timed.
@@ -85,23 +85,23 @@ class Choosing:
     def shortlist(self, current: Layout | None = None) -> list[Layout]:
         """On rank 0: what is worth timing, in view of the forecasts; `current` among them."""
         assert self._planned is not None
-        always = self._always if current is None or current in self._always else [current, *self._always]
+        always = [layout for layout in self._always if not self._planned.why_not(layout)]
+        if current is not None and current not in always:
+            always = [current, *always]
         return shortlist(self._planned.found.fastest, always)
 
     def time(self, layouts: Sequence[Layout]) -> list[Trial]:
         """Time the layouts that rank 0 gives; the same on all workers. A collective call."""
-        told = [str(layout) for layout in layouts]
-        texts = self._everyone.gather_json(told, "layouts to time")[0]
-        timer = LayoutTimer(
+        return time_by_turns(
+            self._planned.by_turns(layouts) if self._planned is not None else [],
             self._loaded.job,
-            [Layout.parse(text) for text in texts],
             self._world,
+            self._everyone,
             self._datasets,
             seed=self._spec.seed,
             precision=self._precision,
             budget_s=_TRIAL_S,
         )
-        return timer.run()
 
     def _forecast(self) -> JobForecasts | None:
         """On rank 0 the forecasts of this job's layouts."""
@@ -116,6 +116,12 @@ class Choosing:
             return None
         profile = known[0].model_copy(update={"past_error": store.past_error()})
         planned = JobForecasts(profile, known[1])
+        if profile.how_measured:
+            self._write("message", level="info", text=profile.how_measured)
+        reasons = list(filter(None, map(planned.why_not, self._always)))
+        if reasons:
+            text = f"Not timed, as there is no room for them: {'; '.join(reasons)}."
+            self._write("message", level="info", text=text)
         self._write(
             "forecasts",
             source="kept" if is_kept else "measured",

@@ -21,6 +21,7 @@ from paceline.train.image_format import agree_on_images
 from paceline.train.planning import BUDGET_S as JOB_BUDGET_S
 from paceline.train.planning import measure_all
 from paceline.train.precision import choose_precision
+from paceline.train.room import MEASURING_BYTES, why_no_room
 from paceline.train.session import Datasets
 from paceline.train.survey import BUDGET_S, survey
 
@@ -98,6 +99,8 @@ def agree_on_precision(
     if world.rank == 0:
         if spec.precision == AUTO and spec.layout != AUTO and Layout.parse(spec.layout).splits_model:
             chosen = "fp32", "the layout splits the model: what one process would gain was not timed"
+        elif spec.precision == AUTO and (why := why_no_room(loaded.job, world.device.type, MEASURING_BYTES)):
+            chosen = "fp32", f"what one process would gain was not timed: {why}"
         else:
             chosen = choose_precision(
                 spec.precision, loaded.job, datasets, seed=spec.seed, device=world.device

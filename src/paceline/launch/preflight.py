@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from paceline.comm.group import Group
 from paceline.comm.mesh import data_mesh
 from paceline.comm.world import resolve_transport
 from paceline.errors import DataError, JobError, LayoutError, PacelineError
+from paceline.job import Job
 from paceline.launch.spec import AUTO, RunSpec
 from paceline.load import LoadedJob, load_job_file
 from paceline.records import Layout
@@ -20,7 +22,7 @@ from paceline.train.order import Share
 from paceline.train.pipeline import schedule_of
 from paceline.train.precision import check_precision
 from paceline.train.replica import Replica
-from paceline.train.room import TRAINING_BYTES, why_no_room
+from paceline.train.room import MEASURING_BYTES, TRAINING_BYTES, why_no_room
 from paceline.train.session import Datasets
 from paceline.train.target import Target, plan_length
 
@@ -54,8 +56,7 @@ def preflight(spec: RunSpec, device: str, max_workers: int) -> LoadedJob:
     per_epoch = num_batches(dataset, job.batch_size)
     planned = plan_length(job, steps=spec.steps, epochs=spec.epochs, batches_per_epoch=per_epoch)
     num_samples(_build(datasets, "test"), "test")
-    split = spec.layout != AUTO and Layout.parse(spec.layout).splits_model
-    if device == "cpu" and not (split and why_no_room(job, device, TRAINING_BYTES)):
+    if device == "cpu" and not _why_no_trial(spec, job, device):
         _try_step(loaded, datasets, spec.seed, planned.steps)
     return loaded
 
@@ -68,6 +69,13 @@ def _check_layout(layout: Layout, batch_size: int, device: str, max_workers: int
             f"layout {layout} needs {layout.workers} workers, and this host has {max_workers} GPUs",
             next_step=f"use at most dp_replicate={max_workers}, or start on more hosts with torchrun",
         )
+
+
+def _why_no_trial(spec: RunSpec, job: Job, device: str) -> str:
+    """Why one process, or all workers of this host where each of them tries it, cannot train the whole model."""
+    if spec.layout == AUTO:
+        return why_no_room(job, device, MEASURING_BYTES * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return why_no_room(job, device, TRAINING_BYTES) if Layout.parse(spec.layout).splits_model else ""
 
 
 def _build(datasets: Datasets, split: str) -> Any:

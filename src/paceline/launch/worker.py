@@ -147,7 +147,8 @@ class Worker:
         proving = self._proving(job, world, datasets) if spec.verify else None
         if mesh is not None and proving is not None:
             proof, found = proving.prove_if_possible(mesh)
-            if proof is not None and proof.status == "different" and plan.chosen_by == "trial":
+            has_single = any(t.workers == 1 and t.step_s for t in plan.trials)
+            if proof is not None and proof.status == "different" and has_single:
                 plan = without_workers(plan, f"{plan.label} would train something else: {proof.what_differs}")
                 mesh, found = self._take(plan, world), None
             elif proof is not None:

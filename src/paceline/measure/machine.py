@@ -105,7 +105,7 @@ def available_memory_bytes(device: str) -> int:
 
 
 def _cgroup_memory() -> list[tuple[int, int]]:
-    """Limit and use in bytes of the cgroups of this process, where they set a limit."""
+    """Limit and use in bytes of the cgroups of this process, where they set a limit; files that can go are not used."""
     found = []
     for line in _read_lines(Path("/proc/self/cgroup")):
         _, controllers, path = line.split(":", 2)
@@ -118,7 +118,11 @@ def _cgroup_memory() -> list[tuple[int, int]]:
         directory = Path("/sys/fs/cgroup") / names[0]
         limit, used = (_read_words(directory / name) for name in names[1:])
         if limit and used and limit[0] != "max":
-            found.append((int(limit[0]), int(used[0])))
+            # Files that were read a while ago go when memory is wanted.
+            lines = [line.split() for line in _read_lines(directory / "memory.stat")]
+            counts = {words[0]: int(words[1]) for words in lines if len(words) == 2}
+            idle = counts.get("total_inactive_file", counts.get("inactive_file", 0))
+            found.append((int(limit[0]), max(0, int(used[0]) - idle)))
     return found
 
 

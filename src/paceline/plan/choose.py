@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 
 from paceline.errors import LayoutError
+from paceline.plan.fitting import by_turns, why_not
 from paceline.plan.forecast import Forecaster
 from paceline.plan.profile import LinkedCluster, Profile
 from paceline.plan.search import search
@@ -30,6 +31,14 @@ class JobForecasts:
     def of(self, layout: Layout) -> Forecast:
         """The forecast of one layout."""
         return self._forecaster.forecast(layout)
+
+    def why_not(self, layout: Layout) -> str:
+        """Why a layout would not fit; empty if it would."""
+        return why_not(self._forecaster, layout)
+
+    def by_turns(self, layouts: Sequence[Layout]) -> list[list[Layout]]:
+        """The layouts in groups whose models can all be in memory at the same time."""
+        return by_turns(self._forecaster, layouts)
 
     def steps_s(self, trials: Sequence[Trial]) -> dict[Layout, float]:
         """Forecast seconds of a step of the layouts that were timed."""
@@ -71,7 +80,9 @@ def choose(trials: Sequence[Trial], forecast_s: Mapping[Layout, float] | None = 
         return _plan(best, reason, trials)
     others = [t for t in timed if t is not best]
     if not others:
-        return _plan(best, "It is the only layout that this machine and batch allow.", trials)
+        return _plan(
+            best, "It is the only layout that was timed: no other is possible here, or worth a trial.", trials
+        )
     second = min(others, key=lambda t: median(t.step_s))
     several = [t for t in others if t.workers > 1]
     ratio = paired_ratio(second, best)

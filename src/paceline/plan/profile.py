@@ -188,6 +188,15 @@ class Profile(Record):
     """Relative, of earlier forecasts on this machine."""
     spread: float = Field(default=0.0, ge=0)
     """Relative error of the measurements: of a median step, the largest of all conditions."""
+    why_in_blocks: str = ""
+    """Why the model was measured block by block, and never had all of it in memory; empty: it was measured whole."""
+
+    @property
+    def how_measured(self) -> str:
+        """A sentence where the model was measured block by block; else empty."""
+        if not self.why_in_blocks:
+            return ""
+        return f"The model was measured block by block, as {self.why_in_blocks}."
 
     @property
     def how_noisy(self) -> str:

@@ -17,6 +17,8 @@ from paceline.report.hardware_text import print_collectives
 
 def print_profile(console: Console, profile: Profile, linked: LinkedCluster) -> None:
     """All of it, one table after the other."""
+    if profile.how_measured:
+        console.print(Text(profile.how_measured))
     if profile.how_noisy:
         console.print(Text(profile.how_noisy))
         console.print()

@@ -48,7 +48,7 @@ class HeldModel:
             JobError: it is no model, or has nothing to train.
         """
         self._job, self._num_sums = job, num_sums
-        self.model, self._deferred = build_model(job, seed, device, dtype, in_parts=in_parts)
+        self.model, self.deferred = build_model(job, seed, device, dtype, in_parts=in_parts)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         if not self.trained:
             raise JobError(
@@ -56,7 +56,7 @@ class HeldModel:
                 cause="all of them have requires_grad=False",
                 next_step="leave at least one trainable",
             )
-        self.optimizer = build_optimizer(job, self.trained, self._deferred)
+        self.optimizer = build_optimizer(job, self.trained, self.deferred)
         prefer_fused(self.optimizer)
         self.num_parameters = sum(p.numel() for p in self.model.parameters())
         """Of the whole model."""
@@ -79,7 +79,7 @@ class HeldModel:
         kind = self._kind_of_sharing(mesh)
         named = dict(self.model.named_parameters())
         # Shared parameters are rank 0's by themselves.
-        self._join(mesh, but=set(named.values()) if kind else self._deferred)
+        self._join(mesh, but=set(named.values()) if kind else self.deferred)
         if kind:
             self._share(named, mesh, kind)
             self.state = WholeState(self.model, self.local, shared=self.shared)
@@ -91,9 +91,9 @@ class HeldModel:
         Args:
             runs: each runs the model on a small batch.
         """
-        if not everyone_fills_alike(self._deferred, mesh.everyone):
-            self._deferred.settle(self.model.parameters())
-        self._join(mesh, but=self._deferred)
+        if not everyone_fills_alike(self.deferred, mesh.everyone):
+            self.deferred.settle(self.model.parameters())
+        self._join(mesh, but=self.deferred)
         layout = mesh.layout
         micro_batch = self._job.batch_size / (layout.data_parallel * layout.micro)
         self.parts = parts = SplitModel(
@@ -102,7 +102,7 @@ class HeldModel:
             mesh,
             runs,
             schedule_of(layout),
-            self._deferred,
+            self.deferred,
             growth=micro_batch / FEW_TOGETHER,
             found=found,
         )
@@ -117,7 +117,7 @@ class HeldModel:
             self._share({n: p.parameter for n, p in parts.parameters.items()}, mesh, kind)
         # Those that are kept together have got their values.
         have_values = self.sharded is not None or self.shared is not None
-        self._deferred.settle([] if have_values else [p.parameter for p in parts.parameters.values()])
+        self.deferred.settle([] if have_values else [p.parameter for p in parts.parameters.values()])
         self.trained = [local.parameter for local in self.local]
         self.state = WholeState(self.model, self.local, parts, self.sharded, self.shared)
         give_back_freed_memory()
@@ -202,10 +202,10 @@ class HeldModel:
     def _share(self, named: dict[str, nn.Parameter], mesh: Mesh, kind: str) -> None:
         late = {local.parameter for local in self.local if len(local.holders) > 1}
         try:
-            shared = SharedParameters(named, mesh.data, self._deferred, self._num_sums, kind=kind, late=late)
+            shared = SharedParameters(named, mesh.data, self.deferred, self._num_sums, kind=kind, late=late)
         except OSError as error:
             self.why_not_shared = str(error.strerror)
-            broadcast(self.model, mesh.everyone, but=self._deferred)
+            broadcast(self.model, mesh.everyone, but=self.deferred)
             return
         self.shared = shared
         swap_parameters(self.optimizer, shared.replaced)
@@ -226,7 +226,7 @@ class HeldModel:
             apart,
             mesh.shard,
             mesh.data,
-            self._deferred,
+            self.deferred,
             keep=keep,
             waits=mesh.layout.keeps_gradients,
         )

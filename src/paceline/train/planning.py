@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import gc
+from collections.abc import Mapping, Sequence
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -14,27 +16,31 @@ from paceline.comm.threads import take_cores
 from paceline.comm.world import World
 from paceline.errors import LayoutError
 from paceline.job import Job
-from paceline.measure.machine import launcher_memory_bytes
+from paceline.measure.machine import file_memory_bytes, held_memory_bytes, launcher_memory_bytes
 from paceline.plan.corrections import corrected
+from paceline.plan.fitting import why_not
 from paceline.plan.forecast import Forecaster
-from paceline.plan.profile import MOST_SPREAD, Block, Costs, LinkedCluster, Profile, Tried
+from paceline.plan.profile import Block, Costs, LinkedCluster, Profile, Tried
 from paceline.plan.tries import layouts_to_try
-from paceline.records import Cluster, Host, Layout, Trial
+from paceline.records import Cluster, Layout, Trial
 from paceline.split.granularity import NUMBERS, TENSORS, granularity
+from paceline.train.allocator import give_back_freed_memory
+from paceline.train.block_costs import BlockCosts
+from paceline.train.block_memory import can_hold_divided, with_memory_of_blocks
 from paceline.train.build import build_model, build_optimizer
+from paceline.train.conditions import as_rank_0, conditions_of, under_conditions
 from paceline.train.held_memory import HeldMemory, measure_held_memory
 from paceline.train.link_speeds import measure_links
 from paceline.train.profiling import Measured, measure_costs, measure_division
 from paceline.train.session import Datasets
 from paceline.train.speeds import measure_speeds
-from paceline.train.trial import LayoutTimer
+from paceline.train.trial import time_by_turns
+from paceline.train.whole_model import why_block_by_block
 
 BUDGET_S = 12.0
 """What measuring a job takes, about."""
 _TRY = 0.04
 """Share of that which is for each layout that is tried, on top of the rest."""
-_ATTEMPTS = 2
-"""Measurements of one condition, where the first is too noisy to plan with: the less noisy one counts."""
 
 
 def measure_all(
@@ -48,105 +54,146 @@ def measure_all(
     precision: str = "fp32",
     threads: int | None = None,
     budget_s: float = BUDGET_S,
+    why_in_blocks: str | None = None,
 ) -> tuple[Profile, LinkedCluster] | None:
     """What the planner has to know, on rank 0; None on the others. A collective call of all workers.
 
     Costs are measured with one worker alone (with one thread, and on a CPU with all of its host), and with all workers
-    of a host at once; then blocks divided among those, and links; and last layouts of each way of splitting are timed.
+    of a host at once; then blocks divided among those, and links; and last layouts of each way of splitting are timed,
+    those that are forecast to fit.
 
     Args:
         threads: what the user asked each worker to have; None: the host's cores are shared out.
         budget_s: about how long all that may take, without building models, finding out where they can be split, and
             timing the layouts.
+        why_in_blocks: measure block by block, for this reason; empty: with the whole model in each worker; None: whole
+            where there is room.
 
     Raises:
         PacelineError: the job fails on its first steps.
     """
     # What a run reads is there, of both splits, when memory is measured.
     _ = datasets["train"], datasets["test"]
-    held = None
-    if world.rank == 0:
-        take_cores(0, 1, threads or 1)
-        held = measure_held_memory(job, datasets, seed=seed, device=world.device, precision=precision)
-    everyone.barrier("after memory was measured")
+    about: dict[str, Any] = {"seed": seed, "precision": precision}
+    if why_in_blocks is None:
+        why_in_blocks = why_block_by_block(job, datasets, world, everyone, **about)
     conditions = list(conditions_of(cluster.hosts[0], threads))
     sizes = _micro_batches(job.batch_size, cluster.workers)
     parts = len(conditions) + 2
-    found = []
-    for count, active in conditions:
-        group = world.group(active)
-        attempts: list[Measured] = []
-        for _ in range(_ATTEMPTS):
-            everyone.barrier("before measuring")
-            if group is not None:
-                take_cores(world.local_rank, active, count)
-                measured = measure_costs(
-                    job,
-                    datasets,
-                    seed=seed,
-                    device=world.device,
-                    sizes=sizes,
-                    threads=count,
-                    group=group if active > 1 else None,
-                    precision=precision,
-                    budget_s=budget_s / parts,
-                    go_on=functools.partial(_as_rank_0, group),
-                )
-                attempts.append(measured)
-            spreads = everyone.gather_json([one.spread for one in attempts], "how noisy it was")[0]
-            if spreads[-1] <= MOST_SPREAD:
-                break
-        if attempts:
-            found.append(attempts[spreads.index(min(spreads))])
-        everyone.barrier("after measuring")
-    divided = None
-    if conditions[-1][1] > 1:
-        divided = _divide(
-            job, datasets, world, found, conditions[-1], sizes, seed, precision, budget_s / parts / 2
+    held, blocks = None, None
+    if why_in_blocks:
+        take_cores(world.local_rank, world.local_size, threads)
+        blocks = BlockCosts(job, datasets, device=world.device, sizes=sizes, **about)
+    elif world.rank == 0:
+        take_cores(0, 1, threads or 1)
+        held = measure_held_memory(job, datasets, device=world.device, **about)
+    everyone.barrier("after memory was measured")
+
+    def measure(group: Group, count: int) -> Measured:
+        how: dict[str, Any] = {
+            "threads": count,
+            "group": group if group.size > 1 else None,
+            "budget_s": budget_s / parts,
+            "go_on": functools.partial(as_rank_0, group),
+        }
+        if blocks is not None:
+            return blocks.measure(**how)
+        return measure_costs(job, datasets, device=world.device, sizes=sizes, **how, **about)
+
+    found = under_conditions(conditions, world, everyone, measure)
+    speeds = measure_speeds(job, datasets, world, everyone, cluster, seed=seed, blocks=blocks)
+    blocks = None
+    gc.collect()
+    give_back_freed_memory()
+    kind = world.device.type
+    empty, files = held_memory_bytes(kind), file_memory_bytes(kind)
+    profile = None
+    if world.rank == 0:
+        profile = Profile(
+            job=job.name or "job",
+            batch_size=job.batch_size,
+            device=kind,
+            costs=tuple(m.costs for m in found),
+            state_per_byte=max(m.state_per_byte for m in found),
+            shares_update=_shares_update(job, seed, world.device, in_parts=bool(why_in_blocks)),
+            base_bytes=0,
+            spread=max(m.spread for m in found),
+            why_in_blocks=why_in_blocks,
         )
-        everyone.barrier("after measuring divided blocks")
     within, between, meeting_s = measure_links(world, everyone, cluster)
-    trials = _try(
-        job, datasets, world, everyone, cluster, conditions[-1][0], seed, precision, budget_s, divided
-    )
-    speeds = measure_speeds(job, datasets, world, everyone, cluster, seed=seed)
-    if held is None:
-        return None
-    costs = [m.costs.model_copy(update={"meeting_s": meeting_s}) for m in found]
-    if divided is not None:
-        costs = [_with_divisions(one, divided) for one in costs]
-    profile = Profile(
-        job=job.name or "job",
-        batch_size=job.batch_size,
-        device=world.device.type,
-        costs=tuple(costs),
-        state_per_byte=max(m.state_per_byte for m in found),
-        shares_update=_shares_update(job, seed, world.device),
-        base_bytes=0,
-        spread=max(m.spread for m in found),
-    )
     linked = LinkedCluster(
         cluster=cluster,
         within=within,
         between=between,
         speeds=speeds,
-        launcher_bytes=launcher_memory_bytes() if world.device.type == "cpu" else 0,
+        launcher_bytes=launcher_memory_bytes() if kind == "cpu" else 0,
     )
-    profile = _with_memory(profile, linked, conditions[0][0], held)
-    pauses = found[-1].pauses
-    # The median step leaves out the pauses of steps that are shorter.
-    steps_s = {t.layout: median(t.step_s) if pauses else t.median_step_s for t in trials if t.step_s}
-    tried = [
-        Tried(
-            layout=t.layout,
-            step_s=step_s,
-            peak_bytes=_peak_bytes(held, t.layout, t.grown_bytes),
-            evaluation_peak_bytes=_peak_bytes(held, t.layout, t.evaluation_grown_bytes),
+    can_divide = conditions[-1][1] > 1
+    if can_divide and why_in_blocks:
+        room = profile is not None and can_hold_divided(profile, linked, empty, conditions[-1][1])
+        can_divide = everyone.gather_json(room, "whether divided blocks can be measured")[0]
+    divided = None
+    if can_divide:
+        take_cores(world.local_rank, conditions[-1][1], conditions[-1][0])
+        divided = _divide(
+            job, datasets, world, found, conditions[-1], sizes, seed, precision, budget_s / parts / 2
         )
+        everyone.barrier("after measuring divided blocks")
+    groups: list[list[Layout]] = []
+    if profile is not None:
+        costs = [one.model_copy(update={"meeting_s": meeting_s}) for one in profile.costs]
+        if divided is not None:
+            costs = [_with_divisions(one, divided) for one in costs]
+        profile = profile.model_copy(update={"costs": tuple(costs)})
+        if held is None:
+            profile = with_memory_of_blocks(profile, empty, files)
+        else:
+            profile = _with_memory(profile, linked, conditions[0][0], held)
+        forecaster = Forecaster(profile, linked)
+        every = layouts_to_try(job.batch_size, cluster, conditions[-1][0], can_divide=divided is not None)
+        fit = ([layout for layout in group if not why_not(forecaster, layout)] for group in every)
+        groups = [group for group in fit if group]
+    trials = time_by_turns(
+        groups,
+        job,
+        world,
+        everyone,
+        datasets,
+        budget_s=budget_s * _TRY * sum(map(len, groups)),
+        rounds=(2, 5),
+        evaluates=True,
+        **about,
+    )
+    if profile is None:
+        return None
+    without = {
+        t.layout: empty if held is None else held.empty + held.splitting * t.layout.splits_model
         for t in trials
-        if (step_s := steps_s.get(t.layout))
-    ]
-    return corrected(profile, linked, tried), linked
+    }
+    return corrected(profile, linked, _tried(trials, without, pauses=found[-1].pauses)), linked
+
+
+def _tried(trials: Sequence[Trial], empty_bytes: Mapping[Layout, int], *, pauses: bool) -> list[Tried]:
+    """What the trials tell.
+
+    Args:
+        empty_bytes: what a worker of each layout holds without a model.
+        pauses: as `Measured.pauses`.
+    """
+    found = []
+    for trial in trials:
+        # The median step leaves out the pauses of steps that are shorter.
+        step_s = median(trial.step_s) if pauses and trial.step_s else trial.median_step_s
+        if trial.step_s and step_s:
+            peaks = (
+                None if grown is None else empty_bytes[trial.layout] + grown
+                for grown in (trial.grown_bytes, trial.evaluation_grown_bytes)
+            )
+            peak, evaluating = peaks
+            found.append(
+                Tried(layout=trial.layout, step_s=step_s, peak_bytes=peak, evaluation_peak_bytes=evaluating)
+            )
+    return found
 
 
 def _divide(
@@ -176,7 +223,7 @@ def _divide(
             sizes=sizes,
             precision=precision,
             budget_s=budget_s,
-            go_on=functools.partial(_as_rank_0, mesh.everyone),
+            go_on=functools.partial(as_rank_0, mesh.everyone),
             pauses=found[-1].pauses,
         )
     except LayoutError:
@@ -190,38 +237,6 @@ def _with_divisions(costs: Costs, divided: Costs) -> Costs:
     return costs.model_copy(
         update={"blocks": tuple(b.model_copy(update={"divisions": d.divisions}) for b, d in blocks)}
     )
-
-
-def _try(
-    job: Job,
-    datasets: Datasets,
-    world: World,
-    everyone: Group,
-    cluster: Cluster,
-    threads: int,
-    seed: int,
-    precision: str,
-    budget_s: float,
-    divided: Costs | None,
-) -> list[Trial]:
-    """Time what `layouts_to_try` says on rank 0: one replica of the model after the other, as not all may fit."""
-    groups = layouts_to_try(job.batch_size, cluster, threads, can_divide=divided is not None)
-    texts = [[str(layout) for layout in group] for group in groups]
-    trials = []
-    for group in everyone.gather_json(texts, "layouts to try")[0]:
-        timer = LayoutTimer(
-            job,
-            [Layout.parse(text) for text in group],
-            world,
-            datasets,
-            seed=seed,
-            precision=precision,
-            budget_s=budget_s * _TRY * len(group),
-            rounds=(2, 5),
-            evaluates=True,
-        )
-        trials += timer.run()
-    return trials
 
 
 def _with_memory(profile: Profile, linked: LinkedCluster, threads: int, held: HeldMemory) -> Profile:
@@ -274,30 +289,6 @@ def _with_evaluation(profile: Profile, linked: LinkedCluster, threads: int, held
     )
 
 
-def _peak_bytes(held: HeldMemory, layout: Layout, grown_bytes: int | None) -> int | None:
-    """What a worker of the layout holds whose memory grows by so much from when it has no model."""
-    if grown_bytes is None:
-        return None
-    return held.empty + (held.splitting if layout.splits_model else 0) + grown_bytes
-
-
-def _as_rank_0(group: Group, wish: bool) -> bool:
-    """Whether the group's rank 0 goes on; told when all have come."""
-    own = torch.tensor([float(wish and group.rank == 0)], device=group.device)
-    return bool(group.sum_(own, "a measured pass") > 0)
-
-
-def conditions_of(host: Host, threads: int | None = None) -> Iterator[tuple[int, int]]:
-    """Threads of each worker and workers at a time, under which a host is measured."""
-    on_cpu = host.device == "cpu"
-    yield threads or 1, 1
-    if on_cpu and host.cores > 1 and threads is None:
-        yield host.cores, 1
-    if host.workers > 1:
-        shared = max(1, host.cores // host.workers) if on_cpu else 1
-        yield threads or shared, host.workers
-
-
 def _micro_batches(batch_size: int, workers: int) -> list[int]:
     """Sizes from a whole batch down to what a worker has of one of four micro-batches.
 
@@ -306,7 +297,7 @@ def _micro_batches(batch_size: int, workers: int) -> list[int]:
     return sorted({max(min(2, batch_size), batch_size // n) for n in (1, workers, 4 * workers)})
 
 
-def _shares_update(job: Job, seed: int, device: torch.device) -> bool:
-    model, deferred = build_model(job, seed, device, None, in_parts=False)
+def _shares_update(job: Job, seed: int, device: torch.device, *, in_parts: bool) -> bool:
+    model, deferred = build_model(job, seed, device, None, in_parts=in_parts)
     trained = [p for p in model.parameters() if p.requires_grad]
     return granularity(build_optimizer(job, trained, deferred)) in (NUMBERS, TENSORS)

@@ -30,7 +30,7 @@ from paceline.train.replica import Replica, StepResult
 from paceline.train.session import Datasets
 from paceline.train.work import count_work, with_work
 
-_WHOLE_SHARE = 0.9
+WHOLE_SHARE = 0.9
 """Of its time a process has a processor, unless it is paused."""
 
 
@@ -82,7 +82,7 @@ def measure_costs(
         total_steps=job.steps or 1000,
         images=datasets.images,
     )
-    batches = {size: _first_samples(job, datasets["train"], size, device) for size in sizes}
+    batches = {size: first_samples(job, datasets["train"], size, device) for size in sizes}
     steps = _Steps(job, datasets, replica, seed, device)
     steps.measure(budget_s / 8, go_on)
     passes = Passes(job, replica, device)
@@ -100,10 +100,12 @@ def measure_costs(
     calls = passes.describe(batches[sizes[-1]], sizes[-1])
     rest_s = step_s - data_s - optimizer_s
     # Blocks take no more than the step.
-    whole_pass_s = _whole_s(of_size[sizes[-1]], pauses)
+    whole_pass_s = pass_s(of_size[sizes[-1]], pauses)
     share = min(1.0, rest_s / whole_pass_s)
-    curves, among_curves = (_Curves(timings, share, pauses) for timings in (of_size, among))
-    blocks, row = _blocks(calls, curves, among_curves if among else None, 1 if group is None else group.size)
+    curves, among_curves = (Curves(timings, share, pauses) for timings in (of_size, among))
+    blocks, row = as_blocks(
+        calls, curves, among_curves if among else None, 1 if group is None else group.size
+    )
     blocks = with_work(blocks, row, count_work(job, replica, batches[sizes[-1]]), sizes[-1])
     whole_s = sum(blocks[at].forward_s(job.batch_size) + blocks[at].backward_s(job.batch_size) for at in row)
     trained_bytes = sum(p.nbytes for p in replica.model.parameters() if p.requires_grad)
@@ -164,14 +166,14 @@ def measure_division(
     )
     replica.split(mesh, few_samples(job, datasets["train"], device))
     passes = Passes(job, replica, device, mesh.tensor)
-    batches = {size: _first_samples(job, datasets["train"], size, device) for size in sizes}
+    batches = {size: first_samples(job, datasets["train"], size, device) for size in sizes}
     of_size = {s: passes.measure(b, budget_s / len(sizes), go_on) for s, b in batches.items()}
     largest = sizes[-1]
     exchanges = passes.exchanges(batches[largest])
     calls = passes.describe(batches[largest], largest)
     if len(calls) != len(costs.model):
         return None
-    curves = _Curves(of_size, 1.0, pauses)
+    curves = Curves(of_size, 1.0, pauses)
     blocks = []
     for at, block in enumerate(costs.blocks):
         numbers = [number for number, place in enumerate(costs.row) if place == at]
@@ -232,7 +234,7 @@ class _Steps:
         """Whether the process had a processor only part of the time: through a quota, or shared with others."""
         if self._device.type != "cpu":
             return False
-        return self._processor_s < _WHOLE_SHARE * sum(r.step_s for r in self._results)
+        return self._processor_s < WHOLE_SHARE * sum(r.step_s for r in self._results)
 
     def typical(self) -> tuple[float, float, float]:
         """Seconds of a step, of reading its data, and of the optimizer, over whole batches.
@@ -247,15 +249,20 @@ class _Steps:
         )
 
     def error(self) -> float:
-        """Standard error of the median step, relative: 0.93 times the middle half's width over √n, for normal noise."""
-        ordered = sorted(r.step_s for r in self._results)
-        quarter = len(ordered) // 4
-        width = ordered[-1 - quarter] - ordered[quarter]
-        return 0.93 * width / math.sqrt(len(ordered)) / median(ordered)
+        """Of the median step."""
+        return relative_error([r.step_s for r in self._results])
 
 
-def _blocks(
-    calls: Sequence[Call], curves: _Curves, among: _Curves | None, workers: int
+def relative_error(values: Sequence[float]) -> float:
+    """Standard error of the median, relative: 0.93 times the middle half's width over √n, for normal noise."""
+    ordered = sorted(values)
+    quarter = len(ordered) // 4
+    width = ordered[-1 - quarter] - ordered[quarter]
+    return 0.93 * width / math.sqrt(len(ordered)) / median(ordered)
+
+
+def as_blocks(
+    calls: Sequence[Call], curves: Curves, among: Curves | None, workers: int
 ) -> tuple[tuple[Block, ...], tuple[int, ...]]:
     """Calls of one kind become one block, with the mean of what they take; and the row of blocks."""
     kinds: dict[Any, list[int]] = collections.defaultdict(list)
@@ -276,6 +283,7 @@ def _blocks(
             saved_selective_bytes=saved,
             saved_full_bytes=first.input_bytes,
             output_bytes=first.output_bytes,
+            peak_bytes=first.peak_bytes,
         )
         if among and first.channels:
             update = {
@@ -295,7 +303,7 @@ def _statistics(channels: Sequence[int], workers: int) -> tuple[Exchange, ...]:
     return (*gathered, *(("all-reduce", 8.0 * number) for number in channels))
 
 
-class _Curves:
+class Curves:
     """Seconds of calls against samples: their medians over the passes, made to add up to the whole passes.
 
     A whole pass is lengthened by a pause that most of its calls do not see.
@@ -307,7 +315,7 @@ class _Curves:
             share: of the whole passes that the calls are to add up to.
         """
         self._timings = timings
-        self._scales = {s: share * _whole_s(t, pauses) / t.sum_of_medians_s() for s, t in timings.items()}
+        self._scales = {s: share * pass_s(t, pauses) / t.sum_of_medians_s() for s, t in timings.items()}
 
     def forward(self, numbers: Sequence[int]) -> Curve:
         """The mean over the calls of these numbers."""
@@ -321,7 +329,7 @@ class _Curves:
         return Curve.of({float(size): seconds * self._scales[size] for size, seconds in means.items()})
 
 
-def _whole_s(timing: Timing, pauses: bool) -> float:
+def pass_s(timing: Timing, pauses: bool) -> float:
     """Of a pass."""
     return mean(timing.whole_s) if pauses else median(timing.whole_s)
 
@@ -330,7 +338,7 @@ def _mean_of_medians(passes: list[list[float]], numbers: Sequence[int]) -> float
     return sum(median(seconds[n] for seconds in passes) for n in numbers) / len(numbers)
 
 
-def _first_samples(job: Job, dataset: Any, count: int, device: torch.device) -> Any:
+def first_samples(job: Job, dataset: Any, count: int, device: torch.device) -> Any:
     collate: Callable[[list[Any]], Any] = job.collate or default_collate
     length = num_samples(dataset, "train")
     if length is None:

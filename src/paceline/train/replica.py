@@ -18,6 +18,7 @@ from paceline.errors import JobError, LossError
 from paceline.job import Job
 from paceline.split.apply import SplitModel
 from paceline.split.batchnorm import BatchShare, share_batch_norms, uses_batch_statistics
+from paceline.split.deferred import DeferredParameters
 from paceline.split.finding import Found
 from paceline.train import training_state
 from paceline.train.allocator import give_back_freed_memory
@@ -151,6 +152,11 @@ class Replica:
     def parts(self) -> SplitModel | None:
         """What `split` has made of the model."""
         return self._held.parts
+
+    @property
+    def deferred(self) -> DeferredParameters:
+        """Which parameters have no values yet: of a replica built in parts, until `split`."""
+        return self._held.deferred
 
     def among(self, group: Group) -> contextlib.AbstractContextManager[None]:
         """Within it micro-batches are split among the workers of `group`."""

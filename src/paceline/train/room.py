@@ -9,6 +9,8 @@ from paceline.measure.machine import available_memory_bytes
 
 TRAINING_BYTES = 16
 """Per parameter in float32: itself, its gradient, and two moments of an optimizer such as Adam."""
+MEASURING_BYTES = 20
+"""The same with a quarter more, for activations and what an allocator does not fill."""
 PROOF_BYTES = 32
 """The same for a proof, on the worker that compares: two models and the tensors of both steps."""
 

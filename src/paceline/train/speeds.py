@@ -12,6 +12,7 @@ from paceline.comm.threads import take_cores
 from paceline.comm.world import World
 from paceline.job import Job
 from paceline.records import Cluster
+from paceline.train.block_costs import BlockCosts
 from paceline.train.data import ShareLoader
 from paceline.train.replica import Replica
 from paceline.train.session import Datasets
@@ -24,12 +25,22 @@ _SAME = 0.05
 
 
 def measure_speeds(
-    job: Job, datasets: Datasets, world: World, everyone: Group, cluster: Cluster, *, seed: int
+    job: Job,
+    datasets: Datasets,
+    world: World,
+    everyone: Group,
+    cluster: Cluster,
+    *,
+    seed: int,
+    blocks: BlockCosts | None = None,
 ) -> tuple[float, ...]:
     """Of each host, relative to the first; empty: all equally fast. A collective call of all workers.
 
     All workers train at once, each by itself; a host is as fast as its slowest worker. Of the steps the mean counts,
     not the median: a host with a quota of processor time runs at full speed until it is spent, and then not at all.
+
+    Args:
+        blocks: passes of one of these are taken in place of steps; None: the whole model trains.
 
     Raises:
         PacelineError: the job fails on its first steps.
@@ -37,11 +48,18 @@ def measure_speeds(
     if len(cluster.hosts) == 1:
         return ()
     take_cores(world.local_rank, world.local_size)
-    own_s = _step_s(job, datasets, world, everyone, seed)
+    own_s = _step_s(job, datasets, world, everyone, seed) if blocks is None else _pass_s(blocks, everyone)
     rows = everyone.gather(
         torch.tensor([own_s], dtype=torch.float64, device=world.device), "the hosts' speeds"
     )
     return relative(rows.view(-1).tolist(), [host.workers for host in cluster.hosts])
+
+
+def _pass_s(blocks: BlockCosts, everyone: Group) -> float:
+    """Seconds of this worker for a pass of a block, beside all others."""
+    everyone.barrier("before measuring speeds")
+    number, taken_s = blocks.work_for(_BUDGET_S)
+    return taken_s / number
 
 
 def relative(step_s: Sequence[float], workers: Sequence[int]) -> tuple[float, ...]:

@@ -20,9 +20,9 @@ from paceline.plan.fits import fit
 from paceline.plan.hardware import DeviceSpeed, Exchanges, Hardware, Overlap
 from paceline.plan.links import KINDS
 from paceline.records import Cluster
+from paceline.train.conditions import conditions_of
 from paceline.train.device_speeds import MOVED_BYTES, addition_s, copy_s, product_flops_per_s
 from paceline.train.link_speeds import ALL_SIZES, agreed, finish, first_workers, measure_collective
-from paceline.train.planning import conditions_of
 
 BUDGET_S = 15.0
 """What measuring exchanges takes, about."""

@@ -15,6 +15,7 @@ from paceline.comm.world import World
 from paceline.errors import LayoutError
 from paceline.job import Job
 from paceline.records import Layout, Trial, describe_layout
+from paceline.train.allocator import give_back_freed_memory
 from paceline.train.data import GlobalBatch, ShareLoader, few_samples, first_samples
 from paceline.train.held_memory import EVALUATED_BATCHES, Growth
 from paceline.train.replica import Replica, StepResult
@@ -43,6 +44,56 @@ class _Candidate:
     """By which the memory of this worker grew, when it built the model and took its first steps."""
     evaluation_grown_bytes: int | None = None
     """By which it grew then until it had evaluated a few batches."""
+
+
+def time_by_turns(
+    groups: Sequence[Sequence[Layout]],
+    job: Job,
+    world: World,
+    everyone: Group,
+    datasets: Datasets,
+    *,
+    seed: int,
+    precision: str,
+    budget_s: float = BUDGET_S,
+    rounds: tuple[int, int] = (_FEWEST_ROUNDS, _MOST_ROUNDS),
+    evaluates: bool = False,
+) -> list[Trial]:
+    """Time the layouts that rank 0 gives, those of a group in interleaved rounds; the same list on every worker.
+
+    A collective call of all workers.
+
+    Args:
+        groups: layouts whose models can be in memory at the same time; looked at on rank 0 alone.
+        budget_s, rounds, evaluates: as of `LayoutTimer`, for all of them together.
+    """
+    told = [[str(layout) for layout in group] for group in groups]
+    texts: list[list[str]] = everyone.gather_json(told, "layouts to time")[0]
+    number = sum(map(len, texts))
+    trials: list[Trial] = []
+    for group in texts:
+        _leave_room(everyone)
+        timer = LayoutTimer(
+            job,
+            [Layout.parse(text) for text in group],
+            world,
+            datasets,
+            seed=seed,
+            precision=precision,
+            budget_s=budget_s * len(group) / number,
+            rounds=rounds,
+            evaluates=evaluates,
+        )
+        trials += timer.run()
+    _leave_room(everyone)
+    return trials
+
+
+def _leave_room(everyone: Group) -> None:
+    """Have what all workers have freed given back, that of those too whom the next layout leaves out."""
+    gc.collect()  # models and their hooks refer to each other
+    give_back_freed_memory()
+    everyone.barrier("memory is given back")
 
 
 class LayoutTimer:
