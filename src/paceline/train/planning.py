@@ -153,13 +153,14 @@ def measure_all(
         every = layouts_to_try(job.batch_size, cluster, conditions[-1][0], can_divide=divided is not None)
         fit = ([layout for layout in group if not why_not(forecaster, layout)] for group in every)
         groups = [group for group in fit if group]
+    number = everyone.gather_json(sum(map(len, groups)), "how many layouts are tried")[0]
     trials = time_by_turns(
         groups,
         job,
         world,
         everyone,
         datasets,
-        budget_s=budget_s * _TRY * sum(map(len, groups)),
+        budget_s=budget_s * _TRY * number,
         rounds=(2, 5),
         evaluates=True,
         **about,
