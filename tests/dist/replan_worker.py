@@ -34,6 +34,8 @@ def main() -> None:
         found=SimpleNamespace(fastest=[]),
         of=lambda _: SimpleNamespace(step_s=None, error_s=None),
         steps_s=lambda _: {},
+        why_not=lambda _: "",
+        by_turns=lambda layouts: [layouts],
     )
     choosing.Choosing._forecast = lambda self: nothing if self._world.rank == 0 else None  # type: ignore
     record = TrainingLoop._record

@@ -127,6 +127,8 @@ def test_no_more_than_one_block_is_held():
     assert 0 < block.peak_bytes < 64 << 10
     model = costs._replica.model
     assert all(not p.untyped_storage().nbytes() for p in model.parameters())
+    assert all(p.grad is None for p in model.parameters())
+    assert not costs._replica.optimizer.state
 
 
 class Chooser(nn.Module):
