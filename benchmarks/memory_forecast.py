@@ -4,8 +4,8 @@
     python benchmarks/memory_forecast.py DIR --table         # the tables again, of what DIR holds
 
 Each job is measured once by as many workers as there are cores (what `paceline plan` does), which stays in DIR. Then
-each layout trains eight steps in processes of its own (what `paceline train --no-verify` starts), evaluates, and tells
-the most that each worker has held: resident memory, `VmHWM` of /proc, so that a page which two workers map counts
+each layout trains eight steps in processes of its own (what `paceline train --no-verify` starts), evaluates, saves and
+tells the most that each worker has held: resident memory, `VmHWM` of /proc, so that a page which two workers map counts
 for both. The forecast is of the worst worker, and so is what is compared. Layouts of which the measuring processes
 tried one for a moment are marked.
 """

@@ -7,7 +7,7 @@ Layouts run in hosts of a box whose memory is some times what the plan wants for
 tenth free, so it wants the forecast of all workers of the host over 0.9. Where the host has more than that the plan
 accepts the layout, and the kernel must not kill it. Where it has less the plan refuses it; the layout then runs in a
 host without the tenth, and if it survives there it was refused without need. What counts against the limit is
-what workers hold once: `Memory.own`.
+what workers hold once: `Forecaster.needed_bytes`.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def run_limited(jobs: Sequence[str], directory: Path) -> None:
         for text in LIMITED:
             layout = Layout.parse(text)
             with contextlib.suppress(LayoutError):
-                needed = layout.workers * forecaster.forecast(layout).memory.own
+                needed = layout.workers * forecaster.needed_bytes(layout)
                 for times in TIMES:
                     if (job, text, times) not in done:
                         keep(file, train_limited(job, layout, times, needed))

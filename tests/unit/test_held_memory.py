@@ -112,3 +112,18 @@ def test_micro_batches_bound_an_evaluation():
         pytest.skip("the peak cannot be set back here")
     assert replica.evaluate(job.data("test")) == (pytest.approx(metrics[0], rel=1e-4), metrics[1])
     assert machine.peak_memory_bytes("cpu") - before < 60 * MIB
+
+
+def test_statistics_of_an_evaluations_batches_are_those_of_whole_batches():
+    job = paceline.Job(
+        model=lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=False)),
+        data=lambda split: TensorDataset(torch.arange(96.0).reshape(24, 4).sin()),
+        loss=lambda outputs, batch: outputs.square().square().mean(),
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
+        batch_size=8,
+        steps=1,
+    )
+    replica = Replica(job, seed=0, device=CPU, precision="fp32", total_steps=1)
+    whole = replica.evaluate(job.data("test"))
+    replica.attach(data_mesh(Group.alone(CPU), Layout(micro=4)))
+    assert replica.evaluate(job.data("test")) == whole

@@ -104,6 +104,20 @@ def test_evaluations_of_tried_layouts_are_in_the_forecasts_of_their_way():
     assert Forecaster(found, there).forecast(two).memory.total == evaluation.total + 5 * MIB
 
 
+def test_stages_of_one_host_share_its_memory_out():
+    """Four workers on the host, or two on each of two, of which the last block's stage holds more."""
+    job, layout = (
+        profile((1.0, 1.0, 1.0, 4.0), 16, (), shares_update=False),
+        Layout(pp=2, dp_replicate=2, micro=4),
+    )
+    together, apart = Forecaster(job, linked(per_host=4)), Forecaster(job, linked(hosts=2, per_host=2))
+    worst = together.forecast(layout).memory.own
+    assert together.needed_bytes(layout) < 0.95 * worst
+    assert apart.needed_bytes(layout) == apart.forecast(layout).memory.own == worst
+    even = Layout(dp_replicate=4)
+    assert together.needed_bytes(even) == together.forecast(even).memory.own
+
+
 def test_gradients_come_while_what_was_saved_goes():
     """Three blocks of 40 MB of parameters; a sample saves 3 MB in each, and has 1 MB of temporaries."""
 

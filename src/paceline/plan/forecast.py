@@ -10,6 +10,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
+from statistics import mean
 from typing import Any
 
 from paceline.errors import LayoutError
@@ -349,18 +350,35 @@ class Forecaster:
 
     def memories(self, layout: Layout) -> tuple[Memory, Memory]:
         """In steps and in evaluations: of the worker that needs most then."""
+        training, evaluating = zip(*self._memories(layout), strict=True)
+        return max(training, key=_total), max(evaluating, key=_total)
+
+    def needed_bytes(self, layout: Layout) -> int:
+        """Of its host's memory, a worker on average: on the host where that is most. On GPUs each has its own."""
+        own = [max(training.own, evaluating.own) for training, evaluating in self._memories(layout)]
+        cluster = self.linked.cluster
+        if layout.pp == 1 or cluster.device != "cpu":
+            return max(own)
+        workers = iter(range(layout.workers))
+        hosts = [list(itertools.islice(workers, host.workers)) for host in cluster.hosts]
+        each = layout.workers // layout.pp
+        return max(round(mean(own[worker // each] for worker in here)) for here in hosts if here)
+
+    def _memories(self, layout: Layout) -> list[tuple[Memory, Memory]]:
+        """`memories`, of each worker of a pipeline."""
         stages, stored = self.stages_of(layout), [1]
         if layout.pp > 1:
             stored = list(peak_stored(layout.schedule, layout.pp, layout.micro, layout.stages))
         sharers = self.place(layout, "data").per_host if one_copy(self.profile, self._places, layout) else 1
         workers = stages_of_workers(layout.schedule, layout.pp, layout.stages)
         held = [[stages[s] for s in mine] for mine in workers]
-        training = (
-            training_memory(self.profile, layout, mine, stored=number, sharers=sharers)
+        return [
+            (
+                training_memory(self.profile, layout, mine, stored=number, sharers=sharers),
+                evaluation_memory(self.profile, layout, mine, sharers=sharers),
+            )
             for mine, number in zip(held, stored, strict=True)
-        )
-        evaluating = (evaluation_memory(self.profile, layout, mine, sharers=sharers) for mine in held)
-        return max(training, key=_total), max(evaluating, key=_total)
+        ]
 
 
 def _total(memory: Memory) -> int:

@@ -86,10 +86,11 @@ def search(
             num_forecast += 1
             found = forecaster.forecast(layout, apart=False)
             room = room_bytes(forecaster.linked, layout, memory_bytes, margin)
-            if found.memory.own <= room:
+            needed = forecaster.needed_bytes(layout) if memory_bytes is None else found.memory.own
+            if needed <= room:
                 bisect.insort(fastest, (found.step_s, str(layout), found), key=lambda f: f[:2])
                 break  # computing more again takes longer
-            refused = Refused(layout, found.memory.own, room)
+            refused = Refused(layout, needed, room)
             if smallest is None or refused.lacking_bytes < smallest.lacking_bytes:
                 smallest = refused
     if not fastest:

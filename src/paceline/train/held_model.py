@@ -24,6 +24,8 @@ from paceline.train.moving import Piece
 from paceline.train.pipeline import schedule_of
 from paceline.train.state import WholeState, broadcast
 
+_SUMMED_NUMEL = 1 << 20
+
 
 class HeldModel:
     """One worker's model, or its part of one, with the optimizer of what it updates."""
@@ -237,7 +239,7 @@ class HeldModel:
         if group.size == 1 or not parameters:
             return
         held = [self._held(local) for local in parameters]
-        own = torch.stack([t.double().sum() for t in held])
+        own = torch.stack([_sum(tensor) for tensor in held])
         rows = group.gather(own, "parameter checksums")
         for rank in range(1, group.size):
             # Bits are compared, so that NaN equals NaN.
@@ -257,3 +259,8 @@ class HeldModel:
             return local.parameter.detach()
         piece = self.sharded.pieces.get(local.name)
         return torch.zeros(1, device=local.parameter.device) if piece is None else piece.detach()
+
+
+def _sum(tensor: torch.Tensor) -> torch.Tensor:
+    """In float64, without a copy of all of it."""
+    return torch.stack([piece.double().sum() for piece in tensor.reshape(-1).split(_SUMMED_NUMEL)]).sum()

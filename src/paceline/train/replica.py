@@ -304,9 +304,11 @@ class Replica:
             self._held.begin_pass()
             give_back_freed_memory()
             with torch.no_grad(), self._share.among(data):
-                micro, size, rank = self._mesh.layout.micro, data.size, data.rank
+                # Batch norms without running statistics take those of the whole batch, as they do in every layout.
+                mixes = any(uses_batch_statistics(module) for module in self.model.modules())
+                micro = 1 if mixes else self._mesh.layout.micro
                 for part in evaluation_parts(
-                    self.job, dataset, micro=micro, size=size, rank=rank, device=self.device
+                    self.job, dataset, micro=micro, size=data.size, rank=data.rank, device=self.device
                 ):
                     self._evaluate_part(part, functions, totals)
             if self._pipeline is not None:
