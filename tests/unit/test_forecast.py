@@ -554,6 +554,14 @@ def test_batch_norm_counts_where_the_batch_is_split_and_more_over_a_cable():
     here = compute_s(norms, linked(), layout)
     assert 1.1 < here / compute_s(made, linked(), layout) < 1.2
     over_a_cable = compute_s(norms, linked(2, 1), layout)
-    messages_s = CABLE.seconds("all-gather", 2, 1000) + CABLE.seconds("all-reduce", 2, 500)
-    at_home_s = MEMORY.seconds("all-gather", 2, 1000) + MEMORY.seconds("all-reduce", 2, 500)
+    messages_s = CABLE.seconds("all-gather", 2, 2000) + CABLE.seconds("all-reduce", 2, 500)
+    at_home_s = MEMORY.seconds("all-gather", 2, 2000) + MEMORY.seconds("all-reduce", 2, 500)
     assert over_a_cable - here == pytest.approx(len(costs.row) * (messages_s - at_home_s))
+    # Hosts of one worker cannot measure it at home, and count the messages alone, in each micro-batch.
+    without = tuple(b.model_copy(update={"forward_among_s": None, "backward_among_s": None}) for b in blocks)
+    alone = made.model_copy(update={"costs": (costs.model_copy(update={"blocks": without}),)})
+    assert compute_s(alone, linked(2, 1), one) == compute_s(made, linked(2, 1), one)
+    for micro in (1, 2):
+        split = Layout(dp_replicate=2, micro=micro)
+        more_s = compute_s(alone, linked(2, 1), split) - compute_s(made, linked(2, 1), split)
+        assert more_s == pytest.approx(micro * len(costs.row) * messages_s)

@@ -8,7 +8,7 @@ from paceline.plan.replan import decide
 from paceline.records import Layout, Trial
 from paceline.report.kinds import ReplanEvent, decode
 from paceline.report.sentences import how_replanned
-from paceline.train.replica import StepResult
+from paceline.train.step import StepResult
 from paceline.train.watch import _WINDOW, Watch
 
 ONE, TWO = Layout(threads=1), Layout(dp_replicate=2, threads=1)

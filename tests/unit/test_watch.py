@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from paceline.train.replica import StepResult
+from paceline.train.step import StepResult
 from paceline.train.watch import _WINDOW, Watch
 
 

@@ -272,19 +272,24 @@ class Forecaster:
         self, layout: Layout, block: Block, part: Block | Division, micro: float
     ) -> tuple[float, float]:
         """Forward and backward of one worker, on the device that was measured; statistics over all workers included."""
-        if part is not block or layout.data_parallel == 1 or block.forward_among_s is None:
-            return part.forward_s(micro), part.backward_s(micro)
-        assert block.backward_among_s is not None
-        # Measured among the workers of one host; over a cable their messages take longer.
-        here, there = self.place(layout, "data"), self.costs_of(layout).active
-        measured = Placement(hosts=1, per_host=max(2, there))
-        more_s = 0.0
-        for kind, num_bytes in block.statistics:
-            more_s += max(
-                0.0,
-                self._places.seconds(kind, here, num_bytes) - self._places.seconds(kind, measured, num_bytes),
-            )
-        return block.forward_among_s(micro) + more_s / 2, block.backward_among_s(micro) + more_s / 2
+        forward_s, backward_s = part.forward_s(micro), part.backward_s(micro)
+        if layout.data_parallel == 1 or not block.statistics:
+            return forward_s, backward_s
+        more_s = self._statistics_s(block, self.place(layout, "data"))
+        if part is block and block.forward_among_s is not None and block.backward_among_s is not None:
+            # Measured among the workers of one host; over a cable their messages take longer.
+            forward_s, backward_s = block.forward_among_s(micro), block.backward_among_s(micro)
+            measured = Placement(hosts=1, per_host=max(2, self.costs_of(layout).active))
+            more_s = max(0.0, more_s - self._statistics_s(block, measured))
+        return forward_s + more_s / 2, backward_s + more_s / 2
+
+    def _statistics_s(self, block: Block, place: Placement) -> float:
+        """What a block exchanges in a micro-batch for statistics over all workers of a place."""
+        workers = place.hosts * place.per_host
+        return sum(
+            self._places.seconds(kind, place, num_bytes * (workers if kind == "all-gather" else 1))
+            for kind, num_bytes in block.statistics
+        )
 
     def _exchange_s(self, exchanges: Sequence[tuple[str, float]], place: Placement, micro: float) -> float:
         return sum(self._places.seconds(kind, place, num_bytes * micro) for kind, num_bytes in exchanges)

@@ -69,12 +69,12 @@ class Block(Record):
     """Calls of the framework in a forward pass, views apart: what a GPU has to be told one by one."""
     divisions: tuple[Division, ...] = ()
     forward_among_s: Curve | None = None
-    """Forward where a micro-batch is split among workers and the block takes statistics over all of them (batch
-    norm); None: that makes no difference to it."""
+    """Forward where a micro-batch is split among the workers of a host and the block takes statistics over all of them
+    (batch norm); None: that makes no difference to it, or was not measured."""
     backward_among_s: Curve | None = None
     statistics: tuple[Exchange, ...] = ()
-    """What it exchanges for that in each micro-batch, whatever the number of samples: in the two curves for the
-    measured number of workers on one host."""
+    """What each worker exchanges for that in each micro-batch, whatever the number of samples: in the two curves, where
+    there are any, for the measured number of workers."""
 
     def divided(self, tp: int) -> Block | Division | None:
         """What one of `tp` workers computes; None where that is not known."""

@@ -70,6 +70,8 @@ class SplitModel:
         *,
         growth: float,
         found: Found | None = None,
+        timed: Callable[[], Any] | None = None,
+        room: float = 0.0,
     ) -> None:
         """Split `model`, in place. A collective call of all workers of `mesh`.
 
@@ -77,6 +79,9 @@ class SplitModel:
             runs: forwards of the model and the loss, each on another small batch.
             found: where to split it, if that is known from an earlier model of the same job in the same layout.
             growth: how many times larger than a run's batch a worker's micro-batch is.
+            timed: a forward of a batch as large as a micro-batch, by which a pipeline's stages are cut; where there is
+                none, or it fails, `runs[0]`.
+            room: parameters for which a worker has memory in any case.
             deferred: the parameters that have no values yet. Of those that stay whole here it still has them.
             schedule: of the pipeline; None where there is none.
 
@@ -95,7 +100,7 @@ class SplitModel:
         self.tensor: TensorParallel | None = None
         if found is None:
             with deferred.lending() as self.calls.around:
-                found = self._find_out(runs, num_stages, growth)
+                found = self._find_out(runs, num_stages, growth, timed, room)
             self.calls.around = None
         self.found = found
         self.calls.undivided = frozenset(found.left_whole)
@@ -200,7 +205,14 @@ class SplitModel:
                     group.receive_(tensor, holder, f"{what} {name}")
             yield name, tensor
 
-    def _find_out(self, runs: Sequence[Callable[[], Any]], num_stages: int, growth: float) -> Found:
+    def _find_out(
+        self,
+        runs: Sequence[Callable[[], Any]],
+        num_stages: int,
+        growth: float,
+        timed: Callable[[], Any] | None,
+        room: float,
+    ) -> Found:
         """Where this model can be split, from forwards of the whole of it."""
         group, layout = self.mesh.everyone, self.layout
         found = Found()
@@ -211,7 +223,7 @@ class SplitModel:
             split, failed = find_proven_split(self.mesh, self.model, self.calls, runs[0], layout, growth)
             found = dataclasses.replace(found, tensor=split, left_whole=failed)
         if layout.pp > 1:
-            stages = find_stages(group, self.model, self.calls, runs[0], num_stages)
+            stages = find_stages(group, self.model, self.calls, (timed, runs[0]), num_stages, room)
             found = dataclasses.replace(found, stages=stages)
         return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -90,11 +91,29 @@ def find_steady(
     return frozenset(steady), frozenset(read_between)
 
 
-def find_stages(group: Group, model: nn.Module, calls: PieceCalls, run: Run, num_stages: int) -> Stages:
-    """Where to cut the model."""
-    return Stages.from_json(
-        agree(group, "the pipeline's stages", lambda: plan_stages(model, calls, run, num_stages).to_json())
-    )
+def find_stages(
+    group: Group,
+    model: nn.Module,
+    calls: PieceCalls,
+    runs: tuple[Run | None, Run],
+    num_stages: int,
+    room: float,
+) -> Stages:
+    """Where to cut the model. See `plan_stages`.
+
+    Args:
+        runs: a forward of the size of a micro-batch, made of small batches, which the model may not take; and a small
+            one.
+    """
+
+    def find() -> dict[str, Any]:
+        large, small = runs
+        if large is not None:
+            with contextlib.suppress(RuntimeError, ValueError, TypeError, IndexError):
+                return plan_stages(model, calls, large, num_stages, room=room).to_json()
+        return plan_stages(model, calls, small, num_stages, room=room).to_json()
+
+    return Stages.from_json(agree(group, "the pipeline's stages", find))
 
 
 def find_tensor_split(

@@ -184,12 +184,19 @@ def _follow(model: nn.Module, calls: PieceCalls, run: Callable[[], Any], names: 
 
 
 def plan_stages(
-    model: nn.Module, calls: PieceCalls, run: Callable[[], Any], num_stages: int, *, rounds: int = 2
+    model: nn.Module,
+    calls: PieceCalls,
+    run: Callable[[], Any],
+    num_stages: int,
+    *,
+    room: float = 0.0,
+    rounds: int = 2,
 ) -> Stages:
-    """Where to compute what, in `num_stages` stages of about equal time and size.
+    """Where to compute what, in `num_stages` stages of about equal time, and of about equal size where that is needed.
 
     Args:
-        run: one forward of the model, from a fresh batch each time.
+        run: one forward of the model, of as many samples as a micro-batch has: of few, small blocks seem large.
+        room: parameters that a stage may have, whatever the others have.
 
     Raises:
         LayoutError: the model has fewer pieces than stages.
@@ -208,7 +215,7 @@ def plan_stages(
     modules = {piece.name: piece.module for piece in calls.pieces}
     seconds = _alike(seconds, [_kind(modules[name]) for name, _ in trace.seen])
     elements = [float(sum(p.numel() for p in modules[name].parameters())) for name, _ in trace.seen]
-    stage_of = cut_in_balance(seconds, elements, num_stages)
+    stage_of = cut_in_balance(seconds, elements, num_stages, room)
     where = dict(zip(trace.seen, stage_of, strict=True))
     holders: dict[str, set[int]] = {}
     by_id = {id(p): name for name, p in model.named_parameters()}
@@ -243,12 +250,15 @@ _SIZE_TO_SPARE = 1.1
 """A stage may be so many times larger than the largest must be, if that saves time."""
 
 
-def cut_in_balance(seconds: Sequence[float], sizes: Sequence[float], num_parts: int) -> list[int]:
-    """The part of each call, in order, none empty: the quickest of those that are hardly larger than they must be.
+def cut_in_balance(
+    seconds: Sequence[float], sizes: Sequence[float], num_parts: int, room: float = 0.0
+) -> list[int]:
+    """The part of each call, in order, none empty: the quickest of those that are hardly larger than they must be, or
+    no larger than `room`.
 
     Where most of the weights are in one place (an embedding) the others are still cut by time alone.
     """
-    largest = _SIZE_TO_SPARE * _largest_part(cut_evenly(sizes, num_parts), sizes)
+    largest = max(room, _SIZE_TO_SPARE * _largest_part(cut_evenly(sizes, num_parts), sizes))
     sums_s, sums = _running_sums(seconds), _running_sums(sizes)
 
     def cost(begin: int, end: int) -> float:

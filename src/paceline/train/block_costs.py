@@ -99,8 +99,9 @@ class BlockCosts:
         The first call also finds out what each block holds.
         """
         walk, largest = self._walk, self._sizes[-1]
-        takes_statistics = self._replica.takes_statistics and group is not None and group.size > 1
-        among_units = [u for u in walk.units if takes_statistics and walk.calls[u.number].channels]
+        takes_statistics = self._replica.takes_statistics
+        measures_among = takes_statistics and group is not None and group.size > 1
+        among_units = [u for u in walk.units if measures_among and walk.calls[u.number].channels]
         each_s = budget_s / len(self._sizes) / (len(walk.units) + 1 + len(among_units))
         self._processor_s = self._passed_s = 0.0
         around, updates_s = self._measure_around(each_s, go_on)
@@ -124,8 +125,7 @@ class BlockCosts:
             timings = {s: self._together(around[s], alone | among, s) for s in self._sizes}
             among_curves = Curves(timings, 1.0, pauses)
         curves = Curves(of_size, 1.0, pauses)
-        workers = 1 if group is None else group.size
-        blocks, row = as_blocks(walk.calls, curves, among_curves, workers)
+        blocks, row = as_blocks(walk.calls, curves, among_curves, takes_statistics=takes_statistics)
         blocks = with_work(blocks, row, walk.work, largest)
         # Each kind of block was updated once.
         measured_bytes = sum(block.trained_bytes for block in blocks)
@@ -135,7 +135,7 @@ class BlockCosts:
         optimizer_s_per_byte = updates_s / measured_bytes
         costs = Costs(
             threads=threads,
-            active=workers,
+            active=1 if group is None else group.size,
             blocks=blocks,
             row=row,
             optimizer_s_per_byte=optimizer_s_per_byte,

@@ -299,6 +299,18 @@ def few_samples(job: Job, dataset: Any, device: torch.device) -> list[Any]:
     return [to_device(collate(group), device) for group in groups]
 
 
+def repeated(batch: Any, samples: float) -> Any:
+    """One of `few_samples` as large as about so many samples: tensors again and again, the rest as it is."""
+    times = max(1, round(samples / FEW_TOGETHER))
+
+    def repeat(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dim() == 0 or len(tensor) != FEW_TOGETHER:
+            return tensor
+        return tensor.repeat(times, *[1] * (tensor.dim() - 1))
+
+    return map_tensors(batch, repeat)
+
+
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with every tensor in it on `device`; containers keep their type."""
     if device.type == "cpu":

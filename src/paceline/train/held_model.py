@@ -11,6 +11,7 @@ from paceline.comm.group import Group
 from paceline.comm.mesh import Mesh
 from paceline.errors import JobError, WorkerError
 from paceline.job import Job
+from paceline.measure.machine import available_memory_bytes
 from paceline.split.apply import LocalParameter, SplitModel
 from paceline.split.finding import Found
 from paceline.split.granularity import NUMBERS, TENSORS, granularity, prefer_fused
@@ -22,9 +23,15 @@ from paceline.train.build import build_model, build_optimizer, everyone_fills_al
 from paceline.train.data import FEW_TOGETHER
 from paceline.train.moving import Piece
 from paceline.train.pipeline import schedule_of
+from paceline.train.room import TRAINING_BYTES
 from paceline.train.state import WholeState, broadcast
 
 _SUMMED_NUMEL = 1 << 20
+
+
+_ROOM_SHARE = 0.25
+"""Of a worker's memory: parameters that take no more of it, with all that training adds to them, need not be shared out
+evenly over a pipeline's stages."""
 
 
 class HeldModel:
@@ -87,11 +94,18 @@ class HeldModel:
             self.state = WholeState(self.model, self.local, shared=self.shared)
         give_back_freed_memory()
 
-    def split(self, mesh: Mesh, runs: Sequence[Callable[[], None]], found: Found | None) -> SplitModel:
+    def split(
+        self,
+        mesh: Mesh,
+        runs: Sequence[Callable[[], None]],
+        found: Found | None,
+        timed: Callable[[], None] | None = None,
+    ) -> SplitModel:
         """See `Replica.split`.
 
         Args:
             runs: each runs the model on a small batch.
+            timed: runs it on one as large as a micro-batch.
         """
         if not everyone_fills_alike(self.deferred, mesh.everyone):
             self.deferred.settle(self.model.parameters())
@@ -107,6 +121,8 @@ class HeldModel:
             self.deferred,
             growth=micro_batch / FEW_TOGETHER,
             found=found,
+            timed=timed,
+            room=_room(mesh),
         )
         self._tensor = mesh.tensor
         swap_parameters(self.optimizer, parts.replaced)
@@ -264,3 +280,10 @@ class HeldModel:
 def _sum(tensor: torch.Tensor) -> torch.Tensor:
     """In float64, without a copy of all of it."""
     return torch.stack([piece.double().sum() for piece in tensor.reshape(-1).split(_SUMMED_NUMEL)]).sum()
+
+
+def _room(mesh: Mesh) -> float:
+    """Parameters for which a worker has memory in any case."""
+    kind = mesh.everyone.device.type
+    sharers = mesh.layout.workers if kind == "cpu" else 1
+    return _ROOM_SHARE * available_memory_bytes(kind) / sharers / TRAINING_BYTES

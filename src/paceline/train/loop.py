@@ -13,8 +13,8 @@ import torch
 from paceline.events import EventWriter
 from paceline.train.allocator import give_back_freed_memory
 from paceline.train.noise import StepNoise
-from paceline.train.replica import StepResult
 from paceline.train.session import Session
+from paceline.train.step import StepResult
 from paceline.train.target import Length, Target
 from paceline.train.watch import Watch
 from paceline.train.weights import load_weights, save_tensors, save_weights

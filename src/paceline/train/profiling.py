@@ -26,8 +26,9 @@ from paceline.plan.profile import Block, Costs, Division, Exchange
 from paceline.train.data import ShareLoader, few_samples, num_samples, to_device
 from paceline.train.device_speeds import MOVED_BYTES, addition_s, product_flops_per_s
 from paceline.train.passes import Call, GoOn, Passes, Timing, wants_more
-from paceline.train.replica import Replica, StepResult
+from paceline.train.replica import Replica
 from paceline.train.session import Datasets
+from paceline.train.step import StepResult
 from paceline.train.work import count_work, with_work
 
 WHOLE_SHARE = 0.9
@@ -86,11 +87,11 @@ def measure_costs(
     steps = _Steps(job, datasets, replica, seed, device)
     steps.measure(budget_s / 8, go_on)
     passes = Passes(job, replica, device)
-    takes_statistics = replica.takes_statistics and group is not None and group.size > 1
-    each_s = budget_s * 3 / 4 / len(sizes) / (2 if takes_statistics else 1)
+    measures_among = replica.takes_statistics and group is not None and group.size > 1
+    each_s = budget_s * 3 / 4 / len(sizes) / (2 if measures_among else 1)
     of_size = {size: passes.measure(batch, each_s, go_on) for size, batch in batches.items()}
     among: dict[int, Timing] = {}
-    if takes_statistics:
+    if measures_among:
         assert group is not None
         with replica.among(group):
             among = {size: passes.measure(batch, each_s, go_on) for size, batch in batches.items()}
@@ -104,7 +105,7 @@ def measure_costs(
     share = min(1.0, rest_s / whole_pass_s)
     curves, among_curves = (Curves(timings, share, pauses) for timings in (of_size, among))
     blocks, row = as_blocks(
-        calls, curves, among_curves if among else None, 1 if group is None else group.size
+        calls, curves, among_curves if among else None, takes_statistics=replica.takes_statistics
     )
     blocks = with_work(blocks, row, count_work(job, replica, batches[sizes[-1]]), sizes[-1])
     whole_s = sum(blocks[at].forward_s(job.batch_size) + blocks[at].backward_s(job.batch_size) for at in row)
@@ -262,9 +263,13 @@ def relative_error(values: Sequence[float]) -> float:
 
 
 def as_blocks(
-    calls: Sequence[Call], curves: Curves, among: Curves | None, workers: int
+    calls: Sequence[Call], curves: Curves, among: Curves | None, *, takes_statistics: bool
 ) -> tuple[tuple[Block, ...], tuple[int, ...]]:
-    """Calls of one kind become one block, with the mean of what they take; and the row of blocks."""
+    """Calls of one kind become one block, with the mean of what they take; and the row of blocks.
+
+    Args:
+        among: the same curves where workers take statistics over all of them; None: not measured.
+    """
     kinds: dict[Any, list[int]] = collections.defaultdict(list)
     for number, call in enumerate(calls):
         kinds[call.kind].append(number)
@@ -285,21 +290,19 @@ def as_blocks(
             output_bytes=first.output_bytes,
             peak_bytes=first.peak_bytes,
         )
+        if takes_statistics and first.channels:
+            block = block.model_copy(update={"statistics": _statistics(first.channels)})
         if among and first.channels:
-            update = {
-                "forward_among_s": among.forward(numbers),
-                "backward_among_s": among.backward(numbers),
-                "statistics": _statistics(first.channels, workers),
-            }
+            update = {"forward_among_s": among.forward(numbers), "backward_among_s": among.backward(numbers)}
             block = block.model_copy(update=update)
         blocks.append(block)
     place = {number: at for at, numbers in enumerate(kinds.values()) for number in numbers}
     return tuple(blocks), tuple(place[number] for number in range(len(calls)))
 
 
-def _statistics(channels: Sequence[int], workers: int) -> tuple[Exchange, ...]:
-    """What batch norms of so many channels exchange in a micro-batch (`split/batchnorm.py`)."""
-    gathered = [("all-gather", 4.0 * (2 * number + 1) * workers) for number in channels]
+def _statistics(channels: Sequence[int]) -> tuple[Exchange, ...]:
+    """What batch norms of so many channels exchange in a micro-batch (`split/batchnorm.py`), of each worker."""
+    gathered = [("all-gather", 4.0 * (2 * number + 1)) for number in channels]
     return (*gathered, *(("all-reduce", 8.0 * number) for number in channels))
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
-import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +12,7 @@ import torch
 
 from paceline.comm.group import Group
 from paceline.comm.mesh import Mesh, data_mesh
-from paceline.errors import JobError, LossError
+from paceline.errors import JobError
 from paceline.job import Job
 from paceline.split.apply import SplitModel
 from paceline.split.batchnorm import BatchShare, share_batch_norms, uses_batch_statistics
@@ -22,44 +20,29 @@ from paceline.split.deferred import DeferredParameters
 from paceline.split.finding import Found
 from paceline.train import training_state
 from paceline.train.allocator import give_back_freed_memory
-from paceline.train.calling import caller, require_scalar, sum_and_weight
-from paceline.train.data import GlobalBatch, Part, evaluation_parts
+from paceline.train.calling import caller
+from paceline.train.data import GlobalBatch, Part, evaluation_parts, repeated
+from paceline.train.evaluation import Totals
 from paceline.train.held_model import HeldModel
 from paceline.train.images import ImageFormat
-from paceline.train.noise import NUM_SUMS, NoiseMeter, StepNoise
+from paceline.train.noise import NoiseMeter
 from paceline.train.optimizer_state import needs_whole_parameters
 from paceline.train.pipeline import Pipeline
-from paceline.train.reduction import Reduction, Sums
+from paceline.train.reduction import Reduction
 from paceline.train.seeds import derive, seed_torch
 from paceline.train.state import WholeState
+from paceline.train.step import (
+    CHANGE,
+    NOISE,
+    STOP,
+    SUMS,
+    WEIGHT,
+    WEIGHTED,
+    StepResult,
+    mean_loss,
+    weigh,
+)
 from paceline.train.training_state import TrainingState
-
-# The sums that travel with the gradients, and their places.
-_LOSS, _WEIGHT, _WEIGHTED, _STOP, _CHANGE = range(5)
-_NOISE = slice(5, 5 + NUM_SUMS)
-SUMS = Sums(num=_NOISE.stop, num_alike=3, weight=_WEIGHT, weighted=_WEIGHTED)
-
-
-@dataclasses.dataclass(frozen=True)
-class StepResult:
-    """What one step did. Times are this worker's; `loss` is over the global batch, before the update."""
-
-    loss: float
-    samples: int
-    lr: list[float]
-    grad_norm: float | None
-    """Before clipping; None where the job does not clip."""
-    stop: bool
-    """Some worker was asked to stop: all of them learn it in the same step."""
-    step_s: float
-    compute_s: float
-    communication_s: float
-    optimizer_s: float
-    data_s: float
-    noise: StepNoise | None = None
-    """Of an earlier step, where the gradient noise scale was measured: its sums have travelled with this step's."""
-    change: bool = False
-    """Rank 0 was asked to have the layout reconsidered: as `stop`."""
 
 
 class Replica:
@@ -186,7 +169,12 @@ class Replica:
             self.job.loss(self.call(batch), batch)
 
         self._mesh = mesh
-        parts = self._held.split(mesh, [functools.partial(run, batch) for batch in samples], found)
+        runs = [functools.partial(run, batch) for batch in samples]
+        timed = None
+        if mesh.layout.pp > 1:
+            micro_batch = self.job.batch_size / (mesh.layout.data_parallel * mesh.layout.micro)
+            timed = functools.partial(run, self.images.arrange(repeated(samples[0], micro_batch)))
+        parts = self._held.split(mesh, runs, found, timed)
         self._reductions.clear()
         if mesh.layout.pp > 1:
             self._pipeline = Pipeline(parts, mesh.layout, self.device, self.call, self.forward_context)
@@ -247,15 +235,14 @@ class Replica:
         self._held.begin_pass()
         self._noise.begin(batch, self._num_steps)
         sums, weighted = self._accumulate(batch)
-        self._noise.put(sums[_NOISE])
+        self._noise.put(sums[NOISE])
         backward_end_s = time.perf_counter()
         hidden_s = self._mesh.waited_s - waited_before_s
         sums = self._reduce(sums, weighted=weighted and not self._is_whole(batch)).to("cpu")
         reduced_s = time.perf_counter()
-        loss = float(sums[_LOSS] / sums[_WEIGHT]) if sums[_WEIGHT] else math.nan
-        self._check_finite(loss, float(sums[_WEIGHT]))
-        weight = float(sums[_WEIGHT]) if sums[_WEIGHTED] > 0 else None
-        noise = self._noise.take(sums[_NOISE], weight, self._reduction.counted_gradients)
+        loss = mean_loss(sums, self._num_steps + 1)
+        weight = float(sums[WEIGHT]) if sums[WEIGHTED] > 0 else None
+        noise = self._noise.take(sums[NOISE], weight, self._reduction.counted_gradients)
         grad_norm = None
         if self.job.clip_norm is not None:
             grad_norm = self._reduction.clip_(self.job.clip_norm)
@@ -276,14 +263,14 @@ class Replica:
             samples=batch.samples,
             lr=lr,
             grad_norm=grad_norm,
-            stop=bool(sums[_STOP] > 0),
+            stop=bool(sums[STOP] > 0),
             step_s=end_s - begin_s + batch.data_s,
             compute_s=backward_end_s - begin_s - hidden_s,
             communication_s=hidden_s + reduced_s - backward_end_s,
             optimizer_s=end_s - reduced_s,
             data_s=batch.data_s,
             noise=noise,
-            change=bool(sums[_CHANGE] > 0),
+            change=bool(sums[CHANGE] > 0),
         )
 
     def evaluate(self, dataset: Any) -> tuple[dict[str, float], int]:
@@ -296,9 +283,8 @@ class Replica:
             WorkerError: the workers' parameters have parted.
         """
         self.check_in_step()
-        functions = {"loss": self.job.loss, **self.job.metrics}
-        totals = torch.zeros(len(functions) + 1, 2, dtype=torch.float64)
-        data = self._mesh.data
+        totals, data = Totals(self.job), self._mesh.data
+        has_outputs = self._pipeline is None or self._pipeline.has_last
         self.model.eval()
         try:
             self._held.begin_pass()
@@ -310,36 +296,18 @@ class Replica:
                 for part in evaluation_parts(
                     self.job, dataset, micro=micro, size=data.size, rank=data.rank, device=self.device
                 ):
-                    self._evaluate_part(part, functions, totals)
+                    self._share.counts = not part.share.borrowed
+                    with self.forward_context():
+                        outputs = self._outputs(part)
+                        if has_outputs:
+                            totals.add(outputs, part, counts=self._mesh.tensor.rank == 0)
             if self._pipeline is not None:
                 self._pipeline.end_evaluation()
             self._held.end_evaluation()
         finally:
             self.model.train()
         give_back_freed_memory()
-        totals = self._mesh.everyone.sum_(totals.to(self.device), "evaluation sums").to("cpu")
-        metrics = {}
-        for row, name in enumerate(functions):
-            value = float(totals[row, 0] / totals[row, 1]) if totals[row, 1] else math.nan
-            finish = self.job.finish.get(name)
-            metrics[name] = finish(value) if finish is not None else value
-        return metrics, int(totals[-1, 0])
-
-    def _evaluate_part(self, part: Part, functions: dict[str, Any], totals: torch.Tensor) -> None:
-        """Add to `totals`, row by row, the sum and the weight of each function, and last the number of samples."""
-        has_outputs = self._pipeline is None or self._pipeline.has_last
-        counts_here = self._mesh.tensor.rank == 0
-        self._share.counts = not part.share.borrowed
-        with self.forward_context():
-            outputs = self._outputs(part)
-            if part.share.borrowed or not has_outputs:
-                return
-            for row, (name, function) in enumerate(functions.items()):
-                value = function(outputs, part.batch)
-                if counts_here:
-                    totals[row] += sum_and_weight(name, value, part.share.samples)
-        if counts_here:
-            totals[-1, 0] += part.share.samples
+        return totals.over(self._mesh.everyone)
 
     def _outputs(self, part: Part) -> Any:
         part.batch = self.images.arrange(part.batch)
@@ -365,8 +333,9 @@ class Replica:
             with self.forward_context():
                 loss = self.job.loss(outputs, part.batch)
             weighted = isinstance(loss, tuple)
-            sums[_WEIGHTED] = float(weighted)
-            return self._weigh(loss, part, batch, sums)  # type: ignore[no-any-return]
+            sums[WEIGHTED] = float(weighted)
+            whole = self._is_whole(batch)
+            return weigh(loss, part, batch.samples, sums, self._noise, is_whole=whole)  # type: ignore[no-any-return]
 
         for part in batch.parts:
             part.batch = self.images.arrange(part.batch)
@@ -383,8 +352,8 @@ class Replica:
                         del outputs  # the backward pass keeps what it needs of them
                         self._reduction.begin_backward(last=position == len(batch.parts) - 1)
                         to_differentiate.backward()
-        sums[_STOP] = float(self.stop_requested)
-        sums[_CHANGE] = float(self.change_requested)
+        sums[STOP] = float(self.stop_requested)
+        sums[CHANGE] = float(self.change_requested)
         self.change_requested = False
         return sums, weighted
 
@@ -429,24 +398,6 @@ class Replica:
         ):
             yield
 
-    def _weigh(self, loss: Any, part: Part, batch: GlobalBatch, sums: torch.Tensor) -> Any:
-        """Add this part's loss sum and weight to `sums`; return what to differentiate."""
-        samples = part.share.samples
-        if not isinstance(loss, tuple):
-            require_scalar(loss, "the loss")
-            sums[_LOSS] += loss.detach() * samples
-            sums[_WEIGHT] += samples
-            return loss if self._is_whole(batch) else loss * (samples / batch.samples)
-        loss_sum, weight = loss
-        require_scalar(loss_sum, "the loss's sum")
-        if part.share.borrowed:
-            return loss_sum * 0.0
-        weight = weight.detach() if isinstance(weight, torch.Tensor) else weight
-        sums[_LOSS] += loss_sum.detach()
-        sums[_WEIGHT] += weight
-        self._noise.weigh(part, weight)
-        return loss_sum / weight if self._is_whole(batch) else loss_sum
-
     def _is_whole(self, batch: GlobalBatch) -> bool:
         """This worker computes the whole global batch in one piece: nothing is left to weigh."""
         return self._mesh.everyone.size == 1 and len(batch.parts) == 1
@@ -454,24 +405,10 @@ class Replica:
     def _reduce(self, sums: torch.Tensor, *, weighted: bool) -> torch.Tensor:
         if self._mesh.everyone.size > 1:
             return self._reduction.finish(sums, weighted=weighted)
-        if weighted and sums[_WEIGHT]:
+        if weighted and sums[WEIGHT]:
             gradients = [p.grad for p in self._held.trained if p.grad is not None]
-            torch._foreach_mul_(gradients, 1.0 / float(sums[_WEIGHT]))
+            torch._foreach_mul_(gradients, 1.0 / float(sums[WEIGHT]))
         return sums
-
-    def _check_finite(self, loss: float, weight: float) -> None:
-        if weight == 0:
-            raise LossError(
-                f"the weights of the loss sum to zero in step {self._num_steps + 1}",
-                cause="a global batch without anything to learn from, such as padding only",
-                next_step="drop such samples from the data set",
-            )
-        if not math.isfinite(loss):
-            raise LossError(
-                f"the loss is {loss} in step {self._num_steps + 1}",
-                cause="a learning rate that is too high, or a division by zero or log of zero in the loss",
-                next_step="lower the learning rate, set clip_norm, or add a warm-up to the schedule",
-            )
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.precision == "bf16":

@@ -19,8 +19,9 @@ from paceline.split.finding import Found
 from paceline.train.allocator import keep_freed_memory
 from paceline.train.data import GlobalBatch, ShareLoader, few_samples
 from paceline.train.images import ImageFormat
-from paceline.train.replica import Replica, StepResult
+from paceline.train.replica import Replica
 from paceline.train.seeds import derive, seed_everything
+from paceline.train.step import StepResult
 from paceline.train.training_state import TrainingState
 
 DEFAULT_TIMEOUT_S = 300.0

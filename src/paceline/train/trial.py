@@ -18,8 +18,9 @@ from paceline.records import Layout, Trial, describe_layout
 from paceline.train.allocator import give_back_freed_memory
 from paceline.train.data import GlobalBatch, ShareLoader, few_samples, first_samples
 from paceline.train.held_memory import EVALUATED_BATCHES, Growth
-from paceline.train.replica import Replica, StepResult
+from paceline.train.replica import Replica
 from paceline.train.session import Datasets
+from paceline.train.step import StepResult
 
 BUDGET_S = 15.0
 """What timing all candidates may take, once each has run its first steps."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 from statistics import median
 
-from paceline.train.replica import StepResult
+from paceline.train.step import StepResult
 
 _WINDOW = 20
 """Steps whose median is compared, one window after the other."""
