@@ -114,17 +114,12 @@ def _of_pipelines(
     else:
         action_s = _root(lambda a: missing_s(many, a) - missing_s(few, a), many.step_s)
         step_s = (missing_s(few, action_s) + missing_s(many, action_s)) / 2
-    split_s = None
+    update: dict[str, float] = {"action_s": action_s, "step_s": step_s * linked.slowest(few.layout.workers)}
     if in_parts and few not in in_parts:
         one = in_parts[0]
-        split_s = _root(lambda a: missing_s(one, a) - step_s, one.step_s)
-    return none.model_copy(
-        update={
-            "action_s": action_s,
-            "split_action_s": split_s,
-            "step_s": step_s * linked.slowest(few.layout.workers),
-        }
-    )
+        # One of them cannot tell actions from steps: actions are taken to cost what they do elsewhere.
+        update["split_step_s"] = missing_s(one, action_s) * linked.slowest(one.layout.workers)
+    return none.model_copy(update=update)
 
 
 def _ends(tried: Sequence[Tried]) -> tuple[Tried, Tried]:

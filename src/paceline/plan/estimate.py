@@ -108,12 +108,11 @@ def _corrections(profile: Profile, first: DescribedHost, scale: Scale) -> dict[s
         return {"tried": (), **nothing, "past_error": error}
     corrections = []
     for one in profile.corrections:
-        seconds = {"step_s": one.step_s, "micro_s": one.micro_s, "action_s": one.action_s}
-        scaled = {name: value * scale.host for name, value in seconds.items()}
-        split_s = None if one.split_action_s is None else one.split_action_s * scale.host
+        names = ("step_s", "split_step_s", "micro_s", "action_s")
+        found = {name: value for name in names if (value := getattr(one, name)) is not None}
+        scaled = {name: value * scale.host for name, value in found.items()}
         # Other clusters have other delays: what was found is taken as it is.
-        update = {"workers": None, "split_action_s": split_s, **scaled}
-        corrections.append(one.model_copy(update=update))
+        corrections.append(one.model_copy(update={"workers": None, **scaled}))
     return {"tried": (), "corrections": tuple(corrections)}
 
 

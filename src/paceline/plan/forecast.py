@@ -121,22 +121,22 @@ class Forecaster:
             found = self._correction(layout, some)
             if found is not None:
                 one, growth = found
-                more_s += growth * (one.step_s + (layout.micro - 1) * one.micro_s)
+                split_s = one.split_step_s if SCHEDULES[layout.schedule].in_parts else None
+                each_step_s = one.step_s if split_s is None else split_s
+                more_s += growth * (each_step_s + (layout.micro - 1) * one.micro_s)
         more_s /= self.linked.slowest(layout.workers)
         return max(step_s + more_s, step_s * (1 - _MOST_TAKEN_OFF))
 
     def _correction(self, layout: Layout, ways: tuple[str, ...]) -> tuple[Correction, float] | None:
         return correction_of(self.profile.corrections, layout, ways, self._places)
 
-    def _action_s(self, layout: Layout, *, in_parts: bool) -> float:
+    def _action_s(self, layout: Layout) -> float:
         """What an action of a pipeline takes beside its blocks."""
         found = self._correction(layout, (PIPELINE,))
         if found is None:
             return 0.0
         one, growth = found
-        of_parts = in_parts and one.split_action_s is not None
-        seconds: float = one.split_action_s if of_parts else one.action_s  # type: ignore[assignment]
-        return seconds * growth / self.linked.slowest(layout.workers)
+        return one.action_s * growth / self.linked.slowest(layout.workers)
 
     def _heaviest(self, layout: Layout, stages: Sequence[Stage]) -> list[Stage]:
         """The stages of the worker that has most parameters to update."""
@@ -211,7 +211,7 @@ class Forecaster:
         action_s, in_parts = 0.0, False
         if layout.pp > 1:
             in_parts = SCHEDULES[layout.schedule].in_parts
-            action_s = self._action_s(layout, in_parts=in_parts)
+            action_s = self._action_s(layout)
         key += (action_s, in_parts)
         if key not in self._stages:
             row = self._row(layout)

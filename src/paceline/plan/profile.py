@@ -146,8 +146,8 @@ class Correction(Record):
     """For each further micro-batch."""
     action_s: float = Field(default=0.0, ge=0)
     """What an action of a pipeline's schedule takes beside its blocks."""
-    split_action_s: float | None = Field(default=None, ge=0)
-    """The same of schedules in which gradients of weights are actions of their own; None: the same."""
+    split_step_s: float | None = None
+    """In a step of a schedule in which gradients of weights are actions of their own; None: `step_s`."""
 
 
 class Profile(Record):
