@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
-from torch.utils.data import TensorDataset
+from torch.utils.data import IterableDataset, TensorDataset
 
 import paceline
 from paceline.comm.mesh import make_mesh
@@ -33,6 +35,13 @@ class Network(nn.Module):
 def images(split: str) -> TensorDataset:
     generator = torch.Generator().manual_seed(len(split))
     return TensorDataset(torch.randn(24, 3, 12, 12, generator=generator), torch.arange(24) % 10)
+
+
+class Stream(IterableDataset):
+    """It can be read once, and is not to be read before the training."""
+
+    def __iter__(self):
+        raise AssertionError("it was read")
 
 
 JOB = paceline.Job(
@@ -82,4 +91,8 @@ def agree(world: World) -> list[float | None]:
         agree_on_images(JOB, datasets, world, everyone, seed=7, precision="fp32")
         assert datasets.images.is_decided
         found.append(datasets.images.ratio)
+    stream = dataclasses.replace(JOB, data=lambda split: Stream())
+    datasets = Datasets(stream, 7)
+    agree_on_images(stream, datasets, world, everyone, seed=7, precision="fp32")
+    assert not datasets.images.is_decided
     return found

@@ -126,6 +126,7 @@ def test_no_more_than_one_block_is_held():
     # Its result and the gradient of its inputs, 4 KiB each.
     assert 0 < block.peak_bytes < 64 << 10
     model = costs._replica.model
+    assert costs._walk.between == [], "they would all be filled at once"
     assert all(not p.untyped_storage().nbytes() for p in model.parameters())
     assert all(p.grad is None for p in model.parameters())
     assert not costs._replica.optimizer.state

@@ -485,10 +485,16 @@ def test_gradients_of_weights_as_actions_of_their_own_are_tried_by_themselves():
 def test_what_two_ways_take_together_is_added_to_what_each_takes():
     made, cluster = profile((1.0,) * 4, tps=()), linked(4, 1)
     before = Forecaster(made, cluster)
-    texts = ("dp_replicate=4", "pp=4,micro=4", "pp=2,dp_replicate=2,micro=2")
+    texts = (
+        "dp_replicate=4",
+        "pp=4,micro=4",
+        "pp=2,dp_replicate=2,micro=2",
+        "dp_shard=4,zero=1",
+        "dp_replicate=2,dp_shard=2,zero=1",
+    )
     tried = [
         Tried(layout=Layout.parse(text), step_s=before.forecast(Layout.parse(text)).step_s + more_s)
-        for text, more_s in zip(texts, (1e-3, 2e-3, 9e-3), strict=True)
+        for text, more_s in zip(texts, (1e-3, 2e-3, 9e-3, 4e-3, 7e-3), strict=True)
     ]
     after = Forecaster(corrected(made, cluster, tried), cluster)
     for one in tried:

@@ -20,10 +20,11 @@ def why_not(forecaster: Forecaster, layout: Layout) -> str:
     here = min(layout.workers, linked.per_host)
     if linked.cluster.device == "cpu":
         room -= (linked.per_host - here) * memory.base // here
-    if memory.own <= room:
+    needed = forecaster.needed_bytes(layout)
+    if needed <= room:
         return ""
     return (
-        f"{layout} needs {memory.own / 2**20:,.0f} MiB a worker, and there are {room / 2**20:,.0f} MiB "
+        f"{layout} needs {needed / 2**20:,.0f} MiB a worker, and there are {room / 2**20:,.0f} MiB "
         f"({MEMORY_MARGIN:.0%} left free)"
     )
 

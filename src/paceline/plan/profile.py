@@ -16,9 +16,16 @@ MOST_SPREAD = 0.1
 """Relative error of measurements above which they are not kept, and said to be noisy."""
 Exchange = tuple[str, float]
 """A collective and its bytes for one sample."""
-DATA, SHARDED, GATHERED, TENSOR, PIPELINE = "data", "sharded", "gathered", "tensor", "pipeline"
+DATA, SHARDED, GATHERED, COPIES, TENSOR, PIPELINE = (
+    "data",
+    "sharded",
+    "gathered",
+    "copies",
+    "tensor",
+    "pipeline",
+)
 """Ways of splitting, each of which may take longer than the sum of its parts: with one copy of the parameters or an
-all-reduce; ZeRO-1 and 2; ZeRO-3; tensor parallelism; pipelines."""
+all-reduce; ZeRO-1 and 2; ZeRO-3; copies of either; tensor parallelism; pipelines."""
 
 
 class Division(Record):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from paceline.plan.places import Places
-from paceline.plan.profile import DATA, GATHERED, PIPELINE, SHARDED, TENSOR, Correction
+from paceline.plan.profile import COPIES, DATA, GATHERED, PIPELINE, SHARDED, TENSOR, Correction
 from paceline.records import Layout
 
 
@@ -15,6 +15,8 @@ def ways_of(layout: Layout) -> tuple[str, ...]:
     found = []
     if layout.dp_shard > 1:
         found.append(GATHERED if layout.zero_stage == 3 else SHARDED)
+        if layout.dp_replicate > 1:
+            found.append(COPIES)
     elif layout.dp_replicate > 1:
         found.append(DATA)
     if layout.tp > 1:
@@ -28,13 +30,18 @@ def size_of(layout: Layout, ways: Sequence[str]) -> int:
     """Among how many workers a layout splits in a way; in several: all of them."""
     if len(ways) > 1:
         return layout.workers
-    sizes = {DATA: layout.data_parallel, TENSOR: layout.tp, PIPELINE: layout.pp}
+    sizes = {
+        DATA: layout.data_parallel,
+        COPIES: layout.dp_replicate,
+        TENSOR: layout.tp,
+        PIPELINE: layout.pp,
+    }
     return sizes.get(ways[0], layout.dp_shard)
 
 
 def is_over_network(layout: Layout, ways: Sequence[str], places: Places) -> bool:
     """Whether those among whom a layout splits in a way are on several hosts; in several ways: any of them."""
-    axes = {DATA: "data", TENSOR: "tp", PIPELINE: "pp"}
+    axes = {DATA: "data", COPIES: "dp_replicate", TENSOR: "tp", PIPELINE: "pp"}
     return any(places.of(layout, axes.get(way, "dp_shard")).hosts > 1 for way in ways)
 
 

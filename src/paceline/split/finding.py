@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -109,8 +108,13 @@ def find_stages(
     def find() -> dict[str, Any]:
         large, small = runs
         if large is not None:
-            with contextlib.suppress(RuntimeError, ValueError, TypeError, IndexError):
+            try:
                 return plan_stages(model, calls, large, num_stages, room=room).to_json()
+            except PacelineError:
+                raise
+            except Exception:
+                # A batch that was put together from small ones is not what the model takes.
+                return plan_stages(model, calls, small, num_stages, room=room).to_json()
         return plan_stages(model, calls, small, num_stages, room=room).to_json()
 
     return Stages.from_json(agree(group, "the pipeline's stages", find))

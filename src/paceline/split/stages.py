@@ -1,9 +1,9 @@
 """Cutting a model into pipeline stages: which piece is computed where.
 
-The model's forward runs, whole, on a small batch. Each call of a piece is timed, in the order of the program, and
-the row of calls is cut where the slowest stage is fastest, if none has over a tenth more parameters than it must. A
-piece that is called several times may fall into several stages; each of them then has its parameters, as has each stage
-that reads a parameter between the pieces.
+The model's forward runs, whole, on as many samples as a micro-batch has. Each call of a piece is timed, in the order of
+the program, and the row of calls is cut where the slowest stage is fastest; where memory may be short, of those cuts in
+which no stage has over a tenth more parameters than it must. A piece that is called several times may fall into several
+stages; each of them then has its parameters, as has each stage that reads a parameter between the pieces.
 """
 
 from __future__ import annotations
@@ -40,15 +40,12 @@ class Stages:
     """(name of a piece, number of the call) -> stage."""
     holders: Mapping[str, tuple[int, ...]]
     """Name of a parameter -> the stages that have it, ascending."""
-    cost_s: tuple[float, ...]
-    """Seconds of one forward, measured on a small batch, of each stage."""
 
     def to_json(self) -> dict[str, Any]:
         return {
             "num_stages": self.num_stages,
             "calls": [[name, number, stage] for (name, number), stage in self.calls.items()],
             "holders": {name: list(stages) for name, stages in self.holders.items()},
-            "cost_s": list(self.cost_s),
         }
 
     @classmethod
@@ -57,7 +54,6 @@ class Stages:
             data["num_stages"],
             {(name, number): stage for name, number, stage in data["calls"]},
             {name: tuple(stages) for name, stages in data["holders"].items()},
-            tuple(data["cost_s"]),
         )
 
 
@@ -137,9 +133,10 @@ class _Trace(TorchFunctionMode):
     def call(self, piece: Piece, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         number = self._counts.get(piece.name, 0)
         self._counts[piece.name] = number + 1
-        begin_s = time.perf_counter()
+        # Processor time: a process that has to stop now and then would be cut anywhere.
+        begin_s = time.process_time()
         result = forward(*args, **kwargs)
-        self.seconds.append(time.perf_counter() - begin_s)
+        self.seconds.append(time.process_time() - begin_s)
         self.seen.append((piece.name, number))
         given = {id(t) for t in tensors_in((args, kwargs))}
         place = len(self.seen) - 1
@@ -190,7 +187,7 @@ def plan_stages(
     num_stages: int,
     *,
     room: float = 0.0,
-    rounds: int = 2,
+    rounds: int = 3,
 ) -> Stages:
     """Where to compute what, in `num_stages` stages of about equal time, and of about equal size where that is needed.
 
@@ -227,10 +224,7 @@ def plan_stages(
     for name in by_id.values():
         # One that nothing reads is kept somewhere.
         holders.setdefault(name, {0})
-    cost_s = [0.0] * num_stages
-    for stage, cost in zip(stage_of, seconds, strict=True):
-        cost_s[stage] += cost
-    return Stages(num_stages, where, {n: tuple(sorted(s)) for n, s in holders.items()}, tuple(cost_s))
+    return Stages(num_stages, where, {n: tuple(sorted(s)) for n, s in holders.items()})
 
 
 def _kind(module: nn.Module) -> Any:

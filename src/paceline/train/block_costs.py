@@ -78,7 +78,13 @@ class BlockCosts:
         self._job, self._datasets, self._seed, self._device = job, datasets, seed, device
         self._sizes = sizes
         self._replica = Replica(
-            job, seed=seed, device=device, precision=precision, total_steps=job.steps or 1000, in_parts=True
+            job,
+            seed=seed,
+            device=device,
+            precision=precision,
+            total_steps=job.steps or 1000,
+            in_parts=True,
+            images=datasets.images,
         )
         self._walk = Walk(job, self._replica)
         self._batches = {size: first_samples(job, datasets["train"], size, device) for size in sizes}

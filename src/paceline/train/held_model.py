@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import socket
 from collections.abc import Callable, Container, Sequence
 
 import torch
@@ -122,7 +124,7 @@ class HeldModel:
             growth=micro_batch / FEW_TOGETHER,
             found=found,
             timed=timed,
-            room=_room(mesh),
+            room=_room(mesh) if layout.pp > 1 and found is None else 0.0,
         )
         self._tensor = mesh.tensor
         swap_parameters(self.optimizer, parts.replaced)
@@ -283,7 +285,10 @@ def _sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _room(mesh: Mesh) -> float:
-    """Parameters for which a worker has memory in any case."""
+    """Parameters for which each worker has memory in any case. A collective call."""
     kind = mesh.everyone.device.type
-    sharers = mesh.layout.workers if kind == "cpu" else 1
-    return _ROOM_SHARE * available_memory_bytes(kind) / sharers / TRAINING_BYTES
+    own = [socket.gethostname() if kind == "cpu" else mesh.everyone.rank, available_memory_bytes(kind)]
+    rows = mesh.everyone.gather_json(own, "room for a stage")
+    sharers = collections.Counter(place for place, _ in rows)
+    least: float = min(free / sharers[place] for place, free in rows)
+    return _ROOM_SHARE * least / TRAINING_BYTES

@@ -13,12 +13,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from paceline.split.pieces import Piece
+from paceline.split.tensor_mode import reads_no_values
 from paceline.split.trees import map_arguments, tensors_in
 from paceline.train.passes import Call
 
 
 class Reads(TorchFunctionMode):
-    """Notes which parameters functions of torch read, within a call of a piece and between them."""
+    """Notes of which parameters functions of torch read values, within a call of a piece and between them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +44,8 @@ class Reads(TorchFunctionMode):
                 self._place.append(tensor)
             return tensor
 
-        map_arguments((args, kwargs or {}), see)
+        if not reads_no_values(func):
+            map_arguments((args, kwargs or {}), see)
         return func(*args, **(kwargs or {}))
 
 

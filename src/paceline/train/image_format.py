@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from paceline.comm.group import Group
 from paceline.comm.mesh import data_mesh
 from paceline.comm.world import World
 from paceline.job import Job
-from paceline.train.data import ShareLoader
+from paceline.train.data import FEW_TOGETHER, is_iterable, repeated
 from paceline.train.images import has_images
+from paceline.train.profiling import first_samples
 from paceline.train.replica import Replica
 from paceline.train.room import TRAINING_BYTES, why_no_room
 from paceline.train.session import Datasets
@@ -20,27 +19,27 @@ def agree_on_images(
 ) -> None:
     """Have rank 0 find out, and all workers' `datasets.images` take that. A collective call.
 
+    Of an iterable data set nothing is read beforehand: each worker takes its share of one stream. There whole models
+    find out in their first step, and the others leave images as they come.
+
     Raises:
         PacelineError: the job fails on its first batch.
     """
+    if is_iterable(datasets["train"]):
+        return
     ratio = _measure(job, datasets, world, seed, precision) if world.rank == 0 else None
     datasets.images.decide(everyone.gather_json(ratio, "how images lie in memory")[0])
 
 
 def _measure(job: Job, datasets: Datasets, world: World, seed: int, precision: str) -> float | None:
     """What `ImageFormat.measure` gives for the whole model, on what one worker has of a batch when all have a part."""
-
-    def first(batch_size: int) -> object:
-        small = dataclasses.replace(job, batch_size=batch_size, loader_workers=0)
-        loader = ShareLoader(
-            small, datasets["train"], seed=seed, micro=1, size=1, rank=0, device=world.device
-        )
-        return next(loader.epoch(0)).parts[0].batch
-
-    whole = first(job.batch_size)
-    if not has_images(whole) or why_no_room(job, world.device.type, TRAINING_BYTES):
+    train = datasets["train"]
+    few = first_samples(job, train, FEW_TOGETHER, world.device)
+    if not has_images(repeated(few, job.batch_size)) or why_no_room(job, world.device.type, TRAINING_BYTES):
         return None
-    share = first(max(1, job.batch_size // world.size))
     replica = Replica(job, seed=seed, device=world.device, precision=precision, total_steps=job.steps or 1000)
     replica.attach(data_mesh(Group.alone(world.device)))
-    return replica.images.measure(share if has_images(share) else whole, replica.try_out)
+    # Two samples at least: batch norm has no statistics of one alone.
+    share = first_samples(job, train, max(2, job.batch_size // world.size), world.device)
+    whole = share if has_images(share) else first_samples(job, train, job.batch_size, world.device)
+    return replica.images.measure(whole, replica.try_out)

@@ -170,10 +170,11 @@ class Replica:
 
         self._mesh = mesh
         runs = [functools.partial(run, batch) for batch in samples]
-        timed = None
-        if mesh.layout.pp > 1:
-            micro_batch = self.job.batch_size / (mesh.layout.data_parallel * mesh.layout.micro)
-            timed = functools.partial(run, self.images.arrange(repeated(samples[0], micro_batch)))
+        micro_batch = self.job.batch_size / (mesh.layout.data_parallel * mesh.layout.micro)
+
+        def timed() -> None:
+            run(self.images.arrange(repeated(samples[0], micro_batch)))
+
         parts = self._held.split(mesh, runs, found, timed)
         self._reductions.clear()
         if mesh.layout.pp > 1:

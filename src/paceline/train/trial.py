@@ -157,7 +157,10 @@ class LayoutTimer:
             candidate.round_s.clear()
             candidate.results.clear()
         budget_s = self._budget_s
-        rounds = int((budget_s - min(warm_up_s, budget_s / 2)) / max(expected_s, 1e-6))
+        own = int((budget_s - min(warm_up_s, budget_s / 2)) / max(expected_s, 1e-6))
+        # Workers have warmed up for different times.
+        assert self._all is not None
+        rounds = self._all.gather_json(own, "rounds of trials")[0]
         fewest, most = self._rounds
         for _ in range(max(fewest, min(most, rounds))):
             for candidate in timed:

@@ -152,7 +152,8 @@ class Walk:
                     self.calls.append(about)
                     result = self._hand_on(len(self.row) - 1, samples, args, kwargs, outputs)
                     if is_new:
-                        computed.append(self.units[-1].compute(samples, count))
+                        with reads.within():
+                            computed.append(self.units[-1].compute(samples, count))
                 work_of_kind = computed[self.row[-1]]
                 found.append((beside[0] + work_of_kind[0], beside[1] + work_of_kind[1]))
                 marks.append(count())
@@ -179,9 +180,11 @@ class Walk:
             JobError: it calls its pieces otherwise.
         """
         number = 0
+        others = False
 
         def call(piece: Piece, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-            nonlocal number
+            nonlocal number, others
+            others |= number >= len(self.row) or self.calls[number].name != piece.name
             with self._deferred.filled(piece.module.parameters()):
                 outputs = map_tensors(forward(*args, **kwargs), self._apart)
             result = self._hand_on(number, samples, args, kwargs, outputs)
@@ -189,9 +192,10 @@ class Walk:
             return result
 
         self._run(batch, call)
-        if number != len(self.row):
+        if others or number != len(self.row):
+            how = "others" if number == len(self.row) else f"{number}"
             raise JobError(
-                f"the model calls {len(self.row)} of its blocks for one batch, and {number} for another: it cannot be "
+                f"the model calls {len(self.row)} of its blocks for one batch, and {how} for another: it cannot be "
                 "measured block by block",
                 cause="which of them it calls depends on its inputs",
                 next_step="use a host with memory for the whole model, or give --layout",
@@ -206,6 +210,7 @@ class Walk:
         self._calls.on_call = call
         try:
             with self._deferred.lending(), self._replica.forward_context():
+                batch = self._replica.images.arrange(batch)
                 self._job.loss(self._replica.call(batch), batch)
         finally:
             self._calls.on_call = None

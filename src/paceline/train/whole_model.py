@@ -80,7 +80,13 @@ def _needed_bytes(
     base = held_memory_bytes(device.type)
     in_parts = bool(why_no_room(job, device.type, _QUICKLY * TRAINING_BYTES))
     replica = Replica(
-        job, seed=seed, device=device, precision=precision, total_steps=job.steps or 1000, in_parts=in_parts
+        job,
+        seed=seed,
+        device=device,
+        precision=precision,
+        total_steps=job.steps or 1000,
+        in_parts=in_parts,
+        images=datasets.images,
     )
     parameters = list(replica.model.parameters())
     trained = sum(p.nbytes for p in parameters if p.requires_grad)
@@ -91,6 +97,7 @@ def _needed_bytes(
             walk = Walk(job, replica)
             walk.first(few, FEW_TOGETHER)
             calls = walk.calls
+            del walk  # it has the model
         else:
             calls = Passes(job, replica, device).describe(few, FEW_TOGETHER)
         needed += round(sum(call.saved_bytes for call in calls) * job.batch_size)
