@@ -469,6 +469,16 @@ def test_micro_batches_pay_as_two_layouts_have_shown(text):
     assert [after.forecast(x).step_s for x in layouts] == pytest.approx(took_s)
 
 
+def test_what_a_further_micro_batch_seems_to_save_is_not_saved_again_and_again():
+    made, cluster = profile(), linked()
+    before = Forecaster(made, cluster)
+    layouts = [Layout.parse(f"dp_replicate=2,micro={micro}") for micro in (1, 2, 4)]
+    took_s = [before.forecast(x).step_s + more for x, more in zip(layouts, (5e-3, 2e-3, 2e-3), strict=True)]
+    tried = [Tried(layout=x, step_s=s) for x, s in zip(layouts[:2], took_s[:2], strict=True)]
+    after = Forecaster(corrected(made, cluster, tried), cluster)
+    assert [after.forecast(x).step_s for x in layouts] == pytest.approx(took_s)
+
+
 def test_gradients_of_weights_as_actions_of_their_own_are_tried_by_themselves():
     made, cluster = profile((1.0,) * 4, tps=()), linked(2, 1)
     layouts = [Layout.parse(f"pp=2,micro={m}{s}") for m, s in ((2, ""), (8, ""), (2, ",schedule=zb-h1"))]

@@ -88,7 +88,14 @@ def _of_a_step(profile: Profile, linked: LinkedCluster, place: _Place, tried: Se
         step_s = micro_s = missing_s(few) / few.layout.micro
     else:
         step_s = missing_s(few)
-    return Correction(ways=ways, workers=workers, over_network=over_network, step_s=step_s, micro_s=micro_s)
+    return Correction(
+        ways=ways,
+        workers=workers,
+        over_network=over_network,
+        step_s=step_s,
+        micro_s=micro_s,
+        micro=many.layout.micro,
+    )
 
 
 def _of_pipelines(

@@ -123,7 +123,8 @@ class Forecaster:
                 one, growth = found
                 split_s = one.split_step_s if SCHEDULES[layout.schedule].in_parts else None
                 each_step_s = one.step_s if split_s is None else split_s
-                more_s += growth * (each_step_s + (layout.micro - 1) * one.micro_s)
+                micro = layout.micro if one.micro_s > 0 else min(layout.micro, one.micro)
+                more_s += growth * (each_step_s + (micro - 1) * one.micro_s)
         more_s /= self.linked.slowest(layout.workers)
         return max(step_s + more_s, step_s * (1 - _MOST_TAKEN_OFF))
 

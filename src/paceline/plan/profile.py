@@ -150,7 +150,9 @@ class Correction(Record):
     step_s: float = 0.0
     """In a step of one micro-batch; of pipelines, of any number."""
     micro_s: float = 0.0
-    """For each further micro-batch."""
+    """For each further micro-batch. Where it is less than nothing: up to `micro`, since it might be noise."""
+    micro: int = Field(default=1, ge=1)
+    """Micro-batches of the largest number that was tried."""
     action_s: float = Field(default=0.0, ge=0)
     """What an action of a pipeline's schedule takes beside its blocks."""
     split_step_s: float | None = None
