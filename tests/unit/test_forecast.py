@@ -469,6 +469,20 @@ def test_micro_batches_pay_as_two_layouts_have_shown(text):
     assert [after.forecast(x).step_s for x in layouts] == pytest.approx(took_s)
 
 
+def test_a_process_alone_is_what_was_tried_with_as_many_threads():
+    made, cluster = profile(), linked()
+    before = Forecaster(made, cluster)
+    layouts = [Layout(threads=threads, micro=micro) for threads in (1, 2) for micro in (1, 2)]
+    took_s = [
+        before.forecast(x).step_s + more for x, more in zip(layouts, (1e-3, 2e-3, 5e-3, 4e-3), strict=True)
+    ]
+    tried = [Tried(layout=x, step_s=s) for x, s in zip(layouts, took_s, strict=True)]
+    after = Forecaster(corrected(made, cluster, tried), cluster)
+    assert [after.forecast(x).step_s for x in layouts] == pytest.approx(took_s)
+    two = Layout(dp_replicate=2)
+    assert after.forecast(two).step_s == before.forecast(two).step_s
+
+
 def test_what_a_further_micro_batch_seems_to_save_is_not_saved_again_and_again():
     made, cluster = profile(), linked()
     before = Forecaster(made, cluster)

@@ -33,11 +33,13 @@ def test_each_way_is_tried_and_two_together_where_that_is_possible(workers):
     )
     assert alone <= ways
     assert any(len(some) > 1 for some in ways) == (sum(workers) >= 4)
-    assert all(layout.threads == 1 for layout in layouts)
+    assert all(layout.threads == 1 for layout in layouts if layout.workers > 1)
+    alone = {layout.threads for layout in layouts if layout.workers == 1}
+    assert alone == {1, workers[0]}
     assert len(set(layouts)) == len(layouts)
     assert max(layout.workers for layout in layouts) == sum(workers)
     for group in groups:
-        assert len({(x.workers, ways_of(x), x.schedule) for x in group}) == 1
+        assert len({(x.workers, ways_of(x), x.schedule, x.threads) for x in group}) == 1
         assert [x.micro for x in group] == sorted(x.micro for x in group)
 
 

@@ -13,13 +13,22 @@ from typing import Any
 
 from paceline.plan.forecast import Forecaster
 from paceline.plan.places import Places
-from paceline.plan.profile import GATHERED, PIPELINE, TENSOR, Correction, LinkedCluster, Profile, Tried
+from paceline.plan.profile import (
+    ALONE,
+    GATHERED,
+    PIPELINE,
+    TENSOR,
+    Correction,
+    LinkedCluster,
+    Profile,
+    Tried,
+)
 from paceline.plan.schedules import SCHEDULES
 from paceline.plan.ways import is_over_network, size_of, ways_of
 
 _HALVINGS = 40
-_Place = tuple[tuple[str, ...], int, bool]
-"""Ways of splitting, among how many workers, and whether over a network."""
+_Place = tuple[tuple[str, ...], int | None, bool, int | None]
+"""Ways of splitting, among how many workers, whether over a network, and the threads of a process alone."""
 
 
 def corrected(profile: Profile, linked: LinkedCluster, tried: Sequence[Tried]) -> Profile:
@@ -36,9 +45,10 @@ def corrected(profile: Profile, linked: LinkedCluster, tried: Sequence[Tried]) -
     groups: dict[_Place, list[Tried]] = {}
     for one in tried:
         ways = ways_of(one.layout)
-        if ways:
-            place = ways, size_of(one.layout, ways), is_over_network(one.layout, ways, places)
-            groups.setdefault(place, []).append(one)
+        place: _Place = ways, None, False, one.layout.threads
+        if ways != (ALONE,):
+            place = ways, size_of(one.layout, ways), is_over_network(one.layout, ways, places), None
+        groups.setdefault(place, []).append(one)
     corrections = [_of_one_way(bare, linked, *item) for item in groups.items() if len(item[0][0]) == 1]
     each = bare.model_copy(update={"corrections": tuple(corrections)})
     corrections += [_of_a_step(each, linked, *item) for item in groups.items() if len(item[0][0]) > 1]
@@ -52,7 +62,7 @@ def _bytes(profile: Profile, linked: LinkedCluster, tried: Iterable[Tried]) -> d
     forecaster = Forecaster(profile, linked)
     for one in tried:
         ways = ways_of(one.layout)
-        if len(ways) != 1:
+        if len(ways) != 1 or ways == (ALONE,):
             continue
         peaks_bytes = one.peak_bytes, one.evaluation_peak_bytes
         memories = forecaster.memories(one.layout)
@@ -71,7 +81,7 @@ def _of_one_way(profile: Profile, linked: LinkedCluster, place: _Place, tried: S
 
 def _of_a_step(profile: Profile, linked: LinkedCluster, place: _Place, tried: Sequence[Tried]) -> Correction:
     """A straight line through what layouts with one and with several micro-batches took beyond their forecasts."""
-    ways, workers, over_network = place
+    ways, workers, over_network, threads = place
     forecaster = Forecaster(profile, linked)
 
     def missing_s(one: Tried) -> float:
@@ -92,6 +102,7 @@ def _of_a_step(profile: Profile, linked: LinkedCluster, place: _Place, tried: Se
         ways=ways,
         workers=workers,
         over_network=over_network,
+        threads=threads,
         step_s=step_s,
         micro_s=micro_s,
         micro=many.layout.micro,
@@ -105,7 +116,7 @@ def _of_pipelines(
 
     Where one was tried, all is each action's, unless a step took less than its forecast.
     """
-    ways, workers, over_network = place
+    ways, workers, over_network, _ = place
     none = Correction(ways=ways, workers=workers, over_network=over_network)
 
     def missing_s(one: Tried, action_s: float) -> float:

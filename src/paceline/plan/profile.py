@@ -16,7 +16,8 @@ MOST_SPREAD = 0.1
 """Relative error of measurements above which they are not kept, and said to be noisy."""
 Exchange = tuple[str, float]
 """A collective and its bytes for one sample."""
-DATA, SHARDED, GATHERED, COPIES, TENSOR, PIPELINE = (
+ALONE, DATA, SHARDED, GATHERED, COPIES, TENSOR, PIPELINE = (
+    "alone",
     "data",
     "sharded",
     "gathered",
@@ -24,8 +25,8 @@ DATA, SHARDED, GATHERED, COPIES, TENSOR, PIPELINE = (
     "tensor",
     "pipeline",
 )
-"""Ways of splitting, each of which may take longer than the sum of its parts: with one copy of the parameters or an
-all-reduce; ZeRO-1 and 2; ZeRO-3; copies of either; tensor parallelism; pipelines."""
+"""Ways of splitting, each of which may take longer than the sum of its parts: none; with one copy of the parameters or
+an all-reduce; ZeRO-1 and 2; ZeRO-3; copies of either; tensor parallelism; pipelines."""
 
 
 class Division(Record):
@@ -147,6 +148,8 @@ class Correction(Record):
     many delays does; None: it is taken to be the same for all."""
     over_network: bool = False
     """Whether these were on several hosts."""
+    threads: int | None = None
+    """Of a process alone: how many it had."""
     step_s: float = 0.0
     """In a step of one micro-batch; of pipelines, of any number."""
     micro_s: float = 0.0

@@ -25,7 +25,7 @@ def layouts_to_try(
     """
     here, everyone = cluster.hosts[0].workers, cluster.workers
     sizes = [n for n in dict.fromkeys((here, everyone)) if n > 1]
-    groups: list[Iterable[Layout]] = []
+    groups: list[Iterable[Layout]] = _alone(cluster) if sizes else []
     for n in sizes:
         groups += _in_one_way(n, in_full=n == sizes[0])
         if n == here and can_divide:
@@ -35,11 +35,17 @@ def layouts_to_try(
     found = []
     for group in groups:
         if cluster.device == "cpu":
-            group = (layout.model_copy(update={"threads": threads}) for layout in group)
+            group = (x if x.threads else x.model_copy(update={"threads": threads}) for x in group)
         fit = tuple(x for x in group if batch_size % (x.data_parallel * x.micro) == 0)
         if fit:
             found.append(fit)
     return found
+
+
+def _alone(cluster: Cluster) -> list[Iterable[Layout]]:
+    """One process, with one thread and with all of its host."""
+    counts = sorted({1, cluster.hosts[0].cores}) if cluster.device == "cpu" else [None]
+    return [(Layout(threads=count), Layout(threads=count, micro=_SEVERAL)) for count in counts]
 
 
 def _in_one_way(n: int, *, in_full: bool) -> list[tuple[Layout, ...]]:

@@ -6,12 +6,14 @@ import math
 from collections.abc import Sequence
 
 from paceline.plan.places import Places
-from paceline.plan.profile import COPIES, DATA, GATHERED, PIPELINE, SHARDED, TENSOR, Correction
+from paceline.plan.profile import ALONE, COPIES, DATA, GATHERED, PIPELINE, SHARDED, TENSOR, Correction
 from paceline.records import Layout
 
 
 def ways_of(layout: Layout) -> tuple[str, ...]:
-    """The ways in which a layout splits a job."""
+    """The ways in which a layout splits a job; `ALONE` where it does not."""
+    if layout.workers == 1:
+        return (ALONE,)
     found = []
     if layout.dp_shard > 1:
         found.append(GATHERED if layout.zero_stage == 3 else SHARDED)
@@ -31,6 +33,7 @@ def size_of(layout: Layout, ways: Sequence[str]) -> int:
     if len(ways) > 1:
         return layout.workers
     sizes = {
+        ALONE: 1,
         DATA: layout.data_parallel,
         COPIES: layout.dp_replicate,
         TENSOR: layout.tp,
@@ -51,12 +54,13 @@ def correction_of(
     """What was found of splitting so, and by what to multiply it; None: nothing was.
 
     Of several, one that was found over a network where the layout goes over one, and the other way round; of these the
-    one of the nearest number of workers.
+    one of the nearest number of workers, or of threads of a process alone.
     """
     size, over_network = size_of(layout, ways), is_over_network(layout, ways, places)
 
-    def distance(one: Correction) -> tuple[bool, float]:
-        return one.over_network != over_network, abs(math.log2(size / (one.workers or size)))
+    def distance(one: Correction) -> tuple[bool, float, int]:
+        threads = 0 if one.threads is None else abs(one.threads - (layout.threads or one.threads))
+        return one.over_network != over_network, abs(math.log2(size / (one.workers or size))), threads
 
     found = min((one for one in corrections if one.ways == ways), key=distance, default=None)
     if found is None:
