@@ -333,6 +333,13 @@ def test_words_for_what_limits_and_why_a_layout_lost():
     assert text.startswith("dp_replicate=2: ")
     assert "are exchange of gradients" in text
     assert text.endswith("more than in dp_replicate=1.")
+    # A trial that has shown more than any term tells is the reason, and one that has shown less is none.
+    for shown_s, reason in (
+        (10.0, "when such layouts were timed it took 10 s more"),
+        (-1e-3, "exchange of gradients"),
+    ):
+        terms = batch.terms.model_copy(update={"unexplained_s": shown_s})
+        assert reason in why_it_lost(batch.model_copy(update={"terms": terms}), alone)
 
 
 @pytest.mark.parametrize(("blocks", "batch", "hosts"), [(12, 64, 1), (96, 1024, 128)])

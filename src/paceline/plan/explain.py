@@ -26,14 +26,24 @@ def limited_by(forecast: Forecast) -> str:
     return _WORDS[name] if terms[name] >= 0.1 * forecast.step_s else _WORDS["compute_s"]
 
 
+_TELLING = 1 / 3
+"""Of what a layout takes longer: a term that makes up less of it is no reason, if a trial shows more."""
+
+
 def why_it_lost(loser: Forecast, winner: Forecast) -> str:
     """One sentence: `tp=4: 38 of its 52 ms are exchanges of tensor parallelism, 36 ms more than in dp_replicate=4`."""
     more = {name: getattr(loser.terms, name) - getattr(winner.terms, name) for name in _WORDS}
+    unexplained_s = more.pop("unexplained_s")
     name = max(more, key=lambda n: more[n])
-    own_s = getattr(loser.terms, name)
-    if loser.step_s <= winner.step_s or more[name] <= 0:
-        return f"{loser.layout} takes as long as {winner.layout}."
+    own_s, longer_s = getattr(loser.terms, name), loser.step_s - winner.step_s
     unit, factor = ("ms", 1e3) if loser.step_s < 1 else ("s", 1.0)
+    if longer_s > 0 and more[name] < min(unexplained_s, _TELLING * longer_s):
+        return (
+            f"{loser.layout}: when such layouts were timed it took {unexplained_s * factor:.3g} {unit} more than "
+            f"{winner.layout} of what their parts do not explain."
+        )
+    if longer_s <= 0 or more[name] <= 0:
+        return f"{loser.layout} takes as long as {winner.layout}."
     if own_s > loser.step_s:
         # A term that is taken off makes the others more than the step.
         return f"{loser.layout}: {_WORDS[name]} takes {more[name] * factor:.3g} {unit} more than in {winner.layout}."
