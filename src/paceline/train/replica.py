@@ -69,7 +69,7 @@ class Replica:
             precision: `fp32`, or `bf16` for autocast with float32 parameters.
             dtype: of the parameters; None: as the job says.
             in_parts: `split` will be called: the whole model need not be in memory.
-            images: how they are to lie in memory; None: found in the first step, where the model is whole.
+            images: how they are to lie in memory; None, or undecided: found in the first step, if the model is whole.
             total_steps: what the job's schedule is given; None where the length is not known.
         """
         self.job = job
@@ -102,7 +102,8 @@ class Replica:
         self._reductions: dict[Group, Reduction] = {}
         self._pipeline: Pipeline | None = None
         self._noise = NoiseMeter([], self._mesh, None)
-        self.images = ImageFormat() if images is None else images
+        # What one replica finds out for itself is not told to others: not all workers take part in it.
+        self.images = images if images is not None and images.is_decided else ImageFormat()
         self._reduction = self._reduction_of(self._mesh)
         self.model.train()
 

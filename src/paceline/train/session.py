@@ -34,7 +34,7 @@ class Datasets:
         self._job, self._seed = job, seed
         self._built: dict[str, Any] = {}
         self.images = ImageFormat()
-        """How batches of images are to lie in memory, whatever the layout; undecided: as the first step finds."""
+        """How batches of images are to lie in memory, whatever the layout; undecided: as its first step finds."""
 
     def __getitem__(self, split: str) -> Any:
         if split not in self._built:
