@@ -39,6 +39,7 @@ from paceline.train.profiling import (
 )
 from paceline.train.replica import Replica
 from paceline.train.session import Datasets
+from paceline.train.thrown_away import replica_to_measure
 from paceline.train.walk import Unit, Walk
 from paceline.train.work import with_work
 
@@ -77,14 +78,8 @@ class BlockCosts:
         """
         self._job, self._datasets, self._seed, self._device = job, datasets, seed, device
         self._sizes = sizes
-        self._replica = Replica(
-            job,
-            seed=seed,
-            device=device,
-            precision=precision,
-            total_steps=job.steps or 1000,
-            in_parts=True,
-            images=datasets.images,
+        self._replica = replica_to_measure(
+            job, datasets, seed=seed, device=device, precision=precision, in_parts=True
         )
         self._walk = Walk(job, self._replica)
         self._batches = {size: first_samples(job, datasets["train"], size, device) for size in sizes}

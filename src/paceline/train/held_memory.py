@@ -22,8 +22,8 @@ from paceline.measure.machine import (
 from paceline.records import Layout
 from paceline.train.allocator import give_back_freed_memory
 from paceline.train.data import ShareLoader, few_samples, first_samples, num_samples
-from paceline.train.replica import Replica
 from paceline.train.session import Datasets
+from paceline.train.thrown_away import replica_to_measure
 
 _STEPS = 2
 """The first makes the optimizer's state; the second has it beside its activations."""
@@ -93,14 +93,8 @@ def measure_held_memory(
     def peak(layout: Layout, numbers: tuple[int, ...], evaluated: tuple[int, ...] = ()) -> list[int]:
         """With each of these numbers of micro-batches, then in an evaluation of each of these numbers of samples."""
         mesh = data_mesh(Group.alone(device), layout)
-        replica = Replica(
-            job,
-            seed=seed,
-            device=device,
-            precision=precision,
-            total_steps=job.steps or 1000,
-            in_parts=layout.splits_model,
-            images=datasets.images,
+        replica = replica_to_measure(
+            job, datasets, seed=seed, device=device, precision=precision, in_parts=layout.splits_model
         )
         if layout.splits_model:
             replica.split(mesh, few_samples(job, datasets["train"], device))

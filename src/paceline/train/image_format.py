@@ -9,9 +9,9 @@ from paceline.job import Job
 from paceline.train.data import FEW_TOGETHER, is_iterable, repeated
 from paceline.train.images import has_images
 from paceline.train.profiling import first_samples
-from paceline.train.replica import Replica
 from paceline.train.room import TRAINING_BYTES, why_no_room
 from paceline.train.session import Datasets
+from paceline.train.thrown_away import replica_to_measure
 
 
 def agree_on_images(
@@ -37,7 +37,7 @@ def _measure(job: Job, datasets: Datasets, world: World, seed: int, precision: s
     few = first_samples(job, train, FEW_TOGETHER, world.device)
     if not has_images(repeated(few, job.batch_size)) or why_no_room(job, world.device.type, TRAINING_BYTES):
         return None
-    replica = Replica(job, seed=seed, device=world.device, precision=precision, total_steps=job.steps or 1000)
+    replica = replica_to_measure(job, datasets, seed=seed, device=world.device, precision=precision)
     replica.attach(data_mesh(Group.alone(world.device)))
     # Two samples at least: batch norm has no statistics of one alone.
     share = first_samples(job, train, max(2, job.batch_size // world.size), world.device)

@@ -29,6 +29,7 @@ from paceline.train.passes import Call, GoOn, Passes, Timing, wants_more
 from paceline.train.replica import Replica
 from paceline.train.session import Datasets
 from paceline.train.step import StepResult
+from paceline.train.thrown_away import replica_to_measure
 from paceline.train.work import count_work, with_work
 
 WHOLE_SHARE = 0.9
@@ -75,14 +76,7 @@ def measure_costs(
     Raises:
         PacelineError: the job fails on its first steps.
     """
-    replica = Replica(
-        job,
-        seed=seed,
-        device=device,
-        precision=precision,
-        total_steps=job.steps or 1000,
-        images=datasets.images,
-    )
+    replica = replica_to_measure(job, datasets, seed=seed, device=device, precision=precision)
     batches = {size: first_samples(job, datasets["train"], size, device) for size in sizes}
     steps = _Steps(job, datasets, replica, seed, device)
     steps.measure(budget_s / 8, go_on)
@@ -156,15 +150,7 @@ def measure_division(
     Raises:
         LayoutError: the model cannot be divided so.
     """
-    replica = Replica(
-        job,
-        seed=seed,
-        device=device,
-        precision=precision,
-        total_steps=job.steps or 1000,
-        in_parts=True,
-        images=datasets.images,
-    )
+    replica = replica_to_measure(job, datasets, seed=seed, device=device, precision=precision, in_parts=True)
     replica.split(mesh, few_samples(job, datasets["train"], device))
     passes = Passes(job, replica, device, mesh.tensor)
     batches = {size: first_samples(job, datasets["train"], size, device) for size in sizes}

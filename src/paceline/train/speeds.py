@@ -14,8 +14,8 @@ from paceline.job import Job
 from paceline.records import Cluster
 from paceline.train.block_costs import BlockCosts
 from paceline.train.data import ShareLoader
-from paceline.train.replica import Replica
 from paceline.train.session import Datasets
+from paceline.train.thrown_away import replica_to_measure
 
 _BUDGET_S = 0.6
 _FEWEST = 3
@@ -74,14 +74,7 @@ def relative(step_s: Sequence[float], workers: Sequence[int]) -> tuple[float, ..
 
 def _step_s(job: Job, datasets: Datasets, world: World, everyone: Group, seed: int) -> float:
     """Seconds of this worker for a step of a whole batch, beside all others."""
-    replica = Replica(
-        job,
-        seed=seed,
-        device=world.device,
-        precision="fp32",
-        total_steps=job.steps or 1000,
-        images=datasets.images,
-    )
+    replica = replica_to_measure(job, datasets, seed=seed, device=world.device, precision="fp32")
     loader = ShareLoader(job, datasets["train"], seed=seed, micro=1, size=1, rank=0, device=world.device)
     batches = loader.endless()
     for _ in range(2):

@@ -21,6 +21,7 @@ from paceline.train.held_memory import EVALUATED_BATCHES, Growth
 from paceline.train.replica import Replica
 from paceline.train.session import Datasets
 from paceline.train.step import StepResult
+from paceline.train.thrown_away import replica_to_measure
 
 BUDGET_S = 15.0
 """What timing all candidates may take, once each has run its first steps."""
@@ -210,14 +211,13 @@ class LayoutTimer:
     def _replica_of(self, layout: Layout, mesh: Mesh) -> Replica:
         key = self._key(layout)
         if key not in self._replicas:
-            replica = Replica(
+            replica = replica_to_measure(
                 self._job,
+                self._datasets,
                 seed=self._seed,
                 device=self._world.device,
                 precision=self._precision,
-                total_steps=self._job.steps or 1000,
                 in_parts=layout.splits_model,
-                images=self._datasets.images,
             )
             if layout.splits_model:
                 replica.split(mesh, few_samples(self._job, self._datasets["train"], self._world.device))

@@ -20,9 +20,9 @@ from paceline.train.block_costs import state_per_byte
 from paceline.train.data import FEW_TOGETHER
 from paceline.train.passes import Passes
 from paceline.train.profiling import first_samples
-from paceline.train.replica import Replica
 from paceline.train.room import TRAINING_BYTES, why_no_room
 from paceline.train.session import Datasets
+from paceline.train.thrown_away import replica_to_measure
 from paceline.train.walk import Walk
 
 MOST_SHARE = 0.75
@@ -79,14 +79,8 @@ def _needed_bytes(
     """
     base = held_memory_bytes(device.type)
     in_parts = bool(why_no_room(job, device.type, _QUICKLY * TRAINING_BYTES))
-    replica = Replica(
-        job,
-        seed=seed,
-        device=device,
-        precision=precision,
-        total_steps=job.steps or 1000,
-        in_parts=in_parts,
-        images=datasets.images,
+    replica = replica_to_measure(
+        job, datasets, seed=seed, device=device, precision=precision, in_parts=in_parts
     )
     parameters = list(replica.model.parameters())
     trained = sum(p.nbytes for p in parameters if p.requires_grad)

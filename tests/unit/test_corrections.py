@@ -1,0 +1,180 @@
+"""What layouts that were tried tell of others."""
+
+from __future__ import annotations
+
+import pytest
+from planning_examples import linked, profile
+
+from paceline.plan.corrections import corrected
+from paceline.plan.forecast import Forecaster
+from paceline.plan.profile import Correction, Tried
+from paceline.records import Layout
+
+TRIED = (
+    ("dp_replicate=2", 1.1, "data"),
+    ("dp_shard=2,zero=1", 1.3, "sharded"),
+    ("dp_shard=2,zero=3", 0.9, "gathered"),
+    ("tp=2", 1.2, "tensor"),
+    ("pp=2,micro=4", 1.5, ""),
+    ("pp=2,micro=4", 0.9, "pipeline"),
+)
+
+
+@pytest.mark.parametrize(("text", "ratio", "way"), TRIED)
+def test_a_forecast_of_what_was_tried_is_what_it_took(text, ratio, way):
+    made, cluster = profile(), linked()
+    layout = Layout.parse(text)
+    step_s = Forecaster(made, cluster).forecast(layout).step_s * ratio
+    found = corrected(made, cluster, [Tried(layout=layout, step_s=step_s)])
+    forecast = Forecaster(found, cluster).forecast(layout)
+    assert forecast.step_s == pytest.approx(step_s, rel=1e-9)
+    (correction,) = found.corrections
+    assert correction.ways == ((way,) if way else ("pipeline",))
+    assert (correction.step_s != 0) == (way != "")
+    assert (correction.action_s > 0) == (way == "")
+    assert forecast.error_s < Forecaster(made, cluster).forecast(layout).error_s
+
+
+@pytest.mark.parametrize("text", ["dp_replicate=", "dp_shard=", "pp="])
+def test_what_eight_wait_for_two_wait_a_third_of(text):
+    made, cluster = profile((1.0,) * 8, tps=()), linked(8, 1)
+    eight, two = (Layout.parse(f"{text}{n}{',micro=4' * (text == 'pp=')}") for n in (8, 2))
+    before = [Forecaster(made, cluster).forecast(layout) for layout in (eight, two)]
+    step_s = 1.5 * before[0].step_s
+    found = corrected(made, cluster, [Tried(layout=eight, step_s=step_s)])
+    after = [Forecaster(found, cluster).forecast(layout) for layout in (eight, two)]
+    assert after[0].step_s == pytest.approx(step_s)
+    name = "overhead_s" if text == "pp=" else "unexplained_s"
+    more_s = [getattr(one.terms, name) for one in after]
+    assert more_s[1] == pytest.approx(more_s[0] / 3)
+
+
+@pytest.mark.parametrize("ratio", [0.9, 1.4])
+@pytest.mark.parametrize("text", ["dp_replicate=2", "dp_shard=2,zero=3", "pp=2,micro=4"])
+def test_what_was_tried_on_unequal_hosts_is_what_it_took_there(text, ratio):
+    made, cluster = profile(tps=()), linked(2, 1, speeds=(1.0, 0.5))
+    layout = Layout.parse(text)
+    step_s = Forecaster(made, cluster).forecast(layout).step_s * ratio
+    found = corrected(made, cluster, [Tried(layout=layout, step_s=step_s)])
+    assert Forecaster(found, cluster).forecast(layout).step_s == pytest.approx(step_s, rel=1e-9)
+
+
+@pytest.mark.parametrize(("action_s", "step_s"), [(2e-3, 5e-3), (2e-3, -5e-3), (0.0, 4e-3)])
+def test_two_pipelines_tell_what_an_action_takes_from_what_a_step_takes(action_s, step_s):
+    made, cluster = profile(tps=()), linked(2, 1)
+    slowly = Correction(ways=("pipeline",), action_s=action_s)
+    slow = Forecaster(made.model_copy(update={"corrections": (slowly,)}), cluster)
+    layouts = [Layout.parse(f"pp=2,micro={micro}") for micro in (2, 8)]
+    tried = [Tried(layout=x, step_s=slow.forecast(x).step_s + step_s) for x in layouts]
+    found = corrected(made, cluster, tried)
+    (correction,) = found.corrections
+    assert correction.action_s == pytest.approx(action_s, abs=1e-7)
+    assert correction.step_s == pytest.approx(step_s, rel=1e-3)
+    after = Forecaster(found, cluster)
+    between = Layout.parse("pp=2,micro=4")
+    assert after.forecast(between).step_s == pytest.approx(slow.forecast(between).step_s + step_s, rel=1e-4)
+    for one in tried:
+        assert after.forecast(one.layout).step_s == pytest.approx(one.step_s, rel=1e-4)
+
+
+@pytest.mark.parametrize("text", ["dp_replicate=2", "dp_shard=2,zero=1", "dp_shard=2,zero=3", "tp=2"])
+def test_micro_batches_pay_as_two_layouts_have_shown(text):
+    made, cluster = profile(), linked()
+    before = Forecaster(made, cluster)
+    layouts = [Layout.parse(text if micro == 1 else f"{text},micro={micro}") for micro in (1, 2, 4)]
+    more_s = (3e-3, 5e-3, 9e-3)
+    took_s = [before.forecast(x).step_s + more for x, more in zip(layouts, more_s, strict=True)]
+    tried = [Tried(layout=x, step_s=s) for x, s in zip(layouts[:2], took_s[:2], strict=True)]
+    after = Forecaster(corrected(made, cluster, tried), cluster)
+    assert [after.forecast(x).step_s for x in layouts] == pytest.approx(took_s)
+
+
+def test_a_process_alone_is_what_was_tried_with_as_many_threads():
+    made, cluster = profile(), linked()
+    before = Forecaster(made, cluster)
+    layouts = [Layout(threads=threads, micro=micro) for threads in (1, 2) for micro in (1, 2)]
+    took_s = [
+        before.forecast(x).step_s + more for x, more in zip(layouts, (1e-3, 2e-3, 5e-3, 4e-3), strict=True)
+    ]
+    tried = [Tried(layout=x, step_s=s) for x, s in zip(layouts, took_s, strict=True)]
+    after = Forecaster(corrected(made, cluster, tried), cluster)
+    assert [after.forecast(x).step_s for x in layouts] == pytest.approx(took_s)
+    two = Layout(dp_replicate=2)
+    assert after.forecast(two).step_s == before.forecast(two).step_s
+
+
+def test_what_a_further_micro_batch_seems_to_save_is_not_saved_again_and_again():
+    made, cluster = profile(), linked()
+    before = Forecaster(made, cluster)
+    layouts = [Layout.parse(f"dp_replicate=2,micro={micro}") for micro in (1, 2, 4)]
+    took_s = [before.forecast(x).step_s + more for x, more in zip(layouts, (5e-3, 2e-3, 2e-3), strict=True)]
+    tried = [Tried(layout=x, step_s=s) for x, s in zip(layouts[:2], took_s[:2], strict=True)]
+    after = Forecaster(corrected(made, cluster, tried), cluster)
+    assert [after.forecast(x).step_s for x in layouts] == pytest.approx(took_s)
+
+
+def test_gradients_of_weights_as_actions_of_their_own_are_tried_by_themselves():
+    made, cluster = profile((1.0,) * 4, tps=()), linked(2, 1)
+    layouts = [Layout.parse(f"pp=2,micro={m}{s}") for m, s in ((2, ""), (8, ""), (2, ",schedule=zb-h1"))]
+    before = Forecaster(made, cluster)
+    more_s = (4e-3, 10e-3, 12e-3)
+    tried = [
+        Tried(layout=x, step_s=before.forecast(x).step_s + s) for x, s in zip(layouts, more_s, strict=True)
+    ]
+    after = Forecaster(corrected(made, cluster, tried), cluster)
+    for one in tried:
+        assert after.forecast(one.layout).step_s == pytest.approx(one.step_s, rel=1e-4)
+
+
+def test_what_two_ways_take_together_is_added_to_what_each_takes():
+    made, cluster = profile((1.0,) * 4, tps=()), linked(4, 1)
+    before = Forecaster(made, cluster)
+    texts = (
+        "dp_replicate=4",
+        "pp=4,micro=4",
+        "pp=2,dp_replicate=2,micro=2",
+        "dp_shard=4,zero=1",
+        "dp_replicate=2,dp_shard=2,zero=1",
+    )
+    tried = [
+        Tried(layout=Layout.parse(text), step_s=before.forecast(Layout.parse(text)).step_s + more_s)
+        for text, more_s in zip(texts, (1e-3, 2e-3, 9e-3, 4e-3, 7e-3), strict=True)
+    ]
+    after = Forecaster(corrected(made, cluster, tried), cluster)
+    for one in tried:
+        assert after.forecast(one.layout).step_s == pytest.approx(one.step_s, rel=1e-4)
+    for text in ("pp=2,dp_replicate=2,micro=4", "pp=2,dp_replicate=2,micro=2,schedule=gpipe"):
+        layout = Layout.parse(text)
+        assert after.forecast(layout).step_s > before.forecast(layout).step_s + 7e-3
+    alone = Layout.parse("dp_replicate=2")
+    assert after.forecast(alone).step_s == pytest.approx(before.forecast(alone).step_s + 0.5e-3)
+
+
+def test_what_was_tried_within_a_host_and_over_the_network_is_kept_apart():
+    made, cluster = profile(tps=()), linked(2, 2)
+    before = Forecaster(made, cluster)
+    texts = ("dp_replicate=2", "dp_replicate=4")
+    tried = [
+        Tried(layout=Layout.parse(text), step_s=before.forecast(Layout.parse(text)).step_s + more_s)
+        for text, more_s in zip(texts, (1e-3, 8e-3), strict=True)
+    ]
+    after = Forecaster(corrected(made, cluster, tried), cluster)
+    for one in tried:
+        assert after.forecast(one.layout).step_s == pytest.approx(one.step_s)
+
+
+def test_what_was_tried_moves_forecasts_of_the_same_way_and_no_others():
+    made, cluster = profile(), linked()
+    before = Forecaster(made, cluster)
+    step_s = before.forecast(Layout.parse("pp=2,micro=4")).step_s
+    after = Forecaster(
+        corrected(made, cluster, [Tried(layout=Layout.parse("pp=2,micro=4"), step_s=1.4 * step_s)]), cluster
+    )
+
+    def moved(text: str) -> float:
+        layout = Layout.parse(text)
+        return after.forecast(layout).step_s / before.forecast(layout).step_s
+
+    assert moved("dp_replicate=4") == moved("tp=2") == 1.0
+    assert moved("pp=2,micro=8") > moved("pp=2,micro=2") > 1.0
+    assert moved("pp=2,dp_replicate=2,micro=2") > 1.0
