@@ -14,10 +14,11 @@ from command import TOY
 from paceline.comm.group import Group
 from paceline.comm.world import World
 from paceline.errors import JobError
-from paceline.launch import measuring, preflight
-from paceline.launch.measuring import agree_on_precision
+from paceline.launch import agreeing, preflight
+from paceline.launch.agreeing import agree_on_precision
 from paceline.launch.spec import RunSpec
 from paceline.load import load_job_file
+from paceline.records import Cluster, Host
 from paceline.train import room, whole_model
 from paceline.train.session import Datasets
 from paceline.train.whole_model import MOST_SHARE, why_block_by_block
@@ -27,6 +28,9 @@ from gpt_job import gpt
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
+CLUSTER = Cluster(
+    hosts=(Host(name="a", device="cpu", device_name="", cores=1, memory_bytes=1 << 30, workers=1),)
+)
 
 
 def why(monkeypatch: pytest.MonkeyPatch, memory_bytes: int, batch_size: int = 8, local_size: int = 1) -> str:
@@ -79,14 +83,14 @@ def test_nothing_is_tried_out_on_a_model_that_has_no_room(monkeypatch, tmp_path)
     datasets = Datasets(loaded.job, 0)
     world = World(0, 1, 0, 1, CPU, 10.0)
     monkeypatch.setattr(preflight, "_try_step", fail)
-    monkeypatch.setattr(measuring, "choose_precision", fail)
+    monkeypatch.setattr(agreeing, "choose_precision", fail)
     with pytest.raises(JobError, match="it was built"):
         preflight.preflight(spec, "cpu", 1)
     with pytest.raises(JobError, match="it was built"):
-        agree_on_precision(spec, loaded, datasets, world, Group.alone(CPU))
+        agree_on_precision(spec, loaded, datasets, world, Group.alone(CPU), CLUSTER)
     monkeypatch.setattr(room, "available_memory_bytes", lambda kind: 1024)
     preflight.preflight(spec, "cpu", 1)
-    precision, reason = agree_on_precision(spec, loaded, datasets, world, Group.alone(CPU))
+    precision, reason = agree_on_precision(spec, loaded, datasets, world, Group.alone(CPU), CLUSTER)
     assert precision == "fp32"
     assert reason.startswith("what one process would gain was not timed: it takes about")
     asked = spec.model_copy(update={"layout": "dp_replicate=1"})

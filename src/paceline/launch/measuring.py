@@ -9,19 +9,17 @@ from pydantic import ValidationError
 from paceline.comm.group import Group
 from paceline.comm.threads import take_cores, user_threads
 from paceline.comm.world import World, gather_cluster
-from paceline.launch.spec import AUTO, MEASURED_FILES, RunSpec
+from paceline.launch.agreeing import agree_on_images, agree_on_precision
+from paceline.launch.spec import MEASURED_FILES, RunSpec
 from paceline.load import LoadedJob
 from paceline.measure import store
 from paceline.measure.machine import versions
 from paceline.plan.hardware import HARDWARE_FILE
 from paceline.plan.profile import MOST_SPREAD, LinkedCluster, Profile
-from paceline.records import Cluster, Layout, Record
+from paceline.records import Cluster, Record
 from paceline.train.allocator import keep_freed_memory
-from paceline.train.image_format import agree_on_images
 from paceline.train.planning import BUDGET_S as JOB_BUDGET_S
 from paceline.train.planning import measure_all
-from paceline.train.precision import choose_precision
-from paceline.train.room import MEASURING_BYTES, why_no_room
 from paceline.train.session import Datasets
 from paceline.train.survey import BUDGET_S, survey
 
@@ -91,24 +89,6 @@ class Measuring:
         return store.key_of(loaded.path, loaded.options, *about)
 
 
-def agree_on_precision(
-    spec: RunSpec, loaded: LoadedJob, datasets: Datasets, world: World, everyone: Group
-) -> tuple[str, str]:
-    """What rank 0 chooses, on all workers, and why."""
-    chosen = None
-    if world.rank == 0:
-        if spec.precision == AUTO and spec.layout != AUTO and Layout.parse(spec.layout).splits_model:
-            chosen = "fp32", "the layout splits the model: what one process would gain was not timed"
-        elif spec.precision == AUTO and (why := why_no_room(loaded.job, world.device.type, MEASURING_BYTES)):
-            chosen = "fp32", f"what one process would gain was not timed: {why}"
-        else:
-            chosen = choose_precision(
-                spec.precision, loaded.job, datasets, seed=spec.seed, device=world.device
-            )
-    precision, reason = everyone.gather_json(chosen, "the precision")[0]
-    return precision, reason
-
-
 def measure_for_plan(spec: RunSpec, loaded: LoadedJob, world: World) -> None:
     """Leave what the planner has to know of a job in the run's directory."""
     everyone = world.group(world.size)
@@ -116,7 +96,7 @@ def measure_for_plan(spec: RunSpec, loaded: LoadedJob, world: World) -> None:
     keep_freed_memory()
     cluster = gather_cluster(everyone, world)
     datasets = Datasets(loaded.job, spec.seed)
-    agree_on_images(loaded.job, datasets, world, everyone, seed=spec.seed, precision="fp32")
+    agree_on_images(spec, loaded, datasets, world, everyone, cluster, "fp32")
     found = measure_all(loaded.job, datasets, world, everyone, cluster, seed=spec.seed)
     _leave(spec, found)
 
@@ -129,8 +109,8 @@ def measure_for_training(spec: RunSpec, loaded: LoadedJob, world: World) -> None
     keep_freed_memory()
     cluster = gather_cluster(everyone, world)
     datasets = Datasets(loaded.job, spec.seed)
-    precision, _ = agree_on_precision(spec, loaded, datasets, world, everyone)
-    agree_on_images(loaded.job, datasets, world, everyone, seed=spec.seed, precision=precision)
+    precision, _ = agree_on_precision(spec, loaded, datasets, world, everyone, cluster)
+    agree_on_images(spec, loaded, datasets, world, everyone, cluster, precision)
     _leave(spec, Measuring(spec, loaded, world, everyone, cluster, datasets, precision).measure())
 
 

@@ -23,14 +23,10 @@ from paceline.comm.world import World, gather_cluster, join
 from paceline.errors import LayoutError, PacelineError
 from paceline.events import SCHEMA, EventWriter
 from paceline.job import Job
+from paceline.launch.agreeing import agree_on_images, agree_on_precision
 from paceline.launch.choosing import Choosing
 from paceline.launch.failure import record
-from paceline.launch.measuring import (
-    agree_on_precision,
-    measure_for_plan,
-    measure_for_training,
-    measure_hosts,
-)
+from paceline.launch.measuring import measure_for_plan, measure_for_training, measure_hosts
 from paceline.launch.proving import Proving
 from paceline.launch.replanning import Replanning
 from paceline.launch.spec import AUTO, RunSpec
@@ -43,7 +39,6 @@ from paceline.split.finding import Found
 from paceline.train.allocator import keep_freed_memory
 from paceline.train.compiler import put_off_compiler
 from paceline.train.data import num_batches, num_samples
-from paceline.train.image_format import agree_on_images
 from paceline.train.loop import TrainingLoop, save, showcase
 from paceline.train.proof import require
 from paceline.train.session import Datasets, Session
@@ -115,8 +110,8 @@ class Worker:
         keep_freed_memory()
         cluster = gather_cluster(everyone, world)
         datasets = Datasets(job, spec.seed)
-        precision, precision_reason = agree_on_precision(spec, loaded, datasets, world, everyone)
-        agree_on_images(job, datasets, world, everyone, seed=spec.seed, precision=precision)
+        precision, precision_reason = agree_on_precision(spec, loaded, datasets, world, everyone, cluster)
+        agree_on_images(spec, loaded, datasets, world, everyone, cluster, precision)
         length = self._length(loaded, datasets)
         target = Target.parse(spec.until, job) if spec.until is not None else None
         self._write(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from paceline.comm.group import Group
 from paceline.comm.mesh import data_mesh
 from paceline.comm.world import World
@@ -15,19 +17,29 @@ from paceline.train.thrown_away import replica_to_measure
 
 
 def agree_on_images(
-    job: Job, datasets: Datasets, world: World, everyone: Group, *, seed: int, precision: str
+    job: Job,
+    datasets: Datasets,
+    world: World,
+    everyone: Group,
+    *,
+    seed: int,
+    precision: str,
+    once: Callable[[Callable[[], float | None]], float | None] = lambda find: find(),
 ) -> None:
     """Have rank 0 find out, and all workers' `datasets.images` take that. A collective call.
 
     Of an iterable data set nothing is read beforehand: each worker takes its share of one stream. There whole models
     find out in their first step, and the others leave images as they come.
 
+    Args:
+        once: on rank 0, gives what the function that it is given finds, or what that has found before.
+
     Raises:
         PacelineError: the job fails on its first batch.
     """
     if is_iterable(datasets["train"]):
         return
-    ratio = _measure(job, datasets, world, seed, precision) if world.rank == 0 else None
+    ratio = once(lambda: _measure(job, datasets, world, seed, precision)) if world.rank == 0 else None
     datasets.images.decide(everyone.gather_json(ratio, "how images lie in memory")[0])
 
 
