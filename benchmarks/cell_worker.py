@@ -20,8 +20,8 @@ from typing import NamedTuple
 import torch
 from cell_clusters import CLUSTERS
 from cell_space import curve_space, rules_of_thumb, whole_space
-from cells import PROGRESS, Cell, Pair
-from peers import JOBS, ROOT
+from cells import JOBS, PROGRESS, Cell, Pair
+from peers import ROOT
 
 from paceline.comm.group import Group
 from paceline.comm.world import World, gather_cluster, join

@@ -24,11 +24,14 @@ from typing import Any
 import torch
 from box_processes import Ended, Start
 from cell_clusters import CLUSTERS
-from peers import JOBS
+from peers import JOBS as PEER_JOBS
 
 from paceline.errors import PacelineError
 from paceline.plan.profile import LinkedCluster, Profile
 
+HELD_OUT = ("vit", "lstm", "unet")
+JOBS = {**PEER_JOBS, **{model: ("benchmarks/held_out_jobs.py", {"model": model}) for model in HELD_OUT}}
+"""By name, the file and its options."""
 TUNED_ON = ("text", "image", "conv", "mlp-wide", "gpt-small", "driving", "speech", "mlp-tiny")
 """Jobs with whose cells in sight the model of cost was corrected; nothing is changed after others were measured."""
 PAUSE_S = 0.025

@@ -10,6 +10,10 @@ same), and then time every layout of the space (cell_space.py) in interleaved ro
 forecast is made of what was measured before; nothing of the timed steps goes into it. Layouts that were tried while
 the job was measured are marked, and not counted. Beside each error stands the noise of the measurement itself: half
 of the rounds against the other half. Jobs that the model of cost was corrected with are counted apart.
+
+Between measuring a job and timing its layouts a shared machine gets slower or faster. By how much, the layouts tell
+that were tried: their forecasts are what they took then. The median of measured over forecast among them is the pair's
+*drift*; errors are given as they are, and once more with the forecasts of a pair times its drift.
 """
 
 from __future__ import annotations
@@ -17,11 +21,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import mean, median
 
 from cell_clusters import CLUSTERS
 from cells import (
+    JOBS,
     TUNED_ON,
     Cell,
     Pair,
@@ -34,7 +39,6 @@ from cells import (
     percent,
     with_measuring,
 )
-from peers import JOBS
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -47,11 +51,24 @@ def counted(cells: Sequence[Cell]) -> list[Cell]:
     return [cell for cell in cells if cell.off is not None and not cell.was_tried]
 
 
-def summary(cells: Sequence[Cell]) -> list[str]:
-    """One row's cells of a table: errors of the cells that were not tried, and the noise beside them."""
+def drift(pair: Pair) -> float:
+    """How much longer tried layouts took when they were timed than when they were tried; 1.0 where none was tried."""
+    tried = [cell.off for cell in pair.timed if cell.was_tried and cell.off is not None]
+    return 1 / (1 + median(tried)) if tried else 1.0
+
+
+def summary(cells: Sequence[Cell], drifts: Mapping[tuple[str, str], float]) -> list[str]:
+    """One row's cells of a table: errors of the cells, and the noise beside them.
+
+    Args:
+        drifts: by job and cluster.
+    """
     errors = [abs(cell.off) for cell in cells if cell.off is not None]
     if not errors:
-        return ["0", *["–"] * 6]
+        return ["0", *["–"] * 8]
+    still = [
+        abs((1 + cell.off) * drifts[cell.job, cell.cluster] - 1) for cell in cells if cell.off is not None
+    ]
     bias = median(cell.off for cell in cells if cell.off is not None)
     inside = mean(cell.is_inside for cell in cells)
     return [
@@ -59,6 +76,8 @@ def summary(cells: Sequence[Cell]) -> list[str]:
         percent(mean(errors)),
         percent(median(errors)),
         percent(percentile(errors, 0.95)),
+        percent(mean(still)),
+        percent(percentile(still, 0.95)),
         percent(bias, "+"),
         percent(mean(cell.noise for cell in cells)),
         f"{inside:.0%}",
@@ -70,6 +89,8 @@ _SUMMARY = (
     "mean error",
     "median",
     "95th percentile",
+    "without drift, mean",
+    "95th",
     "median with sign",
     "mean noise",
     "inside the error bar",
@@ -79,6 +100,7 @@ _SUMMARY = (
 def table(pairs: Sequence[Pair], title: str) -> str:
     cells = [cell for pair in pairs for cell in pair.timed]
     known = counted(cells)
+    drifts = {(pair.job, pair.cluster): drift(pair) for pair in pairs}
     of = {
         f"tuned on: {', '.join(TUNED_ON)}": [cell for cell in known if cell.job in TUNED_ON],
         "all other jobs": [cell for cell in known if cell.job not in TUNED_ON],
@@ -95,7 +117,9 @@ def table(pairs: Sequence[Pair], title: str) -> str:
         "layouts that were tried": [cell for cell in cells if cell.off is not None and cell.was_tried],
     }
     lines = [title, "", *head("which", *_SUMMARY)]
-    lines += [f"| {which} | {' | '.join(summary(found))} |" for which, found in of.items()]
+    lines += [f"| {which} | {' | '.join(summary(found, drifts))} |" for which, found in of.items()]
+    told = ", ".join(f"{job}@{cluster} {percent(found - 1, '+')}" for (job, cluster), found in drifts.items())
+    lines += ["", f"Drift: {told}."]
     lines += ["", *head("job", "cluster", "layout", "forecast, ms", "measured, ms", "error", "noise")]
     lines += [
         f"| {cell.job} | {cell.cluster} | {cell.layout}{' (tried)' * cell.was_tried} | {_with_bar(cell)} "

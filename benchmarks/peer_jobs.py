@@ -10,26 +10,33 @@
     mlp-tiny    a perceptron 20-64-64-2 on 64 rows, AdamW
     mlp-wide    four linear layers of 4096 (67 M parameters) on 16 rows, AdamW: mostly the optimizer's work
 
-The data are a function of a fixed seed. No model has dropout, so that losses can be compared to the last digits.
+The data are a function of a fixed seed (random_jobs.py). No model has dropout, so that losses can be compared to the
+last digits.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable
 
 import torch
+from random_jobs import (
+    adamw,
+    class_loss,
+    labelled,
+    make,
+    next_token_loss,
+    regression,
+    sgd,
+    squared_loss,
+    tokens,
+)
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import TensorDataset
 
 import paceline
 
 options = paceline.options(model="gpt-small")
-
-NUM_SAMPLES = 2048
-DATA_SEED = 20_000
 
 
 class Block(nn.Module):
@@ -101,56 +108,6 @@ class MLP(nn.Module):
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         return self.layers[-1](x)
-
-
-def tokens(vocabulary: int, context: int, generator: torch.Generator) -> TensorDataset:
-    drawn = torch.randint(vocabulary, (NUM_SAMPLES, context + 1), generator=generator)
-    return TensorDataset(drawn[:, :-1], drawn[:, 1:])
-
-
-def labelled(shape: tuple[int, ...], classes: int, generator: torch.Generator) -> TensorDataset:
-    inputs = torch.randn(NUM_SAMPLES, *shape, generator=generator)
-    return TensorDataset(inputs, torch.randint(classes, (NUM_SAMPLES,), generator=generator))
-
-
-def regression(width: int, generator: torch.Generator) -> TensorDataset:
-    return TensorDataset(*torch.randn(2, NUM_SAMPLES, width, generator=generator))
-
-
-def next_token_loss(scores: torch.Tensor, batch: list[torch.Tensor]) -> torch.Tensor:
-    return F.cross_entropy(scores.flatten(0, 1), batch[1].flatten())
-
-
-def class_loss(scores: torch.Tensor, batch: list[torch.Tensor]) -> torch.Tensor:
-    return F.cross_entropy(scores, batch[1])
-
-
-def squared_loss(outputs: torch.Tensor, batch: list[torch.Tensor]) -> torch.Tensor:
-    return F.mse_loss(outputs, batch[1])
-
-
-def adamw(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(params, lr=3e-4, weight_decay=0.01)
-
-
-def sgd(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(params, lr=0.02, momentum=0.9)
-
-
-def make(
-    model: Callable[[], nn.Module],
-    data: Callable[[torch.Generator], TensorDataset],
-    loss: Callable[..., torch.Tensor],
-    optimizer: Callable[..., torch.optim.Optimizer],
-    batch_size: int,
-) -> paceline.Job:
-    def build(split: str) -> TensorDataset:
-        dataset = data(torch.Generator().manual_seed(DATA_SEED))
-        return dataset if split == "train" else TensorDataset(*dataset[:batch_size])
-
-    return paceline.Job(
-        model=model, data=build, loss=loss, optimizer=optimizer, batch_size=batch_size, steps=20
-    )
 
 
 JOBS = {

@@ -1,6 +1,6 @@
 """What the planner's choice loses against the best layout that there is, and against rules of thumb.
 
-    python benchmarks/regret.py --results build/cells --out regret.md     # 18 pairs; root, for the boxes
+    python benchmarks/regret.py --results build/cells --out regret.md     # 24 pairs; root, for the boxes
     python benchmarks/regret.py --jobs text conv --boxes here two-1g      # these jobs on these clusters
     python benchmarks/regret.py --from build/cells                        # the tables again, from the files
 
@@ -22,8 +22,7 @@ from statistics import mean
 
 from cell_clusters import CLUSTERS
 from cell_space import RULES
-from cells import Pair, failures, finish, head, heading, measured_pairs, ms, percent, with_measuring
-from peers import JOBS
+from cells import JOBS, Pair, failures, finish, head, heading, measured_pairs, ms, percent, with_measuring
 from rankings import Ranking, ranking
 
 PAIRS = (
@@ -33,8 +32,16 @@ PAIRS = (
     *((job, "four-1g") for job in ("text", "gpt-small", "conv")),
     *((job, "two-by-two") for job in ("driving", "gpt-small")),
     *((job, "unequal") for job in ("image", "driving")),
+    *(
+        ("vit", "here"),
+        ("unet", "here"),
+        ("vit", "two-1g"),
+        ("lstm", "two-1g"),
+        ("lstm", "two-100m"),
+        ("unet", "unequal"),
+    ),
 )
-"""Eight jobs, six clusters."""
+"""Eleven jobs, of which three are held out; six clusters."""
 
 
 def table(pairs: Sequence[Pair], title: str) -> str:

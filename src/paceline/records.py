@@ -254,6 +254,8 @@ class Trial(Record):
     threads: int = Field(ge=1)
     step_s: tuple[float, ...] = ()
     """Seconds per step, one entry per interleaved round."""
+    group: int = 0
+    """Its rounds were interleaved with those of the trials that have the same number."""
     median_step_s: float | None = None
     """Of all its steps, on rank 0: the first of a round, whose memory is cold, counts like any other."""
     compute_s: float | None = None

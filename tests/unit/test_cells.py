@@ -106,11 +106,30 @@ def test_short_steps_of_hosts_that_pause_are_measured_by_rounds():
 def test_errors_are_summed_up_without_what_was_tried():
     found = [cell(DATA, 1.1, 1.0, 1.0), cell(PIPELINE, 1.3, 1.0, 1.0), cell(ONE_PROCESS, 9.0, 1.0, 1.0)]
     found[2].was_tried = True
-    count, error, middle, most, *_, inside = forecast.summary(forecast.counted(found))
+    count, error, middle, most, *_, inside = forecast.summary(
+        forecast.counted(found), {("conv", "here"): 1.0}
+    )
     assert (count, error, middle, most, inside) == ("2", "20.0%", "20.0%", "30.0%", "50%")
     assert forecast.percentile(range(1, 101), 0.95) == 95
     text = forecast.table([pair(*found, job="text"), pair(*found)], "title")
     assert f"| conv | here | {ONE_PROCESS} (tried) | 9000.00 ± 900.00 | 1000.00 | +800.0% | 0.0% |" in text
+
+
+def test_the_drift_of_a_pair_is_taken_from_the_layouts_that_were_tried():
+    found = [
+        cell(DATA, 1.0, 1.2),
+        cell(ONE_PROCESS, 1.0, 1.3),
+        cell("tp=2,threads=1", 1.0, 1.25),
+        cell(PIPELINE, 1.0, 1.5),
+    ]
+    for one in found[:3]:
+        one.was_tried = True
+    slower = pair(*found)
+    assert forecast.drift(slower) == pytest.approx(1.25)
+    assert forecast.drift(pair(found[3])) == 1.0
+    _, error, _, _, still, most, *_ = forecast.summary(found[3:], {("conv", "here"): forecast.drift(slower)})
+    assert (error, still, most) == ("33.3%", "16.7%", "16.7%")
+    assert "Drift: conv@here +25.0%." in forecast.table([slower], "title")
 
 
 def test_rules_of_thumb_are_in_the_space():

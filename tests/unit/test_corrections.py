@@ -32,7 +32,7 @@ def test_a_forecast_of_what_was_tried_is_what_it_took(text, ratio, way):
     assert correction.ways == ((way,) if way else ("pipeline",))
     assert (correction.step_s != 0) == (way != "")
     assert (correction.action_s > 0) == (way == "")
-    assert forecast.error_s < Forecaster(made, cluster).forecast(layout).error_s
+    assert forecast.error_s / step_s < Forecaster(made, cluster).relative_error(layout)
 
 
 @pytest.mark.parametrize("text", ["dp_replicate=", "dp_shard=", "pp="])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from statistics import median
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from paceline.errors import LayoutError
 from paceline.plan.candidates import candidates
-from paceline.plan.choose import LEAST_GAIN, choose, without_workers
+from paceline.plan.choose import LEAST_GAIN, choose, compare, without_workers
 from paceline.plan.shortlist import shortlist
 from paceline.plan.terms import Forecast, Memory, Terms
 from paceline.records import Cluster, Host, Layout, Trial
@@ -23,7 +24,7 @@ def cluster(cores: int, workers: int | None = None, device: str = "cpu", hosts: 
     return Cluster(hosts=(host,) * hosts)
 
 
-def trial(workers: int, threads: int, *step_s: float, error: str | None = None) -> Trial:
+def trial(workers: int, threads: int, *step_s: float, error: str | None = None, group: int = 0) -> Trial:
     return Trial(
         layout=Layout(dp_replicate=workers, threads=threads),
         label=f"{workers}×{threads}",
@@ -31,6 +32,7 @@ def trial(workers: int, threads: int, *step_s: float, error: str | None = None) 
         threads=threads,
         step_s=step_s,
         error=error,
+        group=group,
     )
 
 
@@ -179,3 +181,17 @@ def test_a_shortlist_has_those_that_may_be_fastest_one_of_each_kind_and_what_is_
     narrow = [f.model_copy(update={"error_s": 0.01}) for f in fastest]
     assert texts(shortlist(narrow, always)) == [*texts(always), wanted[0]]
     assert shortlist([], always) == always
+
+
+def test_layouts_that_were_not_timed_by_turns_are_compared_by_their_medians():
+    """The machine was slow in the first's last rounds, when the second had not begun."""
+    first, second = trial(1, 1, 1.0, 4.0, 4.0, 4.0, 1.0), trial(2, 1, 3.6, 0.9, 3.6, 3.6, 0.9)
+    assert compare(second, first)[0] == pytest.approx(0.9)
+    shaky = trial(2, 1, 0.8, 0.9, 1.0, group=1)
+    ratio, noise = compare(shaky, trial(1, 1, 1.0, 1.2, 0.8))
+    assert (ratio, noise) == (pytest.approx(0.9), pytest.approx(0.9 * math.hypot(0.1 / 0.9, 0.2)))
+    # By turns one that is sometimes faster is level, and the forecast decides; apart it is not.
+    one, two = trial(1, 1, 1.0, 1.0, 1.0), trial(1, 2, 1.02, 0.99, 1.03)
+    forecast_s = {one.layout: 1.0, two.layout: 0.9}
+    assert choose([one, two], forecast_s).layout == two.layout
+    assert choose([one, two.model_copy(update={"group": 1})], forecast_s).layout == one.layout

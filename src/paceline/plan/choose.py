@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import median
 
@@ -48,9 +49,9 @@ class JobForecasts:
 def choose(trials: Sequence[Trial], forecast_s: Mapping[Layout, float] | None = None) -> Plan:
     """The plan that takes the fastest layout; of those that a trial cannot tell apart, that with the least forecast.
 
-    Layouts were timed in interleaved rounds, so they are compared round by round: the median of the
-    paired ratios. Several workers are taken only where they save at least `LEAST_GAIN` of the time of
-    the fastest single process; never one that is slower than it.
+    Layouts that were timed in interleaved rounds are compared round by round, others, which memory had no room for
+    together, by the medians of their rounds (`compare`). Several workers are taken only where they save at least
+    `LEAST_GAIN` of the time of the fastest single process; never one that is slower than it.
 
     Raises:
         LayoutError: no layout could be timed; the reasons are listed.
@@ -67,7 +68,7 @@ def choose(trials: Sequence[Trial], forecast_s: Mapping[Layout, float] | None = 
     singles = [t for t in timed if t.workers == 1]
     if singles and best.workers > 1:
         single = min(singles, key=lambda t: median(t.step_s))
-        ratio = paired_ratio(best, single)
+        ratio, _ = compare(best, single)
         if ratio > 1 - LEAST_GAIN:
             reason = (
                 f"{best.label} would take {ratio:.2f} of the step time of {single.label}: "
@@ -85,7 +86,7 @@ def choose(trials: Sequence[Trial], forecast_s: Mapping[Layout, float] | None = 
         )
     second = min(others, key=lambda t: median(t.step_s))
     several = [t for t in others if t.workers > 1]
-    ratio = paired_ratio(second, best)
+    ratio, _ = compare(second, best)
     reason = f"{best.label} is fastest: {second.label} takes {ratio:.2f}× its step time."
     if ratio < 1:
         reason = (
@@ -102,8 +103,8 @@ def _fastest(timed: Sequence[Trial], forecast_s: Mapping[Layout, float]) -> Tria
         return best
     level = [best]
     for other in timed:
-        ratios = [x / y for x, y in zip(other.step_s, best.step_s, strict=False)]
-        if other.layout in forecast_s and median(ratios) <= 1 + _LEVEL and min(ratios) < 1:
+        is_level = other.group == best.group and min(_ratios(other, best)) < 1
+        if other.layout in forecast_s and is_level and compare(other, best)[0] <= 1 + _LEVEL:
             level.append(other)
     return min(level, key=lambda t: forecast_s[t.layout])
 
@@ -114,9 +115,26 @@ def without_workers(plan: Plan, why: str) -> Plan:
     return _plan(single, f"{single.label}, as {why}.", plan.trials)
 
 
-def paired_ratio(a: Trial, b: Trial) -> float:
-    """Median over the rounds of a's step time over b's."""
-    return median(x / y for x, y in zip(a.step_s, b.step_s, strict=False))
+def compare(a: Trial, b: Trial) -> tuple[float, float]:
+    """a's step time over b's, and the noise of that: the median of the rounds' ratios, and of their deviations from it.
+
+    Of trials that were not timed by turns, the ratio of their medians; their rounds' deviations add up as squares.
+    """
+    if a.group == b.group:
+        return _middle(_ratios(a, b))
+    (a_s, a_noise), (b_s, b_noise) = _middle(a.step_s), _middle(b.step_s)
+    return a_s / b_s, a_s / b_s * math.hypot(a_noise / a_s, b_noise / b_s)
+
+
+def _ratios(a: Trial, b: Trial) -> list[float]:
+    """Round by round."""
+    return [x / y for x, y in zip(a.step_s, b.step_s, strict=False)]
+
+
+def _middle(values: Sequence[float]) -> tuple[float, float]:
+    """The median, and the median deviation from it."""
+    middle = median(values)
+    return middle, median(abs(value - middle) for value in values)
 
 
 def _plan(taken: Trial, reason: str, trials: Sequence[Trial]) -> Plan:

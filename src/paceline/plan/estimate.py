@@ -24,8 +24,9 @@ LAUNCH_S = 5e-6
 """Of one operation on a GPU, as eager PyTorch tells them: an assumption."""
 GPU_BASE_BYTES = 1 << 30
 """What a GPU's runtime and its libraries take of its memory before there is a model: an assumption."""
-GPU_ERROR = 0.3
-"""Relative, of forecasts for GPUs that were not measured: an assumption, until they are held against some."""
+GPU_ERROR = 0.2
+"""Relative, of forecasts for GPUs that were not measured, in place of past ones: an assumption, until they are held
+against some."""
 _BYTES_ADDED = 3.0
 """An addition in place reads two bytes and writes one for each byte of the result."""
 _BACKWARD = 2.0

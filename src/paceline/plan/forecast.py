@@ -37,6 +37,8 @@ from paceline.records import Layout
 
 _MOST_TAKEN_OFF = 0.5
 """Share of a forecast that what is unexplained may take off it."""
+_UNTRIED = 1.4
+"""By how much more forecasts of layouts err that were not tried (docs/forecasts.md)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,10 +98,10 @@ class Forecaster:
     def relative_error(self, layout: Layout) -> float:
         """Of a forecast: the errors of past forecasts and of the measurements, which are independent of each other.
 
-        A layout that was tried errs half as much: a machine that drifts has moved on since.
+        Past forecasts are those of runs, in layouts that had been tried: others err by more.
         """
         was_tried = any(one.layout == layout for one in self.profile.tried)
-        return math.hypot(self.profile.past_error / (2 if was_tried else 1), self.profile.spread)
+        return math.hypot(self.profile.past_error * (1.0 if was_tried else _UNTRIED), self.profile.spread)
 
     def least_s(self, layout: Layout) -> float:
         """What a step of a layout takes at least: no more than its forecast, and found without playing its schedule.

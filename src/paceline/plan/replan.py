@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from statistics import median
 
-from paceline.plan.choose import choose, paired_ratio
+from paceline.plan.choose import choose, compare
 from paceline.records import Layout, Plan, Trial
 
 LEAST_GAIN = 0.1
@@ -32,8 +32,6 @@ class Decision:
 def decide(trials: Sequence[Trial], current: Layout, *, steps_left: int | None, change_s: float) -> Decision:
     """Take the fastest, if it saves more than `LEAST_GAIN`, more than noise, and more than the change costs.
 
-    Noise is the median deviation of the rounds' ratios from their median.
-
     Args:
         trials: `current` among them.
         steps_left: None where that is not known: then nothing is held against the cost.
@@ -48,8 +46,7 @@ def decide(trials: Sequence[Trial], current: Layout, *, steps_left: int | None, 
         return Decision(None, f"nothing that was timed is faster ({_ms(own_s)} now)", own_s)
     best = next(trial for trial in trials if trial.layout == plan.layout)
     best_s = median(best.step_s)
-    ratio = paired_ratio(best, own)
-    noise = median(abs(b / o - ratio) for b, o in zip(best.step_s, own.step_s, strict=False))
+    ratio, noise = compare(best, own)
     told = f"{best.label} would take {_ms(best_s)} instead of {_ms(own_s)}"
     if 1 - ratio <= LEAST_GAIN:
         return Decision(None, f"{told}: a change must save more than {LEAST_GAIN:.0%}", own_s)

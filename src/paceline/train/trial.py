@@ -73,7 +73,7 @@ def time_by_turns(
     texts: list[list[str]] = everyone.gather_json(told, "layouts to time")[0]
     number = sum(map(len, texts))
     trials: list[Trial] = []
-    for group in texts:
+    for at, group in enumerate(texts):
         _leave_room(everyone)
         timer = LayoutTimer(
             job,
@@ -86,7 +86,7 @@ def time_by_turns(
             rounds=rounds,
             evaluates=evaluates,
         )
-        trials += timer.run()
+        trials += [trial.model_copy(update={"group": at}) for trial in timer.run()]
     _leave_room(everyone)
     return trials
 

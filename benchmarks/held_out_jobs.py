@@ -1,0 +1,114 @@
+"""Three jobs on random data that the model of cost was not corrected with, to hold its forecasts against.
+
+    paceline train benchmarks/held_out_jobs.py --set model=lstm
+
+`--set model=` chooses one:
+
+    vit     an encoder of 6 layers over the 64 patches of an image (2.7 M parameters), 16 images 3×32×32, AdamW
+    lstm    two recurrent layers of 256 (1.3 M parameters), 32 windows of 48 tokens, AdamW
+    unet    three scales with skip connections and group norm (0.3 M parameters), 8 images 3×64×64, SGD with momentum
+
+Nothing in the planner may be changed with their cells in sight; once it was, they count as tuned on (cells.py).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from random_jobs import adamw, class_loss, labelled, make, next_token_loss, sgd, tokens
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+import paceline
+
+options = paceline.options(model="vit")
+
+
+class ViT(nn.Module):
+    """Images [b, 3, 32, 32] -> scores of 10 classes."""
+
+    def __init__(self, width: int, layers: int, heads: int, patch: int = 4) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, patch, stride=patch)
+        self.places = nn.Parameter(0.02 * torch.randn(1, (32 // patch) ** 2, width))
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                width, heads, 4 * width, dropout=0.0, batch_first=True, norm_first=True
+            )
+            for _ in range(layers)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2) + self.places
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.norm(x).mean(1))
+
+
+class LSTM(nn.Module):
+    """Tokens [b, t] -> scores of the next token [b, t, vocabulary]."""
+
+    def __init__(self, vocabulary: int, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.first = nn.LSTM(width, width, batch_first=True)
+        self.second = nn.LSTM(width, width, batch_first=True)
+        self.head = nn.Linear(width, vocabulary)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x, _ = self.first(self.embedding(tokens))
+        x, _ = self.second(x)
+        return self.head(x)
+
+
+def _convolutions(inputs: int, outputs: int) -> nn.Sequential:
+    steps: list[nn.Module] = []
+    for channels in (inputs, outputs):
+        steps += [nn.Conv2d(channels, outputs, 3, padding=1, bias=False), nn.GroupNorm(8, outputs), nn.SiLU()]
+    return nn.Sequential(*steps)
+
+
+class UNet(nn.Module):
+    """Images [b, 3, n, n] -> images of one channel."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.enter = _convolutions(3, width)
+        self.down = nn.ModuleList([_convolutions(width, 2 * width), _convolutions(2 * width, 4 * width)])
+        self.up = nn.ModuleList([_convolutions(6 * width, 2 * width), _convolutions(3 * width, width)])
+        self.leave = nn.Conv2d(width, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kept = [self.enter(x)]
+        for down in self.down:
+            kept.append(down(F.max_pool2d(kept[-1], 2)))
+        x = kept.pop()
+        for up in self.up:
+            x = up(torch.cat([F.interpolate(x, scale_factor=2.0), kept.pop()], 1))
+        return self.leave(x)
+
+
+def brightness_loss(images: torch.Tensor, batch: list[torch.Tensor]) -> torch.Tensor:
+    return F.mse_loss(images, batch[0].mean(1, keepdim=True))
+
+
+def large_images(generator: torch.Generator) -> TensorDataset:
+    return TensorDataset(torch.randn(256, 3, 64, 64, generator=generator))
+
+
+JOBS = {
+    "vit": lambda: make(
+        functools.partial(ViT, 192, 6, 6), functools.partial(labelled, (3, 32, 32), 10), class_loss, adamw, 16
+    ),
+    "lstm": lambda: make(
+        functools.partial(LSTM, 512, 256), functools.partial(tokens, 512, 48), next_token_loss, adamw, 32
+    ),
+    "unet": lambda: make(functools.partial(UNet, 24), large_images, brightness_loss, sgd, 8),
+}
+if options.model not in JOBS:
+    raise paceline.OptionError(f"option model={options.model!r}", next_step=f"use one of: {', '.join(JOBS)}")
+job = JOBS[options.model]()
