@@ -72,7 +72,7 @@ def past_error() -> float:
     try:
         lines = (directory() / "forecasts.jsonl").read_text().splitlines()[-_LAST:]
         pairs = [(row["forecast_s"], row["measured_s"]) for row in map(json.loads, lines)]
-        errors = [abs(forecast / measured - 1) for forecast, measured in pairs if measured > 0]
+        errors: list[float] = [abs(forecast / measured - 1) for forecast, measured in pairs if measured > 0]
     except (OSError, ValueError, KeyError, TypeError):
         return _FIRST_ERROR
     if len(errors) < _ENOUGH:
