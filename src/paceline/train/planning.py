@@ -39,8 +39,10 @@ from paceline.train.whole_model import why_block_by_block
 
 BUDGET_S = 12.0
 """What measuring a job takes, about."""
-_TRY = 0.04
+_TRY = 0.05
 """Share of that which is for each layout that is tried, on top of the rest."""
+_TRY_ROUNDS = (4, 6)
+"""At least, and at most: two steps of a slow layout say little on a machine that others use."""
 
 
 def measure_all(
@@ -161,7 +163,7 @@ def measure_all(
         everyone,
         datasets,
         budget_s=budget_s * _TRY * number,
-        rounds=(2, 5),
+        rounds=_TRY_ROUNDS,
         evaluates=True,
         **about,
     )
