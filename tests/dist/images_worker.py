@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -18,14 +20,19 @@ from paceline.train.image_format import agree_on_images
 from paceline.train.session import Datasets, Session
 
 
-def block(inputs: int) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(inputs, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Tanh())
+def batch_norm() -> nn.Module:
+    return nn.BatchNorm2d(8)
+
+
+def group_norm() -> nn.Module:
+    return nn.GroupNorm(4, 8)
 
 
 class Network(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, norm: Callable[[], nn.Module]) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(*(block(inputs) for inputs in (3, 8, 8, 8)))
+        blocks = (nn.Sequential(nn.Conv2d(i, 8, 3, padding=1), norm(), nn.Tanh()) for i in (3, 8, 8, 8))
+        self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(8, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -45,13 +52,16 @@ class Stream(IterableDataset):
 
 
 JOB = paceline.Job(
-    model=Network, data=images, loss=lambda outputs, batch: F.cross_entropy(outputs, batch[1]),
+    model=functools.partial(Network, batch_norm), data=images, loss=lambda outputs, batch: F.cross_entropy(outputs, batch[1]),
     optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), batch_size=8, steps=3,
 )  # fmt: skip
 
 
-def train_layouts(world: World, layouts: list[str], *, is_turned: bool) -> dict[str, tuple[list[float], int, int]]:
+def train_layouts(
+    world: World, layouts: list[str], *, is_turned: bool, norm: Callable[[], nn.Module] = batch_norm
+) -> dict[str, tuple[list[float], int, int]]:
     """By layout: losses, how many inputs of convolutions came here, and how many of them with their channels last."""
+    job = dataclasses.replace(JOB, model=functools.partial(Network, norm))
     everyone = world.group(world.size)
     found = {}
     for text in layouts:
@@ -59,9 +69,9 @@ def train_layouts(world: World, layouts: list[str], *, is_turned: bool) -> dict[
         mesh = make_mesh(world, layout)
         if mesh is None:
             continue
-        datasets = Datasets(JOB, 7)
+        datasets = Datasets(job, 7)
         datasets.images.decide(0.5 if is_turned else None)
-        session = Session(JOB, layout, seed=7, world=world, mesh=mesh, datasets=datasets)
+        session = Session(job, layout, seed=7, world=world, mesh=mesh, datasets=datasets)
         seen: list[bool] = []
 
         def see(module: nn.Module, args: tuple[torch.Tensor], into: list[bool] = seen) -> None:

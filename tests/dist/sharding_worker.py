@@ -117,7 +117,7 @@ def persistent_bytes(name: str, keep: str, group: Group) -> int:
     sharded.begin_step()
     loss_of(model, 0, group.rank).backward()
     sharded.finish()
-    group._scratch.clear()  # What gloo received into is kept for the next message, one of a size.
+    group._wired._scratch.clear()  # What gloo received into is kept for the next message, one of a size.
     gc.collect()
     tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
     return sum({s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())

@@ -86,7 +86,7 @@ def two_under_way(world: World) -> tuple[list[float], list[float], int]:
         pending = group.start_reduce_scatter(first, "a first"), group.start_reduce_scatter(second, "a second")
         for operation in pending:
             operation.wait()
-    return first[own].tolist(), second[own].tolist(), sum(map(len, group._scratch.values()))
+    return first[own].tolist(), second[own].tolist(), sum(map(len, group._wired._scratch.values()))
 
 
 def test_two_of_the_same_size_may_be_under_way_at_once():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from groups import run_group
-from images_worker import agree, train_layouts
+from images_worker import agree, group_norm, train_layouts
 
 LAYOUTS = [
     "dp_replicate=2",
@@ -46,6 +46,22 @@ def test_every_convolution_gets_channels_last(layout, runs):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_training_is_the_same(layout, runs):
     assert runs[True][0][layout][0] == pytest.approx(runs[False][0][layout][0], rel=1e-4)
+
+
+APART = ["dp_replicate=2", "pp=2,micro=4,schedule=zb-h1", "pp=2,micro=4,schedule=zbv"]
+
+
+def train_with_group_norms(world, is_turned):
+    return train_layouts(world, APART, is_turned=is_turned, norm=group_norm)
+
+
+def test_group_norms_whose_weights_get_their_gradients_later_train_the_same():
+    """torch's kernel would write the gradient of the input to address 0."""
+    turned, plain = (run(train_with_group_norms, 2, is_turned)[0] for is_turned in (True, False))
+    for layout in APART:
+        assert turned[layout][0] == pytest.approx(plain[layout][0], rel=1e-4)
+        assert turned[layout][0] == pytest.approx(turned[APART[0]][0], rel=1e-4)
+        assert turned[layout][2] > 0
 
 
 def test_all_workers_take_what_the_first_finds():

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from paceline.comm.group import Group
 from paceline.errors import LayoutError
 from paceline.split import rules  # noqa: F401 - fills the tables
-from paceline.split.finding import _nearest_tp
+from paceline.split.finding import _nearest_tp, find_stages
 from paceline.split.pieces import find_pieces
 from paceline.split.placement import Shard
 from paceline.split.recompute import recomputed
@@ -26,6 +27,7 @@ from paceline.split.tensor_plan import plan_tensor_split
 sys.path.insert(0, str(Path(__file__).parents[1] / "dist"))
 from split_jobs import SPLIT_JOBS, Shared, Transformer, UNet, torch_encoder
 
+CPU = torch.device("cpu")
 TOKENS = torch.randint(1, 16, (2, 8), generator=torch.Generator().manual_seed(0))
 
 
@@ -119,6 +121,23 @@ def test_more_stages_than_pieces_are_refused_with_what_works():
     with pytest.raises(LayoutError, match="2 pieces to cut between, and 3 pipeline stages") as error:
         plan_stages(model, calls, lambda: model(torch.randn(2, 2)), 3)
     assert error.value.next_step == "use at most pp=2"
+
+
+def test_where_small_batches_cannot_be_put_together_a_small_one_is_timed_and_the_reason_kept():
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+    calls = PieceCalls(model, find_pieces(model))
+
+    def large() -> None:
+        raise RuntimeError("shape mismatch\nand more")
+
+    def find(run):
+        return find_stages(Group.alone(CPU), model, calls, (run, lambda: model(torch.randn(2, 4))), 2, 1.0)
+
+    stages, why = find(large)
+    assert stages.num_stages == 2
+    assert why == "the model does not take small ones put together: RuntimeError: shape mismatch"
+    for run in (None, lambda: model(torch.randn(8, 4))):
+        assert find(run)[1] == ""
 
 
 def test_experts_that_the_data_choose_are_not_steady():

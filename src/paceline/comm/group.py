@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from paceline.comm import mailbox
 from paceline.comm.between_hosts import HostGrid
 from paceline.comm.hierarchy import Hierarchy, arrange, join_host_memory
 from paceline.comm.mailbox import Mailbox
 from paceline.comm.memory_map import MemoryMap, join_memory
-from paceline.comm.pending import Done, Patience, Pending, Work
+from paceline.comm.pending import Done, Patience, Pending
 from paceline.comm.shared_memory import SharedMemory, memory_bytes
-from paceline.comm.wire import NcclWire, Wire, as_bytes
+from paceline.comm.wire import NcclWire, Wire
+from paceline.comm.wire_collectives import WireCollectives
 
 __all__ = ["Group", "Pending"]
-
-# torch 2.13 renamed them.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_SMALL_BYTES = 4 << 10
-"""Up to this size two workers' swap lasts as long as its messages' latency, whatever the link."""
 
 
 class Group:
@@ -35,9 +29,7 @@ class Group:
 
     Workers of one host that compute on its CPU talk through shared memory where `share_memory` (and `open_mailbox`,
     for messages) could set it up; equally many on several hosts through shared memory within each host and gloo
-    between hosts (`Hierarchy`); others through gloo. With gloo, two workers swap their tensors and add, instead of the
-    ring all-reduce: the bytes on the wire are the same, in one message instead of two; both compute `a + b` of the
-    same two numbers, so the results are equal bit for bit.
+    between hosts (`Hierarchy`); others through gloo or NCCL (`WireCollectives`).
     """
 
     def __init__(
@@ -59,8 +51,7 @@ class Group:
         self.device = device
         self._process_group = process_group
         self._patience = Patience(ranks[rank], timeout_s)
-        self._swaps = self.size == 2 and device.type == "cpu"
-        self._scratch: dict[tuple[int, torch.dtype], list[torch.Tensor]] = {}
+        self._wired = WireCollectives(process_group, ranks, rank, device, self._patience)
         self._memory: SharedMemory | Hierarchy | None = None
         self._mailbox: Mailbox | None = None
         self._wire: Wire | None = None
@@ -204,18 +195,7 @@ class Group:
             with self._patience.counted():
                 self._memory.sum_(tensor, what)
             return Done()
-        name = f"all-reduce of {what}"
-        if self._swaps:
-            received = self._take_scratch(tensor.numel(), tensor.dtype)
-            return self._swap(
-                name,
-                tensor,
-                received,
-                lambda: self._give_back(tensor.add_(received.view(tensor.shape)), received),
-            )
-        return self._start(
-            name, tensor, lambda: dist.all_reduce(tensor, group=self._process_group, async_op=True)
-        )
+        return self._wired.start_sum(tensor, what)
 
     def all_gather_(self, full: torch.Tensor, what: str) -> torch.Tensor:
         """Fill `full` (1-D, contiguous, divisible by the size), of which each worker has filled its own range.
@@ -233,15 +213,7 @@ class Group:
             with self._patience.counted():
                 self._memory.all_gather_(full, what)
             return Done()
-        name = f"all-gather of {what}"
-        rows = as_bytes(full).view(self.size, -1)
-        if self._swaps:
-            return self._swap(name, rows[self.rank], rows[1 - self.rank])
-        return self._start(
-            name,
-            full,
-            lambda: _all_gather(rows.view(-1), rows[self.rank], group=self._process_group, async_op=True),
-        )
+        return self._wired.start_all_gather(full, what)
 
     def reduce_scatter_(self, full: torch.Tensor, what: str) -> torch.Tensor:
         """Let the own range of `full` (as in `all_gather_`) hold the sum over all workers; the rest is undefined."""
@@ -249,38 +221,14 @@ class Group:
         return full
 
     def start_reduce_scatter(self, full: torch.Tensor, what: str) -> Pending:
-        """Begin `reduce_scatter_`; `full` is left alone until `wait()`.
-
-        gloo's own moves as many bytes as an all-reduce; each worker sending each its range moves half of them,
-        and lets the sum be taken in the order of rank, as in shared memory.
-        """
+        """Begin `reduce_scatter_`; `full` is left alone until `wait()`."""
         if self.size == 1 or full.numel() == 0:
             return Done()
         if self._memory is not None:
             with self._patience.counted():
                 self._memory.reduce_scatter_(full, what)
             return Done()
-        name = f"reduce-scatter of {what}"
-        rows = full.view(self.size, -1)
-        own = rows[self.rank]
-        if self._swaps:
-            received = self._take_scratch(own.numel(), own.dtype)
-            return self._swap(
-                name, rows[1 - self.rank], received, lambda: self._give_back(own.add_(received), received)
-            )
-        if self.device.type == "cuda":
-            return self._start(
-                name, full, lambda: _reduce_scatter(own, full, group=self._process_group, async_op=True)
-            )
-        received = self._take_scratch(full.numel(), full.dtype)
-        return self._start(
-            name,
-            full,
-            lambda: dist.all_to_all_single(
-                as_bytes(received), as_bytes(full), group=self._process_group, async_op=True
-            ),
-            lambda: self._give_back(_add_up(received.view(self.size, -1), own), received),
-        )
+        return self._wired.start_reduce_scatter(full, what)
 
     def gather(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
         """All workers' `tensor`s (same shape), stacked in the order of rank: shape `[size, *shape]`."""
@@ -295,11 +243,7 @@ class Group:
             with self._patience.counted():
                 self._memory.broadcast_(tensor, what, source)
         elif self.size > 1:
-            self._start(
-                f"broadcast of {what}",
-                tensor,
-                lambda: dist.broadcast(tensor, group=self._process_group, group_src=source, async_op=True),
-            ).wait()
+            self._wired.start_broadcast(tensor, what, source).wait()
         return tensor
 
     def all_to_all_(self, received: torch.Tensor, sent: torch.Tensor, what: str) -> torch.Tensor:
@@ -310,13 +254,7 @@ class Group:
             with self._patience.counted():
                 self._memory.all_to_all(received.chunk(self.size), sent.chunk(self.size), what)
         else:
-            self._start(
-                f"all-to-all of {what}",
-                sent,
-                lambda: dist.all_to_all_single(
-                    as_bytes(received), as_bytes(sent), group=self._process_group, async_op=True
-                ),
-            ).wait()
+            self._wired.start_all_to_all(received, sent, what).wait()
         return received
 
     def start_send(self, tensor: torch.Tensor, to: int, what: str, channel: int = 0) -> Pending:
@@ -367,53 +305,6 @@ class Group:
             self._wire = kind(self._process_group, self.ranks, self.device, self._patience)
         return self._wire
 
-    def _take_scratch(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        """A buffer to receive into. Kept: fresh memory costs a page fault every 4 KiB, at every step."""
-        free = self._scratch.setdefault((numel, dtype), [])
-        return free.pop() if free else torch.empty(numel, dtype=dtype, device=self.device)
-
-    def _give_back(self, result: torch.Tensor, scratch: torch.Tensor) -> None:
-        """After `result` was made from it."""
-        del result
-        self._scratch[scratch.numel(), scratch.dtype].append(scratch)
-
-    def _start(
-        self,
-        operation: str,
-        tensor: torch.Tensor,
-        call: Callable[[], Any],
-        finish: Callable[[], object] | None = None,
-    ) -> Pending:
-        name = self._patience.name(operation, tensor)
-        with self._patience.translated(name):
-            work = call()
-        return Work(self._patience, name, [work], finish)
-
-    def _swap(
-        self,
-        operation: str,
-        outgoing: torch.Tensor,
-        incoming: torch.Tensor,
-        finish: Callable[[], object] | None = None,
-    ) -> Pending:
-        """Send to, and receive from, the other of two workers.
-
-        Of large tensors the receiving begins first: gloo sends nothing before it has heard that it is awaited, and that
-        word would queue behind what this worker sends: one way after the other. Of small ones that hardly matters, and
-        the other order is quicker.
-        """
-        name = self._patience.name(operation, outgoing)
-        other = 1 - self.rank
-        calls = [
-            lambda: dist.isend(as_bytes(outgoing), group=self._process_group, group_dst=other),
-            lambda: dist.irecv(as_bytes(incoming), group=self._process_group, group_src=other),
-        ]
-        if outgoing.numel() * outgoing.element_size() > _SMALL_BYTES:
-            calls.reverse()
-        with self._patience.translated(name):
-            works = [call() for call in calls]
-        return Work(self._patience, name, works, finish, f"rank {self.ranks[other]}")
-
 
 class _Posted:
     """A message in the mailbox."""
@@ -424,10 +315,3 @@ class _Posted:
     def wait(self) -> None:
         with self._patience.counted():
             self._mailbox.flush(self._what)
-
-
-def _add_up(rows: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
-    torch.add(rows[0], rows[1], out=into)
-    for row in rows[2:]:
-        into.add_(row)
-    return into

@@ -193,6 +193,9 @@ class Worker:
         for piece, why in session.left_whole.items():
             text = f"{piece} is not divided by tp, as it would not compute the same on parts ({why})."
             self._write("message", level="warning", text=text)
+        if session.why_timed_small:
+            text = f"Stages were cut by the times of a small batch, not a micro-batch's: {session.why_timed_small}."
+            self._write("message", level="warning", text=text)
         if session.why_not_shared:
             text = f"Every worker keeps all parameters and updates them all: {session.why_not_shared}."
             self._write("message", level="info", text=text)

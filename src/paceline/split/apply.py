@@ -223,8 +223,8 @@ class SplitModel:
             split, failed = find_proven_split(self.mesh, self.model, self.calls, runs[0], layout, growth)
             found = dataclasses.replace(found, tensor=split, left_whole=failed)
         if layout.pp > 1:
-            stages = find_stages(group, self.model, self.calls, (timed, runs[0]), num_stages, room)
-            found = dataclasses.replace(found, stages=stages)
+            stages, why = find_stages(group, self.model, self.calls, (timed, runs[0]), num_stages, room)
+            found = dataclasses.replace(found, stages=stages, why_timed_small=why)
         return found
 
     def _holders(

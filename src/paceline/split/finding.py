@@ -45,6 +45,8 @@ class Found:
     left_whole: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Pieces that could have been divided and were not, and why."""
     stages: Stages | None = None
+    why_timed_small: str = ""
+    """Why stages were cut by the times of a small batch, where one of a micro-batch's size had been put together."""
 
 
 def agree(group: Group, what: str, function: Callable[[], Any]) -> Any:
@@ -97,27 +99,31 @@ def find_stages(
     runs: tuple[Run | None, Run],
     num_stages: int,
     room: float,
-) -> Stages:
-    """Where to cut the model. See `plan_stages`.
+) -> tuple[Stages, str]:
+    """Where to cut the model, and why that was found out with a small batch, if it was. See `plan_stages`.
 
     Args:
         runs: a forward of the size of a micro-batch, made of small batches, which the model may not take; and a small
             one.
     """
 
-    def find() -> dict[str, Any]:
-        large, small = runs
-        if large is not None:
-            try:
-                return plan_stages(model, calls, large, num_stages, room=room).to_json()
-            except PacelineError:
-                raise
-            except Exception:
-                # A batch that was put together from small ones is not what the model takes.
-                return plan_stages(model, calls, small, num_stages, room=room).to_json()
-        return plan_stages(model, calls, small, num_stages, room=room).to_json()
+    def plan(run: Run) -> dict[str, Any]:
+        return plan_stages(model, calls, run, num_stages, room=room).to_json()
 
-    return Stages.from_json(agree(group, "the pipeline's stages", find))
+    def find() -> tuple[dict[str, Any], str]:
+        large, small = runs
+        if large is None:
+            return plan(small), ""
+        try:
+            return plan(large), ""
+        except PacelineError:
+            raise
+        except Exception as error:
+            told = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            return plan(small), f"the model does not take small ones put together: {told}"
+
+    stages, why_timed_small = agree(group, "the pipeline's stages", find)
+    return Stages.from_json(stages), why_timed_small
 
 
 def find_tensor_split(

@@ -45,6 +45,8 @@ class Pipeline:
         schedule = make_schedule(layout.schedule, layout.pp, layout.micro, layout.stages)
         self._rank = split.mesh.pipeline.rank
         self.links = StageLinks(split.mesh.pipeline, schedule.worker_of, self._stages.num_stages)
+        self.in_parts = schedule.in_parts
+        """Whether gradients of inputs and of weights are computed apart."""
         absent = AbsentPieces()
         own = [s for s in range(self._stages.num_stages) if schedule.worker_of(s) == self._rank]
         self._modes = {

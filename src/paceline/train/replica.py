@@ -18,6 +18,7 @@ from paceline.split.apply import SplitModel
 from paceline.split.batchnorm import BatchShare, share_batch_norms, uses_batch_statistics
 from paceline.split.deferred import DeferredParameters
 from paceline.split.finding import Found
+from paceline.split.groupnorm import GroupNorms
 from paceline.train import training_state
 from paceline.train.allocator import give_back_freed_memory
 from paceline.train.calling import caller
@@ -97,6 +98,7 @@ class Replica:
         self._share = BatchShare()
         self.takes_statistics = bool(share_batch_norms(self.model, self._share))
         """Its batch norms take statistics over all workers among which a micro-batch is split."""
+        self._group_norms = GroupNorms(self.model)
         self.call = caller(job, self.model)
         self._mesh = data_mesh(Group.alone(device))
         self._reductions: dict[Group, Reduction] = {}
@@ -126,6 +128,11 @@ class Replica:
     def left_whole(self) -> dict[str, str]:
         """Pieces of the model that tensor parallelism does not divide, as they failed their proof, and why."""
         return {} if self.found is None else dict(self.found.left_whole)
+
+    @property
+    def why_timed_small(self) -> str:
+        """Why the pipeline's stages were cut by the times of a small batch; empty where they were not."""
+        return "" if self.found is None else self.found.why_timed_small
 
     @property
     def found(self) -> Found | None:
@@ -180,6 +187,7 @@ class Replica:
         self._reductions.clear()
         if mesh.layout.pp > 1:
             self._pipeline = Pipeline(parts, mesh.layout, self.device, self.call, self.forward_context)
+            self._group_norms.in_parts = self._pipeline.in_parts
         self._reduction = self._reduction_of(mesh)
 
     def collect(self) -> TrainingState:

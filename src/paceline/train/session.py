@@ -161,6 +161,11 @@ class Session:
         return self._replica.left_whole
 
     @property
+    def why_timed_small(self) -> str:
+        """Why the pipeline's stages were cut by the times of a small batch; empty where they were not."""
+        return self._replica.why_timed_small
+
+    @property
     def why_not_shared(self) -> str:
         """Why workers of one host have each a copy of the parameters, where they could have one; else empty."""
         return self._replica.why_not_shared
