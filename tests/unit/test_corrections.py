@@ -178,3 +178,17 @@ def test_what_was_tried_moves_forecasts_of_the_same_way_and_no_others():
     assert moved("dp_replicate=4") == moved("tp=2") == 1.0
     assert moved("pp=2,micro=8") > moved("pp=2,micro=2") > 1.0
     assert moved("pp=2,dp_replicate=2,micro=2") > 1.0
+
+
+@pytest.mark.parametrize("text", ["dp_replicate=2", "dp_shard=2,zero=3", "tp=2", "pp=2,micro=4"])
+def test_what_took_a_tenth_of_its_forecast_is_believed_for_itself_and_for_others_by_half(text):
+    made, cluster = profile(), linked()
+    layout = Layout.parse(text)
+    before_s = Forecaster(made, cluster).forecast(layout).step_s
+    found = corrected(made, cluster, [Tried(layout=layout, step_s=before_s / 10)])
+    forecaster = Forecaster(found, cluster)
+    assert forecaster.forecast(layout).step_s == pytest.approx(before_s / 10)
+    assert 0 <= forecaster.least_s(layout) <= before_s / 10 * (1 + 1e-9)
+    other = layout.model_copy(update={"recompute": "full"})
+    bare_s = Forecaster(made, cluster).forecast(other).step_s
+    assert forecaster.forecast(other).step_s >= bare_s / 2 * (1 - 1e-9)

@@ -36,7 +36,7 @@ from paceline.plan.ways import correction_of, ways_of
 from paceline.records import Layout
 
 _MOST_TAKEN_OFF = 0.5
-"""Share of a forecast that what is unexplained may take off it."""
+"""Share of a forecast that what is unexplained may take off it, where the layout itself was not tried."""
 _UNTRIED = 1.4
 """By how much more forecasts of layouts err that were not tried (docs/forecasts.md)."""
 
@@ -63,6 +63,7 @@ class Forecaster:
         self._stages: dict[Any, tuple[Stage, ...]] = {}
         self._played: dict[Any, float] = {}
         self._places = Places(linked)
+        self._tried = frozenset(one.layout for one in profile.tried)
         self._costs: dict[Any, Costs] = {}
 
     def forecast(self, layout: Layout, *, apart: bool = True) -> Forecast:
@@ -100,8 +101,8 @@ class Forecaster:
 
         Past forecasts are those of runs, in layouts that had been tried: others err by more.
         """
-        was_tried = any(one.layout == layout for one in self.profile.tried)
-        return math.hypot(self.profile.past_error * (1.0 if was_tried else _UNTRIED), self.profile.spread)
+        times = 1.0 if layout in self._tried else _UNTRIED
+        return math.hypot(self.profile.past_error * times, self.profile.spread)
 
     def least_s(self, layout: Layout) -> float:
         """What a step of a layout takes at least: no more than its forecast, and found without playing its schedule.
@@ -128,7 +129,8 @@ class Forecaster:
                 micro = layout.micro if one.micro_s > 0 else min(layout.micro, one.micro)
                 more_s += growth * (each_step_s + (micro - 1) * one.micro_s)
         more_s /= self.linked.slowest(layout.workers)
-        return max(step_s + more_s, step_s * (1 - _MOST_TAKEN_OFF))
+        most_taken_off = 1.0 if layout in self._tried else _MOST_TAKEN_OFF
+        return max(step_s + more_s, step_s * (1 - most_taken_off))
 
     def _correction(self, layout: Layout, ways: tuple[str, ...]) -> tuple[Correction, float] | None:
         return correction_of(self.profile.corrections, layout, ways, self._places)

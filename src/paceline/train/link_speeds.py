@@ -26,8 +26,10 @@ _DIVIDED = ("all-gather", "reduce-scatter", "all-to-all")
 _CALLS_S = 0.05
 """About how long one size of one collective is repeated in a turn."""
 _TURNS = 5
-_LONGEST_S = 0.5
-"""Sizes that would take longer are left out: a slow link is as good as a straight line by then."""
+_LONGEST_S, _LONGEST_SMALL_S = 0.5, 2.0
+"""Sizes that would take longer are left out: a slow link is as good as a straight line by then. Small ones tell less
+of that: a host with a quota pauses for as long as a large message takes."""
+_SMALL_BYTES = 1 << 20
 
 
 def first_workers(cluster: Cluster) -> tuple[int, ...]:
@@ -82,7 +84,7 @@ def measure_collective(
     seconds: dict[float, float] = {}
     parts = group.size if kind in _DIVIDED else 1
     for num_bytes in sizes:
-        if len(seconds) > 1 and _expected(seconds, num_bytes) > _LONGEST_S:
+        if len(seconds) > 1 and _takes_too_long(seconds, num_bytes):
             break
         numel = -(-num_bytes // 4 // parts) * parts
         tensor = torch.ones(numel, device=group.device)
@@ -94,10 +96,11 @@ def measure_collective(
     return MeasuredCollective(kind=kind, workers=group.size, seconds=Curve.of(seconds))
 
 
-def _expected(seconds: dict[float, float], num_bytes: int) -> float:
-    """Of a larger size: what the last one took beyond the smallest grows with its bytes."""
+def _takes_too_long(seconds: dict[float, float], num_bytes: int) -> bool:
+    """A larger size, if what the last one took beyond the smallest grows with its bytes."""
     (_, least_s), (last_bytes, last_s) = min(seconds.items()), max(seconds.items())
-    return least_s + (last_s - least_s) * num_bytes / last_bytes
+    expected_s = least_s + (last_s - least_s) * num_bytes / last_bytes
+    return expected_s > (_LONGEST_SMALL_S if last_bytes < _SMALL_BYTES else _LONGEST_S)
 
 
 def _call(group: Group, kind: str, tensor: torch.Tensor) -> Callable[[], object]:
@@ -150,7 +153,9 @@ def _seconds(group: Group, call: Callable[[], object], calls_s: float) -> float:
         finish(group.device)
         return (time.perf_counter() - begin_s) / count
 
-    turn(1)
+    only_s = agreed(group, turn(1))
+    if only_s > _LONGEST_S:
+        return only_s
     first_s = max(agreed(group, turn(2)), 1e-6)
     count = int(max(1.0, min(200.0, calls_s / first_s)))
     # What takes long is repeated less often: little of it is noise.
