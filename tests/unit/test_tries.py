@@ -64,5 +64,15 @@ def test_over_several_hosts_tensor_parallelism_stays_within_one():
     assert not any(x.tp > 1 for group in tried(1, 1) for x in group)
 
 
+@pytest.mark.parametrize("hosts", [2, 3, 4, 8])
+def test_of_many_hosts_of_one_worker_two_are_tried_by_themselves(hosts):
+    layouts = [x for group in tried(*[1] * hosts) for x in group if x.workers > 1]
+    assert {x.workers for x in layouts} == ({2, hosts} if hosts >= 4 else {hosts})
+    for way in ("data", "sharded", "gathered", "pipeline"):
+        of_all = [x for x in layouts if ways_of(x) == (way,) and x.workers == hosts]
+        assert len({x.micro for x in of_all}) == 2
+    assert not any(x.workers == 2 for group in tried(4, 4) for x in group)
+
+
 def test_hosts_that_cannot_be_paired_are_not():
     assert all(len(ways_of(x)) == 1 for group in tried(2, 1) for x in group)

@@ -8,12 +8,17 @@ from paceline.records import Cluster, Layout
 
 _SEVERAL = 2
 """Micro-batches of the second layout of a way, which tells what each micro-batch pays."""
+_MANY = 4
+"""Workers, of which two are looked at by themselves."""
 
 
 def layouts_to_try(
     batch_size: int, cluster: Cluster, threads: int, *, can_divide: bool
 ) -> list[tuple[Layout, ...]]:
     """Some of each way of splitting, and of ways combined, over the first host's workers and over all.
+
+    Where hosts have one worker each, over two of four and more as well: what a way costs among all is not what it costs
+    among few.
 
     Args:
         threads: of each worker, on CPUs.
@@ -24,10 +29,12 @@ def layouts_to_try(
         that holds most first.
     """
     here, everyone = cluster.hosts[0].workers, cluster.workers
-    sizes = [n for n in dict.fromkeys((here, everyone)) if n > 1]
+    few = 2 if here == 1 and everyone >= _MANY else here
+    sizes = [n for n in dict.fromkeys((few, everyone)) if n > 1]
+    in_full = here if here > 1 else everyone
     groups: list[Iterable[Layout]] = _alone(cluster) if sizes else []
     for n in sizes:
-        groups += _in_one_way(n, in_full=n == sizes[0])
+        groups += _in_one_way(n, in_full=n == in_full)
         if n == here and can_divide:
             groups.append((Layout(tp=n), Layout(tp=n, micro=_SEVERAL)))
     if sizes:
