@@ -66,7 +66,7 @@ def test_over_several_hosts_tensor_parallelism_stays_within_one():
 
 @pytest.mark.parametrize("hosts", [2, 3, 4, 8])
 def test_of_many_hosts_of_one_worker_two_are_tried_by_themselves(hosts):
-    layouts = [x for group in tried(*[1] * hosts) for x in group if x.workers > 1]
+    layouts = [x for group in tried(*[1] * hosts, batch_size=96) for x in group if x.workers > 1]
     assert {x.workers for x in layouts} == ({2, hosts} if hosts >= 4 else {hosts})
     for way in ("data", "sharded", "gathered", "pipeline"):
         of_all = [x for x in layouts if ways_of(x) == (way,) and x.workers == hosts]
