@@ -29,7 +29,8 @@ from paceline.plan.forecast import Forecaster
 from paceline.plan.scaling import LEAST_SHARE, find_knee
 from paceline.records import Layout
 
-JOBS = ("gpt-small", "conv", "driving")
+JOBS = ("driving", "image", "text")
+"""Of those that take longer a curve takes half an hour."""
 SMALL = {"eight-1g": "small-1g", "eight-100m": "small-100m"}
 """Of each cluster of eight hosts, the one of two of them."""
 FORECAST_FROM_SMALL = (4, 8)

@@ -189,6 +189,10 @@ def test_what_took_a_tenth_of_its_forecast_is_believed_for_itself_and_for_others
     forecaster = Forecaster(found, cluster)
     assert forecaster.forecast(layout).step_s == pytest.approx(before_s / 10)
     assert 0 <= forecaster.least_s(layout) <= before_s / 10 * (1 + 1e-9)
+    # Of a cluster on which exchanges, too, take next to nothing something is left.
+    within = cluster.within.model_copy(update={"latency_s": 0.0, "bytes_per_s": 1e15})
+    faster = cluster.model_copy(update={"within": within})
+    assert 0 < Forecaster(found, faster).forecast(layout).step_s <= before_s / 10 * (1 + 1e-9)
     other = layout.model_copy(update={"recompute": "full"})
     bare_s = Forecaster(made, cluster).forecast(other).step_s
     assert forecaster.forecast(other).step_s >= bare_s / 2 * (1 - 1e-9)

@@ -32,11 +32,13 @@ from paceline.plan.stages import Stage, join, partition
 from paceline.plan.terms import Forecast, Memory, Terms
 from paceline.plan.timeline import makespan_s
 from paceline.plan.updates import one_copy, updating
-from paceline.plan.ways import correction_of, ways_of
+from paceline.plan.ways import corrections_of, ways_of
 from paceline.records import Layout
 
 _MOST_TAKEN_OFF = 0.5
 """Share of a forecast that what is unexplained may take off it, where the layout itself was not tried."""
+_MOST_COMPUTATION_TAKEN_OFF = 0.1
+"""The same of all in it but exchanges."""
 _UNTRIED = 1.4
 """By how much more forecasts of layouts err that were not tried (docs/forecasts.md)."""
 
@@ -63,7 +65,7 @@ class Forecaster:
         self._stages: dict[Any, tuple[Stage, ...]] = {}
         self._played: dict[Any, float] = {}
         self._places = Places(linked)
-        self._tried = frozenset(one.layout for one in profile.tried)
+        self._tried_s = {one.layout: one.step_s for one in profile.tried}
         self._costs: dict[Any, Costs] = {}
 
     def forecast(self, layout: Layout, *, apart: bool = True) -> Forecast:
@@ -87,6 +89,8 @@ class Forecaster:
         data_s = costs.data_s(self.profile.batch_size / layout.data_parallel)
         terms = computing.model_copy(update={**slowest, "data_s": data_s})
         unexplained_s = self._with_unexplained(layout, terms.step_s) - terms.step_s
+        if not self._is_like_what_was_tried(layout):
+            unexplained_s = max(unexplained_s, self._kept_s(terms) - terms.step_s)
         terms = terms.model_copy(update={"unexplained_s": unexplained_s})
         return Forecast(
             layout=layout,
@@ -101,7 +105,7 @@ class Forecaster:
 
         Past forecasts are those of runs, in layouts that had been tried: others err by more.
         """
-        times = 1.0 if layout in self._tried else _UNTRIED
+        times = 1.0 if layout in self._tried_s else _UNTRIED
         return math.hypot(self.profile.past_error * times, self.profile.spread)
 
     def least_s(self, layout: Layout) -> float:
@@ -121,27 +125,40 @@ class Forecaster:
         more_s = 0.0
         ways = ways_of(layout)
         for some in dict.fromkeys([*((way,) for way in ways), *([ways] if ways else [])]):
-            found = self._correction(layout, some)
-            if found is not None:
-                one, growth = found
+            for one, weight in self._corrections(layout, some):
                 split_s = one.split_step_s if SCHEDULES[layout.schedule].in_parts else None
                 each_step_s = one.step_s if split_s is None else split_s
                 micro = layout.micro if one.micro_s > 0 else min(layout.micro, one.micro)
-                more_s += growth * (each_step_s + (micro - 1) * one.micro_s)
+                more_s += weight * (each_step_s + (micro - 1) * one.micro_s)
         more_s /= self.linked.slowest(layout.workers)
-        most_taken_off = 1.0 if layout in self._tried else _MOST_TAKEN_OFF
-        return max(step_s + more_s, step_s * (1 - most_taken_off))
+        # What was tried is believed; on other hosts and links, too, nothing takes no time.
+        least_s = min(step_s * (1 - _MOST_TAKEN_OFF), self._tried_s.get(layout, math.inf))
+        return max(step_s + more_s, least_s)
 
-    def _correction(self, layout: Layout, ways: tuple[str, ...]) -> tuple[Correction, float] | None:
-        return correction_of(self.profile.corrections, layout, ways, self._places)
+    def _is_like_what_was_tried(self, layout: Layout) -> bool:
+        """Whether it was, or others that split in the same one way over as many workers."""
+        ways = ways_of(layout)
+        return layout in self._tried_s or (
+            len(ways) == 1
+            and any(one.workers == layout.workers and ways_of(one) == ways for one in self._tried_s)
+        )
+
+    def _kept_s(self, terms: Terms) -> float:
+        """What a step takes at least, whatever layouts that were tried took less than their terms.
+
+        Nearly all of that was waiting: exchanges measured by themselves meet in other ways within a step. This layout
+        may have less of it.
+        """
+        exchanging_s = terms.gather_s + terms.gradients_s + terms.messages_s + terms.tensor_s
+        return (1 - _MOST_COMPUTATION_TAKEN_OFF) * (terms.step_s - exchanging_s)
+
+    def _corrections(self, layout: Layout, ways: tuple[str, ...]) -> list[tuple[Correction, float]]:
+        return corrections_of(self.profile.corrections, layout, ways, self._places)
 
     def _action_s(self, layout: Layout) -> float:
         """What an action of a pipeline takes beside its blocks."""
-        found = self._correction(layout, (PIPELINE,))
-        if found is None:
-            return 0.0
-        one, growth = found
-        return one.action_s * growth / self.linked.slowest(layout.workers)
+        found = self._corrections(layout, (PIPELINE,))
+        return sum(one.action_s * weight for one, weight in found) / self.linked.slowest(layout.workers)
 
     def _heaviest(self, layout: Layout, stages: Sequence[Stage]) -> list[Stage]:
         """The stages of the worker that has most parameters to update."""

@@ -48,21 +48,37 @@ def is_over_network(layout: Layout, ways: Sequence[str], places: Places) -> bool
     return any(places.of(layout, axes.get(way, "dp_shard")).hosts > 1 for way in ways)
 
 
-def correction_of(
+def corrections_of(
     corrections: Sequence[Correction], layout: Layout, ways: tuple[str, ...], places: Places
-) -> tuple[Correction, float] | None:
-    """What was found of splitting so, and by what to multiply it; None: nothing was.
+) -> list[tuple[Correction, float]]:
+    """What was found of splitting so, each with its weight; nothing where nothing was.
 
-    Of several, one that was found over a network where the layout goes over one, and the other way round; of these the
-    one of the nearest number of workers, or of threads of a process alone.
+    Found over a network where the layout goes over one, and the other way round, if there is such; with as many
+    threads, of a process alone. Between two numbers of workers a straight line over the logarithm of their number; else
+    the nearest one's, growing with that.
     """
-    size, over_network = size_of(layout, ways), is_over_network(layout, ways, places)
+    found = [one for one in corrections if one.ways == ways]
+    over_network = is_over_network(layout, ways, places)
+    found = [one for one in found if one.over_network == over_network] or found
+    if not found:
+        return []
+    if ways == (ALONE,):
+        return [
+            (min(found, key=lambda one: abs((one.threads or 1) - (layout.threads or one.threads or 1))), 1.0)
+        ]
+    size = size_of(layout, ways)
+    at = math.log2(size)
+    below = max((one for one in found if (one.workers or size) <= size), key=_log_workers, default=None)
+    above = min((one for one in found if (one.workers or size) >= size), key=_log_workers, default=None)
+    if below is None or above is None:
+        nearest = below or above
+        assert nearest is not None
+        return [(nearest, at / _log_workers(nearest))]
+    if below.workers == above.workers:
+        return [(below, 1.0)]
+    share = (at - _log_workers(below)) / (_log_workers(above) - _log_workers(below))
+    return [(below, 1.0 - share), (above, share)]
 
-    def distance(one: Correction) -> tuple[bool, float, int]:
-        threads = 0 if one.threads is None else abs(one.threads - (layout.threads or one.threads))
-        return one.over_network != over_network, abs(math.log2(size / (one.workers or size))), threads
 
-    found = min((one for one in corrections if one.ways == ways), key=distance, default=None)
-    if found is None:
-        return None
-    return found, 1.0 if found.workers is None else math.log2(size) / math.log2(found.workers)
+def _log_workers(one: Correction) -> float:
+    return math.log2(one.workers or 1)
