@@ -7,7 +7,9 @@ from planning_examples import linked, profile
 
 from paceline.plan.corrections import corrected
 from paceline.plan.forecast import Forecaster
+from paceline.plan.places import Places
 from paceline.plan.profile import Correction, Tried
+from paceline.plan.ways import corrections_of
 from paceline.records import Layout
 
 TRIED = (
@@ -196,3 +198,38 @@ def test_what_took_a_tenth_of_its_forecast_is_believed_for_itself_and_for_others
     other = layout.model_copy(update={"recompute": "full"})
     bare_s = Forecaster(made, cluster).forecast(other).step_s
     assert forecaster.forecast(other).step_s >= bare_s / 2 * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("text", ["dp_replicate=", "dp_shard=", "pp="])
+def test_between_two_numbers_of_workers_corrections_lie_on_a_line_over_the_logarithm(text):
+    made, cluster = profile((1.0,) * 8, tps=()), linked(8, 1)
+
+    def layout(workers: int) -> Layout:
+        return Layout.parse(f"{text}{workers}" + (",micro=8" if text == "pp=" else ""))
+
+    bare = Forecaster(made, cluster)
+    more_s = {2: 0.030, 8: -0.006}
+    tried = [Tried(layout=layout(n), step_s=bare.forecast(layout(n)).step_s + s) for n, s in more_s.items()]
+    found = corrected(made, cluster, tried)
+    (ways,) = {one.ways for one in found.corrections}
+    places = Places(cluster)
+    for workers, weights in ((2, {2: 1.0}), (8, {8: 1.0}), (4, {2: 0.5, 8: 0.5})):
+        given = corrections_of(found.corrections, layout(workers), ways, places)
+        assert {one.workers: weight for one, weight in given} == pytest.approx(weights)
+    if text != "pp=":
+        between_s = Forecaster(found, cluster).forecast(layout(4)).step_s
+        assert between_s == pytest.approx(bare.forecast(layout(4)).step_s + 0.012)
+
+
+def test_only_exchanges_are_taken_off_what_is_like_nothing_that_was_tried():
+    """Eight waited for each other less than was foreseen; two of a pipeline without messages have nothing to lose."""
+    made, cluster = profile((1.0,) * 8, tps=()), linked(8, 1)
+    bare = Forecaster(made, cluster)
+    eight, two = Layout.parse("pp=8,micro=8"), Layout.parse("pp=2,micro=8")
+    tried = Tried(layout=eight, step_s=bare.forecast(eight).step_s * 0.4)
+    forecaster = Forecaster(corrected(made, cluster, [tried]), cluster)
+    assert forecaster.forecast(eight).step_s == pytest.approx(tried.step_s)
+    before, after = bare.forecast(two), forecaster.forecast(two)
+    kept_s = 0.9 * (before.step_s - before.terms.messages_s)
+    assert kept_s * (1 - 1e-9) <= after.step_s < before.step_s
+    assert forecaster.least_s(two) <= after.step_s
