@@ -164,7 +164,8 @@ def test_a_message_of_another_size_is_told():
     assert text.startswith("rank 1: receiving a message from rank 0 failed")
     assert "rank 0 sent 3 × float32, rank 1 receives 4 × float32" in text
     assert "  rank 1: operation 1, receive of 4 × float32 from rank 0: entered" in text
-    assert "  rank 0: operation 1, send of 3 × float32 to rank 1: done in" in text
+    # The sender may not have noted yet that it is done.
+    assert "  rank 0: operation 1, send of 3 × float32 to rank 1: " in text
 
 
 def lost_sender(rank: int, size: int, number: int) -> tuple[str, bool, float]:

@@ -66,6 +66,7 @@ class Forecaster:
         self._played: dict[Any, float] = {}
         self._places = Places(linked)
         self._tried_s = {one.layout: one.step_s for one in profile.tried}
+        self._tried_ways = {(layout.workers, ways_of(layout)) for layout in self._tried_s}
         self._costs: dict[Any, Costs] = {}
 
     def forecast(self, layout: Layout, *, apart: bool = True) -> Forecast:
@@ -138,10 +139,7 @@ class Forecaster:
     def _is_like_what_was_tried(self, layout: Layout) -> bool:
         """Whether it was, or others that split in the same one way over as many workers."""
         ways = ways_of(layout)
-        return layout in self._tried_s or (
-            len(ways) == 1
-            and any(one.workers == layout.workers and ways_of(one) == ways for one in self._tried_s)
-        )
+        return layout in self._tried_s or (len(ways) == 1 and (layout.workers, ways) in self._tried_ways)
 
     def _kept_s(self, terms: Terms) -> float:
         """What a step takes at least, whatever layouts that were tried took less than their terms.
