@@ -8,7 +8,8 @@
     lstm    two recurrent layers of 256 (1.3 M parameters), 32 windows of 48 tokens, AdamW
     unet    three scales with skip connections and group norm (0.3 M parameters), 8 images 3×64×64, SGD with momentum
 
-Nothing in the planner may be changed with their cells in sight; once it was, they count as tuned on (cells.py).
+Nothing in the planner had been changed with their cells in sight when docs/forecasts.md was measured. Once it was, they
+count as tuned on (cells.py).
 """
 
 from __future__ import annotations

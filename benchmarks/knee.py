@@ -30,7 +30,7 @@ from paceline.plan.scaling import LEAST_SHARE, find_knee
 from paceline.records import Layout
 
 JOBS = ("driving", "image", "text")
-"""Of those that take longer a curve takes half an hour."""
+"""Light ones: hosts of 0.12 cores are slow."""
 SMALL = {"eight-1g": "small-1g", "eight-100m": "small-100m"}
 """Of each cluster of eight hosts, the one of two of them."""
 FORECAST_FROM_SMALL = (4, 8)
