@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from paceline.comm import flight_recorder as calls
+from paceline.comm.copying import write
 from paceline.comm.flight_recorder import Record, pack_call
 from paceline.comm.memory_map import DTYPES, MemoryMap, describe
 from paceline.comm.phases import SLOT_BYTES, Phases, memory_bytes
@@ -189,7 +190,7 @@ class SharedMemory:
             return
         for (piece,) in _pieces([flat]):
             slots = phases.turn(piece.dtype, piece.numel())
-            slots[rank].copy_(piece)
+            write(slots[rank], piece)
             phases.meet()
             # With two workers the own tensor need not be read back from memory; rank order all the same.
             parts = slots if size > 2 else [*slots[:rank], piece, *slots[rank + 1 :]]
@@ -201,7 +202,7 @@ class SharedMemory:
         for (piece,) in _pieces([flat]):
             numel = piece.numel()
             slots = phases.turn(piece.dtype, numel)
-            slots[rank].copy_(piece)
+            write(slots[rank], piece)
             phases.meet()
             begin, end = _bound(numel, rank, size), _bound(numel, rank + 1, size)
             shards = [slot[begin:end] for slot in slots]
@@ -236,7 +237,7 @@ class SharedMemory:
         def work(index: int) -> None:
             total, piece = totals[index], pieces[index]
             if rank == 0:
-                total.copy_(piece)
+                write(total, piece)
             else:
                 reduction.combine(total, piece, out=total)
             if rank == last and reduction.divides:
@@ -263,27 +264,27 @@ class SharedMemory:
             slots = phases.turn(piece.dtype, width * size)
             for other, row in enumerate(rows):
                 if other != rank:
-                    slots[rank][other * width : (other + 1) * width].copy_(row)
+                    write(slots[rank][other * width : (other + 1) * width], row)
             phases.meet()
             received = [slot[rank * width : (rank + 1) * width] for slot in slots]
             received[rank] = rows[rank]
             # `piece` may be the own row: in any place but the first two that would be read after it was written.
             if rank > 1 and piece.data_ptr() == rows[rank].data_ptr():
                 received[rank] = slots[rank][rank * width : (rank + 1) * width]
-                received[rank].copy_(rows[rank])
+                write(received[rank], rows[rank])
             reduce_into(piece, received, reduction)
 
     def _reduce_scatter_at_once(self, out: torch.Tensor, full: torch.Tensor, reduction: Reduction) -> None:
         phases, width = self.phases, out.numel()
         slots = phases.turn(full.dtype, full.numel())
-        slots[self._rank].copy_(full)
+        write(slots[self._rank], full)
         phases.meet()
         begin = self._rank * width
         reduce_into(out, [slot[begin : begin + width] for slot in slots], reduction)
 
     def _all_gather_at_once(self, table: torch.Tensor, own: torch.Tensor) -> None:
         slots, received = self.phases.turn_of_rows(own.dtype, own.numel())
-        slots[self._rank].copy_(own)
+        write(slots[self._rank], own)
         self.phases.meet()
         table.copy_(received)
 
@@ -291,7 +292,7 @@ class SharedMemory:
         phases, rank = self.phases, self._rank
         for piece, *rows in _pieces([own, *outs]):
             slots = phases.turn(piece.dtype, piece.numel())
-            slots[rank].copy_(piece)
+            write(slots[rank], piece)
             phases.meet()
             for other, row in enumerate(rows):
                 # What is here already need not be copied onto itself.
@@ -305,7 +306,7 @@ class SharedMemory:
         for (piece,) in _pieces([flat]):
             slot = phases.turn(piece.dtype, piece.numel())[source]
             if self._rank == source:
-                slot.copy_(piece)
+                write(slot, piece)
             phases.meet()
             if self._rank != source:
                 piece.copy_(slot)
@@ -314,7 +315,7 @@ class SharedMemory:
         phases = self.phases
         for (piece,) in _pieces([flat]):
             slots = phases.turn(piece.dtype, piece.numel())
-            slots[self._rank].copy_(piece)
+            write(slots[self._rank], piece)
             phases.meet()
             if self._rank == root:
                 reduce_into(piece, slots, reduction)
@@ -323,7 +324,7 @@ class SharedMemory:
         phases = self.phases
         for piece, *rows in _pieces([own, *outs]):
             slots = phases.turn(piece.dtype, piece.numel())
-            slots[self._rank].copy_(piece)
+            write(slots[self._rank], piece)
             phases.meet()
             for row, slot in zip(rows, slots if rows else (), strict=True):
                 row.copy_(slot)
@@ -334,7 +335,7 @@ class SharedMemory:
         for piece, *rows in _pieces([out, *parts]):
             slots = phases.turn(piece.dtype, piece.numel())
             for slot, row in zip(slots if rows else (), rows, strict=True):
-                slot.copy_(row)
+                write(slot, row)
             phases.meet()
             piece.copy_(slots[self._rank])
 
@@ -346,7 +347,7 @@ class SharedMemory:
             slots = phases.turn(parts[0].dtype, width * size)
             for other, part in enumerate(parts):
                 row = part[begin : begin + width]
-                slots[rank][other * width : other * width + row.numel()].copy_(row)
+                write(slots[rank][other * width : other * width + row.numel()], row)
             phases.meet()
             for slot, out in zip(slots, outs, strict=True):
                 row = out[begin : begin + width]
