@@ -25,6 +25,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 import paceline.comm.process_group as shm
+from paceline.comm import copying
 from paceline.measure.machine import usable_cores
 
 SIZES = (4, 64, 1 << 10, 16 << 10, 64 << 10, 1 << 20, 32 << 20, 128 << 20)
@@ -34,6 +35,8 @@ BACKENDS = ("gloo", "shm")
 TURN_S = 0.05
 """About how long a backend's turn is."""
 LATE_S = 0.05
+WRITTEN_BYTES = 1 << 20
+WRITINGS = 51
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -121,6 +124,31 @@ def measure(
     return found
 
 
+def writing(rank: int, folder: str) -> list[float]:
+    """Bytes a second at which rank 0 writes what rank 1 has read, with torch's copy and with paceline's; on rank 0.
+
+    It tells whether the two are on processors that share a cache, which may change from minute to minute on a virtual
+    machine.
+    """
+    group = dist.new_group(backend="shm")
+    file = str(Path(folder) / "written")
+    place = torch.from_file(file, shared=True, size=WRITTEN_BYTES, dtype=torch.uint8)
+    own = torch.ones(WRITTEN_BYTES, dtype=torch.uint8)
+    ways: list[Callable[[], object]] = [lambda: place.copy_(own), lambda: copying.write(place, own)]
+    times: list[list[float]] = [[] for _ in ways]
+    for _ in range(WRITINGS):
+        for way, taken in zip(ways, times, strict=True):
+            dist.barrier(group=group)
+            if rank == 1:
+                own.copy_(place)
+            dist.barrier(group=group)
+            if rank == 0:
+                begin_s = time.perf_counter()
+                way()
+                taken.append(time.perf_counter() - begin_s)
+    return [WRITTEN_BYTES / statistics.median(taken) for taken in times if taken]
+
+
 def waiting(rank: int, rounds: int) -> float:
     """Seconds of processor time that this worker burns while it waits for the last rank, which is late."""
     group = dist.new_group(backend="shm")
@@ -143,6 +171,7 @@ def work(rank: int, world: int, folder: str, options: argparse.Namespace, result
     dist.init_process_group(
         "gloo", init_method=f"file://{Path(folder) / 'store'}", rank=rank, world_size=world
     )
+    before = writing(rank, folder)
     if options.training:
         found: Any = collectives_training.measure(rank, world, options.rounds)
     else:
@@ -150,13 +179,14 @@ def work(rank: int, world: int, folder: str, options: argparse.Namespace, result
     late = torch.tensor(waiting(rank, options.rounds))
     everyone = [torch.zeros_like(late) for _ in range(world)]
     dist.all_gather(everyone, late)
+    after = writing(rank, folder)
     if rank == 0:
-        results.put((found, [float(t) for t in everyone[:-1]]))
+        results.put((found, [float(t) for t in everyone[:-1]], [before, after]))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def run(world: int, options: argparse.Namespace) -> tuple[Any, list[float]]:
+def run(world: int, options: argparse.Namespace) -> tuple[Any, list[float], list[list[float]]]:
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
@@ -190,11 +220,17 @@ def main() -> None:
     options = parser.parse_args()
     lines = [f"torch {torch.__version__}, {len(usable_cores())} cores, {options.rounds} rounds"]
     for world in options.ranks:
-        found, late_s = run(world, options)
+        found, late_s, written = run(world, options)
         lines += ["", f"## {world} workers", ""]
         lines += collectives_training.table(found) if options.training else table(found)
         burnt = statistics.mean(late_s)
+        plain, whole_lines = (
+            " and ".join(f"{way / 1e9:.0f}" for way in ways) for ways in zip(*written, strict=True)
+        )
         lines += [
+            "",
+            f"Rank 0 writes what rank 1 has read at {plain} GB/s with torch's copy, {whole_lines} with paceline's "
+            "(before and after).",
             "",
             f"Waiting {LATE_S * 1e3:.0f} ms for one of them burns {duration(burnt)} of processor time a worker.",
         ]

@@ -8,6 +8,7 @@ import time
 
 import torch
 
+from paceline.comm.copying import write
 from paceline.comm.flight_recorder import FlightRecorder
 from paceline.comm.memory_map import (
     DATA_BEGIN,
@@ -120,7 +121,7 @@ class Mailbox:
             raise self._fail(name, f"rank {self._ranks[to]} has ended", timed_out=False)
         num_bytes = tensor.numel() * tensor.element_size()
         position = self._take_block(num_bytes, name)
-        self._bytes[self._rank][position : position + num_bytes].copy_(_as_bytes(tensor))
+        write(self._bytes[self._rank][position : position + num_bytes], _as_bytes(tensor))
         self._unannounced[to].append(_Letter(position, tensor.numel(), tensor.dtype, channel))
         self.look()
         self._announce_all()

@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator, Mapping
 import torch
 from torch import nn
 
+from paceline.comm.copying import write
 from paceline.comm.gradients import require_dense
 from paceline.comm.group import Group
 from paceline.comm.memory_map import MemoryMap
@@ -254,7 +255,7 @@ class SharedParameters:
             if member.was_taken:
                 member.own_gradient.add_(gradient)
             else:
-                member.own_gradient.copy_(gradient)
+                write(member.own_gradient, gradient)
         member.was_taken = True
         parameter.grad = None
 
