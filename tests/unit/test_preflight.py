@@ -83,6 +83,12 @@ def test_an_unknown_transport_in_the_environment(monkeypatch):
         check(layout="dp_replicate=1")
 
 
+def test_an_unknown_matrix_library_in_the_environment(monkeypatch):
+    monkeypatch.setenv("PACELINE_MATMUL", "cublas")
+    with pytest.raises(OptionError, match="PACELINE_MATMUL of the environment is 'cublas'"):
+        check(layout="dp_replicate=1")
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [

@@ -1,6 +1,7 @@
-"""What rank 0 finds out of a job before anything else, for all workers: its precision, and how images lie in memory.
+"""What rank 0 finds out of a job before anything else, for all workers: what multiplies its matrices, its precision,
+and how images lie in memory.
 
-Both are kept with the measurements of the job. What gains about as much as it must would otherwise come out now this
+They are kept with the measurements of the job. What gains about as much as it must would otherwise come out now this
 way, now the other: runs of one job would not train alike, and what was measured of it would not be found again.
 """
 
@@ -16,10 +17,33 @@ from paceline.load import LoadedJob
 from paceline.measure import store
 from paceline.measure.machine import versions
 from paceline.records import Cluster, Layout
-from paceline.train import image_format
+from paceline.train import image_format, matmul_choice
 from paceline.train.precision import choose_precision
 from paceline.train.room import MEASURING_BYTES, why_no_room
 from paceline.train.session import Datasets
+
+
+def agree_on_matmul(
+    spec: RunSpec, loaded: LoadedJob, datasets: Datasets, world: World, everyone: Group, cluster: Cluster
+) -> None:
+    """Have all workers' `datasets.matmul` decided alike, and this process multiply so. A collective call.
+
+    It comes before the precision, as what bf16 gains depends on how fast fp32 is. In bf16 it is left to torch.
+
+    Raises:
+        PacelineError: the job fails on its first batch.
+    """
+    if spec.precision == "bf16":
+        datasets.matmul.decide(None)
+        return
+    matmul_choice.agree_on_matmul(
+        loaded.job,
+        datasets,
+        world,
+        everyone,
+        seed=spec.seed,
+        once=lambda find: _once(spec, loaded, cluster, f"matmul by {world.local_size}", find),
+    )
 
 
 def agree_on_precision(
@@ -45,6 +69,8 @@ def agree_on_precision(
         else:
             chosen = _once(spec, loaded, cluster, "precision", lambda: choose(AUTO))
     precision, reason = everyone.gather_json(chosen, "the precision")[0]
+    if precision == "bf16":  # torch takes oneDNN for it by itself
+        datasets.matmul.decide(None)
     return precision, reason
 
 

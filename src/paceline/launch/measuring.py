@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from paceline.comm.group import Group
 from paceline.comm.threads import take_cores, user_threads
 from paceline.comm.world import World, gather_cluster
-from paceline.launch.agreeing import agree_on_images, agree_on_precision
+from paceline.launch.agreeing import agree_on_images, agree_on_matmul, agree_on_precision
 from paceline.launch.spec import MEASURED_FILES, RunSpec
 from paceline.load import LoadedJob
 from paceline.measure import store
@@ -85,6 +85,7 @@ class Measuring:
             loaded.job.batch_size,
             user_threads(),
             self._everyone.transport,
+            self._datasets.matmul.library,
         )
         return store.key_of(loaded.path, loaded.options, *about)
 
@@ -96,6 +97,7 @@ def measure_for_plan(spec: RunSpec, loaded: LoadedJob, world: World) -> None:
     keep_freed_memory()
     cluster = gather_cluster(everyone, world)
     datasets = Datasets(loaded.job, spec.seed)
+    agree_on_matmul(spec, loaded, datasets, world, everyone, cluster)
     agree_on_images(spec, loaded, datasets, world, everyone, cluster, "fp32")
     found = measure_all(loaded.job, datasets, world, everyone, cluster, seed=spec.seed)
     _leave(spec, found)
@@ -109,6 +111,7 @@ def measure_for_training(spec: RunSpec, loaded: LoadedJob, world: World) -> None
     keep_freed_memory()
     cluster = gather_cluster(everyone, world)
     datasets = Datasets(loaded.job, spec.seed)
+    agree_on_matmul(spec, loaded, datasets, world, everyone, cluster)
     precision, _ = agree_on_precision(spec, loaded, datasets, world, everyone, cluster)
     agree_on_images(spec, loaded, datasets, world, everyone, cluster, precision)
     _leave(spec, Measuring(spec, loaded, world, everyone, cluster, datasets, precision).measure())

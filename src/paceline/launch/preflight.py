@@ -20,6 +20,7 @@ from paceline.train.compiler import put_off_compiler
 from paceline.train.data import GlobalBatch, Part, is_iterable, num_batches, num_samples
 from paceline.train.order import Share
 from paceline.train.pipeline import schedule_of
+from paceline.train.matmul import wanted_library
 from paceline.train.precision import check_precision
 from paceline.train.replica import Replica
 from paceline.train.room import MEASURING_BYTES, TRAINING_BYTES, why_no_room
@@ -41,6 +42,7 @@ def preflight(spec: RunSpec, device: str, max_workers: int) -> LoadedJob:
     job = loaded.job
     check_precision(spec.precision)
     resolve_transport(spec.transport, device)
+    wanted_library()
     if spec.replan and spec.layout != AUTO:
         raise LayoutError(
             f"--replan is given with --layout {spec.layout}",

@@ -23,7 +23,7 @@ from paceline.comm.world import World, gather_cluster, join
 from paceline.errors import LayoutError, PacelineError
 from paceline.events import SCHEMA, EventWriter
 from paceline.job import Job
-from paceline.launch.agreeing import agree_on_images, agree_on_precision
+from paceline.launch.agreeing import agree_on_images, agree_on_matmul, agree_on_precision
 from paceline.launch.choosing import Choosing
 from paceline.launch.failure import record
 from paceline.launch.measuring import measure_for_plan, measure_for_training, measure_hosts
@@ -110,6 +110,7 @@ class Worker:
         keep_freed_memory()
         cluster = gather_cluster(everyone, world)
         datasets = Datasets(job, spec.seed)
+        agree_on_matmul(spec, loaded, datasets, world, everyone, cluster)
         precision, precision_reason = agree_on_precision(spec, loaded, datasets, world, everyone, cluster)
         agree_on_images(spec, loaded, datasets, world, everyone, cluster, precision)
         length = self._length(loaded, datasets)
@@ -130,6 +131,7 @@ class Worker:
             tokens_per_sample=job.tokens_per_sample,
             precision=precision,
             precision_reason=precision_reason,
+            matmul=datasets.matmul.library,
             cluster=cluster.to_json(),
             versions=versions(),
             command=spec.command,
@@ -258,6 +260,8 @@ class Worker:
             **tally.sums_s,
             "peak_memory_bytes": peak_memory_bytes(world.device.type),
         }
+        if text := session.datasets.matmul.describe():
+            self._write("message", level="info", text=text)
         if session.channels_last is not None:
             text = (
                 "Batches of images were laid out with their channels last: a forward and a backward pass "

@@ -56,6 +56,7 @@ class RunEvent(Event):
     parameters: int | None = None
     precision: str = ""
     precision_reason: str = ""
+    matmul: str = ""
     cluster: Cluster = Cluster()
     versions: dict[str, str] = {}
     command: tuple[str, ...] = ()

@@ -183,6 +183,8 @@ def about(log: RunLog) -> str:
     if log.parameters is not None:
         pairs.append(("parameters", text(formats.count(log.parameters))))
     pairs.append(("precision", text(": ".join(filter(None, (run.precision, run.precision_reason))))))
+    if run.matmul == "onednn":
+        pairs.append(("large matrices", text("multiplied by oneDNN, not by the library that torch takes")))
     sizes = [
         f"{formats.count(n)} to {use}"
         for n, use in ((run.train_samples, "train on"), (run.test_samples, "test on"))

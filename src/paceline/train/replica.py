@@ -24,8 +24,10 @@ from paceline.train.allocator import give_back_freed_memory
 from paceline.train.calling import caller
 from paceline.train.data import GlobalBatch, Part, evaluation_parts, repeated
 from paceline.train.evaluation import Totals
+from paceline.train.first_step import decide_on_images, decide_on_matmul
 from paceline.train.held_model import HeldModel
 from paceline.train.images import ImageFormat
+from paceline.train.matmul import Matmul, is_available
 from paceline.train.noise import NoiseMeter
 from paceline.train.optimizer_state import needs_whole_parameters
 from paceline.train.pipeline import Pipeline
@@ -64,6 +66,7 @@ class Replica:
         dtype: torch.dtype | None = None,
         in_parts: bool = False,
         images: ImageFormat | None = None,
+        matmul: Matmul | None = None,
     ) -> None:
         """
         Args:
@@ -71,6 +74,7 @@ class Replica:
             dtype: of the parameters; None: as the job says.
             in_parts: `split` will be called: the whole model need not be in memory.
             images: how they are to lie in memory; None, or undecided: found in the first step, if the model is whole.
+            matmul: what multiplies matrices; undecided: found in the first step, if the model is whole.
             total_steps: what the job's schedule is given; None where the length is not known.
         """
         self.job = job
@@ -106,6 +110,7 @@ class Replica:
         self._noise = NoiseMeter([], self._mesh, None)
         # What one replica finds out for itself is not told to others: not all workers take part in it.
         self.images = images if images is not None and images.is_decided else ImageFormat()
+        self._matmul = matmul
         self._reduction = self._reduction_of(self._mesh)
         self.model.train()
 
@@ -238,8 +243,7 @@ class Replica:
             LossError: the loss is no scalar, not finite, or its weights sum to zero.
             CollectiveError: another worker did not answer.
         """
-        if not self.images.is_decided:
-            self._decide_on_images(batch)
+        self._find_out(batch.parts[0].batch)
         begin_s = time.perf_counter()
         waited_before_s = self._mesh.waited_s
         self._held.begin_pass()
@@ -367,15 +371,14 @@ class Replica:
         self.change_requested = False
         return sums, weighted
 
-    def _decide_on_images(self, batch: GlobalBatch) -> None:
-        """Find out, on rank 0 and on the step's first micro-batch, how images are to lie in memory."""
-        group = self._mesh.everyone
-        ratio = None
-        if self._held.parts is None and group.rank == 0:
-            ratio = self.images.measure(batch.parts[0].batch, self.try_out)
-        if self._held.parts is None and group.size > 1:
-            ratio = group.gather_json(ratio, "how images lie in memory")[0]
-        self.images.decide(ratio)
+    def _find_out(self, batch: Any) -> None:
+        """Decide what was left to the first step, on its first micro-batch."""
+        group, is_whole = self._mesh.everyone, self._held.parts is None
+        if self._matmul is not None and not self._matmul.is_decided:
+            may = self.device.type == "cpu" and self.precision == "fp32" and is_available()
+            decide_on_matmul(self._matmul, batch, self.try_out, group, is_whole=is_whole, may=may)
+        if not self.images.is_decided:
+            decide_on_images(self.images, batch, self.try_out, group, is_whole=is_whole)
 
     def try_out(self, batch: Any) -> float:
         """A forward and a backward pass that leave nothing behind; the loss."""

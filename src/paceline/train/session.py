@@ -19,6 +19,7 @@ from paceline.split.finding import Found
 from paceline.train.allocator import keep_freed_memory
 from paceline.train.data import GlobalBatch, ShareLoader, few_samples
 from paceline.train.images import ImageFormat
+from paceline.train.matmul import Matmul, use_onednn
 from paceline.train.replica import Replica
 from paceline.train.seeds import derive, seed_everything
 from paceline.train.step import StepResult
@@ -35,6 +36,8 @@ class Datasets:
         self._built: dict[str, Any] = {}
         self.images = ImageFormat()
         """How batches of images are to lie in memory, whatever the layout; undecided: as its first step finds."""
+        self.matmul = Matmul()
+        """What multiplies matrices, whatever the layout; undecided: as the first step of a whole model finds."""
 
     def __getitem__(self, split: str) -> Any:
         if split not in self._built:
@@ -102,6 +105,7 @@ class Session:
         self.mesh = mesh
         self.job = job
         self.datasets = datasets or Datasets(job, seed)
+        self._owns_datasets = datasets is None
         keep_freed_memory()
         take_cores(self.world.local_rank, self.local_workers, self.layout.threads)
         self._loader = ShareLoader(
@@ -123,6 +127,7 @@ class Session:
             total_steps=total_steps,
             in_parts=self.layout.splits_model,
             images=self.datasets.images,
+            matmul=self.datasets.matmul,
         )
         if self.layout.splits_model:
             self._replica.split(mesh, few_samples(job, self.datasets["train"], self.world.device), found)
@@ -272,7 +277,9 @@ class Session:
         return self._replica.state_bytes
 
     def close(self) -> None:
-        """Leave the other workers, where this session joined them."""
+        """Leave the other workers, where this session joined them, and matrices to torch, if it changed that."""
+        if self._owns_datasets:
+            use_onednn(False)
         if self._owns_world:
             self.world.leave()
 
