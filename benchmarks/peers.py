@@ -44,6 +44,7 @@ from turns import TURN_S, Measured, take_turns
 from paceline.load import load_job
 from paceline.measure.machine import available_memory_bytes, usable_cores
 from paceline.records import Layout
+from paceline.train.matmul import VARIABLE
 
 ROOT = Path(__file__).parents[1]
 CORES = len(usable_cores())
@@ -189,9 +190,9 @@ def measure(name: str, arguments: argparse.Namespace, folder: Path) -> JobResult
     path = folder / f"{name}.py"
     lr_share = LR_SHARES.get(name, 0.1)
     path.write_text(JOB_FILE.format(path=str(ROOT / file), settings=settings, name=name, lr_share=lr_share))
-    choice, label = choose(path, folder / f"{name}-auto")
+    choice, label, matmul = choose(path, folder / f"{name}-auto")
     ours = {OURS: choice, **{f"paceline, {layout}": Layout.parse(layout) for layout in arguments.also}}
-    ways = {title: paceline_way(path, layout) for title, layout in ours.items()}
+    ways = {title: paceline_way(path, layout, matmul) for title, layout in ours.items()}
     rows = {title: Row(title) for title in ways}
     peers = {PEERS[key].name: PEERS[key] for key in PEERS if key in (ONE, *arguments.programs)}
     for title, peer in peers.items():
@@ -234,12 +235,17 @@ def why_not(peer: Peer, job: str) -> str:
     return "not ported" if peer is PEERS["jax"] and job not in JAX_PORTS else ""
 
 
-def paceline_way(job: Path, layout: Layout) -> Way:
-    return layout.workers, [str(ROOT / "benchmarks" / "paceline_script.py"), str(job), str(layout)], {}
+def paceline_way(job: Path, layout: Layout, matmul: str) -> Way:
+    """As the command would train it; a `Session` of its own takes what the environment says of the library."""
+    script = str(ROOT / "benchmarks" / "paceline_script.py")
+    return layout.workers, [script, str(job), str(layout)], {VARIABLE: matmul}
 
 
-def choose(path: Path, out: Path) -> tuple[Layout, str]:
-    """The layout that `paceline train` takes for the job, from the events of a run of one step; and its name."""
+def choose(path: Path, out: Path) -> tuple[Layout, str, str]:
+    """The layout that `paceline train` takes for the job, its name, and the library that multiplies its matrices.
+
+    From the events of a run of one step.
+    """
     train = [sys.executable, "-m", "paceline", "train", str(path), "--steps=1", "--precision=fp32"]
     process = subprocess.run(
         [*train, f"--out={out}", "--quiet"], capture_output=True, text=True, timeout=1200, check=False
@@ -248,7 +254,9 @@ def choose(path: Path, out: Path) -> tuple[Layout, str]:
         sys.exit(f"{' '.join(train)}\n{process.stdout}\n{process.stderr}")
     events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
     (plan,) = [e for e in events if e["event"] == "plan"]
-    return Layout.from_json(plan["layout"]), str(plan["label"])
+    (run,) = [e for e in events if e["event"] == "run"]
+    library = f", {run['matmul']}" if run["matmul"] != "torch" else ""
+    return Layout.from_json(plan["layout"]), str(plan["label"]) + library, str(run["matmul"])
 
 
 def describe(path: Path) -> tuple[int, bool, int]:

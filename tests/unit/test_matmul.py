@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 import paceline
 from paceline.errors import OptionError
 from paceline.train import matmul
-from paceline.train.matmul import Matmul, is_available, num_products, use_onednn, wanted_library
+from paceline.train.matmul import Matmul, by_torch, is_available, num_products, use_onednn, wanted_library
 
 pytestmark = pytest.mark.skipif(
     not is_available(), reason="this build of torch has no oneDNN to multiply with"
@@ -239,3 +239,18 @@ def test_an_unknown_library(monkeypatch):
     monkeypatch.setenv(matmul.VARIABLE, "blas")
     with pytest.raises(OptionError, match="PACELINE_MATMUL of the environment is 'blas'"):
         wanted_library()
+
+
+def test_within_a_block_all_is_left_to_torch():
+    use_onednn(True)
+    with pytest.raises(ValueError, match="of the block"), by_torch():
+        LARGE @ LARGE
+        assert num_products() == 0
+        raise ValueError("of the block")
+    LARGE @ LARGE
+    assert num_products() == 1
+    use_onednn(False)
+    with by_torch():
+        pass
+    LARGE @ LARGE
+    assert num_products() == 0

@@ -11,11 +11,12 @@ Sums are taken in another order: results differ in the last bits, as they do bet
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from statistics import median
 from typing import Any
 
@@ -139,6 +140,17 @@ def use_onednn(wanted: bool) -> None:
     elif not wanted and _kernels is not None:
         _kernels.remove()
         _kernels = None
+
+
+@contextlib.contextmanager
+def by_torch() -> Iterator[None]:
+    """Within, torch multiplies all matrices with what it takes by itself."""
+    was_onednn = _kernels is not None
+    use_onednn(False)
+    try:
+        yield
+    finally:
+        use_onednn(was_onednn)
 
 
 def num_products() -> int:

@@ -25,6 +25,7 @@ from paceline.split.finding import Found
 from paceline.train.calling import caller
 from paceline.train.comparison import Observed, Tensors, badness, compare, worst_of_each_kind
 from paceline.train.data import GlobalBatch, ShareLoader, few_samples, is_iterable, map_tensors
+from paceline.train.matmul import by_torch
 from paceline.train.replica import Replica
 from paceline.train.seeds import derive, seed_everything, seed_torch
 from paceline.train.session import Datasets
@@ -107,7 +108,9 @@ def _prove_in(
                 samples += seen.samples
                 if plain is not None and not failure:
                     try:
-                        differences += compare(number, seen, plain.step(seen.gradients))
+                        with by_torch():
+                            expected = plain.step(seen.gradients)
+                        differences += compare(number, seen, expected)
                     except RuntimeError as error:
                         failure = str(error)
         parted = ours.how_parted()
