@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, default_collate
 from turns import Player
 
 import paceline
+from paceline.train.matmul import ONEDNN, use_onednn, wanted_library
 from paceline.train.order import cut, epoch_order
 from paceline.train.seeds import derive, seed_everything
 from paceline.train.session import Datasets
@@ -239,6 +240,8 @@ def main() -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
     model = seeded_model(job)
     accepted = set(inspect.signature(model.forward).parameters)
+    if peer == "bound" and wanted_library() == ONEDNN:
+        use_onednn(True)
     trainer = PEERS[peer](job, model)
     averaged_over = 1 if peer in ALONE else size
     share = job.batch_size // size

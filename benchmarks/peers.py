@@ -102,6 +102,9 @@ PEERS = {
         False,
     ),
     "bound": Peer("compute bound", (SCRIPT, "bound"), compared=False),
+    "bound-onednn": Peer(
+        "compute bound, oneDNN", (SCRIPT, "bound"), environment={VARIABLE: "onednn"}, compared=False
+    ),
 }
 
 JOBS: dict[str, tuple[str, dict[str, str]]] = {

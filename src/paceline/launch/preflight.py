@@ -18,9 +18,9 @@ from paceline.load import LoadedJob, load_job_file
 from paceline.records import Layout
 from paceline.train.compiler import put_off_compiler
 from paceline.train.data import GlobalBatch, Part, is_iterable, num_batches, num_samples
+from paceline.train.matmul import wanted_library
 from paceline.train.order import Share
 from paceline.train.pipeline import schedule_of
-from paceline.train.matmul import wanted_library
 from paceline.train.precision import check_precision
 from paceline.train.replica import Replica
 from paceline.train.room import MEASURING_BYTES, TRAINING_BYTES, why_no_room
