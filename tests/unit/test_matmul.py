@@ -13,7 +13,15 @@ from torch.utils.data import TensorDataset
 import paceline
 from paceline.errors import OptionError
 from paceline.train import matmul
-from paceline.train.matmul import Matmul, by_torch, is_available, num_products, use_onednn, wanted_library
+from paceline.train.matmul import (
+    Matmul,
+    by_torch,
+    is_available,
+    may_be_large,
+    num_products,
+    use_onednn,
+    wanted_library,
+)
 
 pytestmark = pytest.mark.skipif(
     not is_available(), reason="this build of torch has no oneDNN to multiply with"
@@ -185,11 +193,24 @@ def test_an_error_of_the_model_leaves_torch_as_it_was():
         LARGE @ LARGE
         raise ValueError("the user's")
 
-    with pytest.raises(ValueError, match="the user's"):
-        Matmul().measure(run)
+    assert Matmul().measure(run) is None
     assert num_products() == 0
     LARGE @ LARGE
     assert num_products() == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "wanted"),
+    [
+        (nn.Linear(256, 512), (64, 256), True),
+        (nn.Linear(8, 8), (64, 256), False),
+        (nn.Conv2d(64, 64, 3), (64, 64, 32, 32), False),
+        (nn.LSTM(64, 64), (128, 16, 64), True),
+        (nn.Tanh(), (64, 256), False),
+    ],
+)
+def test_models_without_large_matrices_are_not_tried(model, shape, wanted):
+    assert may_be_large(model, {"x": [torch.zeros(shape)]}) == wanted
 
 
 def job():

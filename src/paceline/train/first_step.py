@@ -11,13 +11,14 @@ from paceline.train.matmul import AUTO, ONEDNN, Matmul, wanted_library
 
 
 def decide_on_matmul(
-    matmul: Matmul, batch: Any, try_out: Callable[[Any], float], group: Group, *, is_whole: bool, may: bool
+    matmul: Matmul, batch: Any, try_out: Callable[[Any], float], group: Group, *, may_try: bool, may: bool
 ) -> None:
     """Rank 0 tries both libraries out on its share of the batch; all take what it finds. A collective call.
 
     Args:
         try_out: a forward and a backward pass that leave nothing behind; the loss.
-        is_whole: the model is not split. If it is, torch's library stays, unless the environment says another.
+        may_try: the model is whole, and has matrices large enough. Else torch's library stays, unless the environment
+            says another.
         may: whether the device and the precision let another library be taken.
     """
     wanted = wanted_library()
@@ -25,7 +26,7 @@ def decide_on_matmul(
     if may and group.rank == 0:
         if wanted == ONEDNN:
             ratio = 1.0
-        elif wanted == AUTO and is_whole:
+        elif wanted == AUTO and may_try:
             ratio = matmul.measure(lambda: try_out(batch))
     matmul.decide(_of_rank_0(ratio, group, "which library multiplies matrices"))
 

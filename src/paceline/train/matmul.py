@@ -21,8 +21,10 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import nn
 
 from paceline.errors import OptionError
+from paceline.train.data import map_tensors
 
 VARIABLE = "PACELINE_MATMUL"
 AUTO, TORCH, ONEDNN = "auto", "torch", "onednn"
@@ -68,6 +70,7 @@ class Matmul:
 
         Args:
             run: a forward and a backward pass; gives the loss, which must not change by more than a relative 1e-5.
+                What it raises is left to the step that comes after: some models only train in one way.
             clock: of processor time, since a process that has to stop now and then would be judged by chance.
         """
         if not is_available():
@@ -76,7 +79,8 @@ class Matmul:
         begin_s = clock()
         try:
             for number in range(_ROUNDS):
-                seconds, losses = [], []
+                seconds: list[float] = []
+                losses: list[float] = []
                 for wanted in (True, False):
                     use_onednn(wanted)
                     start_s = clock()
@@ -91,6 +95,8 @@ class Matmul:
                     ratios.append(seconds[0] / seconds[1])
                 if is_late:
                     break
+        except Exception:
+            return None
         finally:
             use_onednn(False)
         ratio = median(ratios)
@@ -105,6 +111,17 @@ class Matmul:
         """Take what was found, here or by another worker."""
         self.is_decided, self.ratio = True, ratio
         use_onednn(ratio is not None)
+
+
+def may_be_large(model: nn.Module, batch: Any) -> bool:
+    """Whether a weight matrix of the model may be in a product that is large, as far as sizes tell.
+
+    A matrix meets no more rows than a batch has numbers, mostly far fewer.
+    """
+    numbers = [0]
+    map_tensors(batch, lambda tensor: numbers.append(tensor.numel()) or tensor)  # type: ignore[func-returns-value]
+    weights = max((p.numel() for p in model.parameters() if p.dim() == 2), default=0)
+    return 2.0 * weights * max(numbers) >= LEAST_FLOP
 
 
 def wanted_library() -> str:

@@ -9,7 +9,7 @@ from paceline.comm.mesh import data_mesh
 from paceline.comm.world import World
 from paceline.job import Job
 from paceline.train.data import is_iterable
-from paceline.train.matmul import AUTO, ONEDNN, is_available, wanted_library
+from paceline.train.matmul import AUTO, ONEDNN, is_available, may_be_large, wanted_library
 from paceline.train.profiling import first_samples
 from paceline.train.room import TRAINING_BYTES, why_no_room
 from paceline.train.session import Datasets
@@ -54,5 +54,7 @@ def _measure(job: Job, datasets: Datasets, world: World, seed: int) -> float | N
     # Two samples at least: batch norm has no statistics of one alone.
     share = first_samples(job, datasets["train"], max(2, job.batch_size // world.size), world.device)
     replica = replica_to_measure(job, datasets, seed=seed, device=world.device, precision="fp32")
+    if not may_be_large(replica.model, share):
+        return None
     replica.attach(data_mesh(Group.alone(world.device)))
     return datasets.matmul.measure(lambda: replica.try_out(share))

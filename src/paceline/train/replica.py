@@ -27,7 +27,7 @@ from paceline.train.evaluation import Totals
 from paceline.train.first_step import decide_on_images, decide_on_matmul
 from paceline.train.held_model import HeldModel
 from paceline.train.images import ImageFormat
-from paceline.train.matmul import Matmul, is_available
+from paceline.train.matmul import Matmul, is_available, may_be_large
 from paceline.train.noise import NoiseMeter
 from paceline.train.optimizer_state import needs_whole_parameters
 from paceline.train.pipeline import Pipeline
@@ -374,11 +374,13 @@ class Replica:
     def _find_out(self, batch: Any) -> None:
         """Decide what was left to the first step, on its first micro-batch."""
         group, is_whole = self._mesh.everyone, self._held.parts is None
-        if self._matmul is not None and not self._matmul.is_decided:
-            may = self.device.type == "cpu" and self.precision == "fp32" and is_available()
-            decide_on_matmul(self._matmul, batch, self.try_out, group, is_whole=is_whole, may=may)
         if not self.images.is_decided:
             decide_on_images(self.images, batch, self.try_out, group, is_whole=is_whole)
+        if self._matmul is not None and not self._matmul.is_decided:
+            may = self.device.type == "cpu" and self.precision == "fp32" and is_available()
+            may_try = is_whole and may_be_large(self.model, batch)
+            arranged = self.images.arrange(batch)
+            decide_on_matmul(self._matmul, arranged, self.try_out, group, may_try=may_try, may=may)
 
     def try_out(self, batch: Any) -> float:
         """A forward and a backward pass that leave nothing behind; the loss."""
