@@ -1,10 +1,10 @@
 """Which library multiplies matrices on a CPU: the one that torch takes, or oneDNN.
 
-torch's builds for x86-64 multiply float32 matrices with Intel's MKL, which on another maker's processor takes
-instructions of 256 bits, whatever the processor has. oneDNN is in the same builds, asks the processor, and on an AMD
-EPYC with AVX-512 takes half of the time (docs/decisions/0020). A call of it costs more, though, and so does every
-small product, which then passes through Python. So both are tried out on the job, once, and oneDNN stays where it pays:
-for products of at least `LEAST_FLOP`, forward and backward, everywhere in the process.
+torch's builds for x86-64 multiply float32 matrices with Intel's MKL, which on an AMD EPYC with AVX-512 is as fast as
+instructions of 256 bits are. oneDNN is in the same builds, and takes half of the time there (docs/decisions/0020). A
+call of it costs more, though, and so does every small product, which then passes through Python. So both are tried out
+on the job, once, and oneDNN stays where it pays: for products of at least `LEAST_FLOP`, forward and backward,
+everywhere in the process.
 
 Sums are taken in another order: results differ in the last bits, as they do between two versions of a library.
 """
