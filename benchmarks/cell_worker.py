@@ -35,6 +35,7 @@ from paceline.plan.search import search
 from paceline.records import Layout
 from paceline.train.allocator import keep_freed_memory
 from paceline.train.image_format import agree_on_images
+from paceline.train.matmul_choice import agree_on_matmul
 from paceline.train.planning import measure_all
 from paceline.train.session import Datasets
 from paceline.train.trial import LayoutTimer
@@ -117,6 +118,7 @@ class PairWorker:
     def _forecast(self) -> None:
         world, job = self._world, self._job
         cluster = gather_cluster(self._everyone, world)
+        agree_on_matmul(job, self._datasets, world, self._everyone, seed=0)
         agree_on_images(job, self._datasets, world, self._everyone, seed=0, precision="fp32")
         measured = measure_all(job, self._datasets, world, self._everyone, cluster, seed=0)
         if measured is None:
