@@ -6,8 +6,8 @@ import collections
 import contextlib
 import dataclasses
 import gc
-import time
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
