@@ -182,6 +182,21 @@ def test_a_model_without_large_products_is_tried_once():
     assert len(runs) == 1
 
 
+def test_a_large_product_stands_for_a_model_without_room(monkeypatch):
+    seen = []
+
+    def measure(self, run, clock=None):
+        use_onednn(True)
+        run()
+        seen.append(num_products())
+        use_onednn(False)
+        return 0.5
+
+    monkeypatch.setattr(Matmul, "measure", measure)
+    assert Matmul().measure_large() == 0.5
+    assert seen == [1]
+
+
 @pytest.mark.parametrize("losses", [(1.0, 1.0001), (1.0, float("nan"))])
 def test_another_loss_is_no_gain(losses):
     clock = Ticking(0.1, 0.05, losses)
