@@ -2,7 +2,7 @@
 
     pip install -c constraints.txt -e '.[examples,peers]'      # DS_BUILD_OPS=0 in the environment, for DeepSpeed
     python benchmarks/peers.py --out peers.md                  # all jobs: about an hour and a half
-    python benchmarks/peers.py --jobs text conv --programs ddp jax bound --rounds 30
+    python benchmarks/peers.py --jobs text conv --programs ddp jax bound --sets 6
     python benchmarks/peers.py --jobs text --also tp=2 dp_shard=2
 
 Jobs: five of `peer_jobs.py` on random data, and the four examples on their real data. Each is trained by a plain
@@ -14,7 +14,8 @@ each worker, the training is another, and marked so. An example's schedule becom
 rate (LR_SHARES), as a schedule wants to know an end, and the data are cut to whole batches.
 
 A round is one turn of each program, a second and a half, in rotating order; programs are compared within a round,
-as the machine's speed drifts. Where not all fit the memory together, they are measured in groups, and paceline's choice
+as the machine's speed drifts. Where a process's tensors come to lie makes a few percent, for as long as it lives: so all
+programs are started anew several times (--sets), and the spread is over the rounds of all. Where not all fit the memory together, they are measured in groups, and paceline's choice
 in each of them. `compute bound` are as many processes as cores, each training alone on its share of each batch:
 the same computation and no communication. Peak memory is of the worker that held most, pages that several
 processes map shared out among them; JAX has both devices in one process, and torch in it for the data.
@@ -151,7 +152,7 @@ def main() -> None:
     arguments = parse_arguments()
     heading = [
         f"`python benchmarks/peers.py`, {datetime.date.today()}, {CORES} cores; {versions()}.",
-        "Median (middle half) of the rounds; ratios are taken within a round.",
+        f"Median (middle half) of the rounds of {arguments.sets} sets of processes; ratios are taken within a round.",
     ]
     results = []
     with tempfile.TemporaryDirectory() as folder:
@@ -182,7 +183,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--also", nargs="+", metavar="LAYOUT", default=[], help="of paceline, besides its choice"
     )
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=5, help="of each set of processes")
+    parser.add_argument("--sets", type=int, default=3, help="so many times all programs are started")
     parser.add_argument("--turn-s", type=float, default=TURN_S, help="seconds of a turn")
     parser.add_argument("--out", help="write the tables to this file as well, job by job")
     return parser.parse_args()
@@ -204,9 +206,11 @@ def measure(name: str, arguments: argparse.Namespace, folder: Path) -> JobResult
             ways[title] = peer.way(path)
     worker_bytes, has_batch_norm, batch_size = describe(path)
     reference: list[float] = []
-    for number, group in enumerate(in_groups(ways, worker_bytes)):
+    groups = in_groups(ways, worker_bytes)
+    for number, group in enumerate(groups * arguments.sets):
+        able = {title: way for title, way in group.items() if not rows[title].note.startswith("failed")}
         measured, failed = take_turns(
-            group, arguments.rounds, folder / f"{name}-{number}", batch_size, arguments.turn_s
+            able, arguments.rounds, folder / f"{name}-{number}", batch_size, arguments.turn_s
         )
         for title, error in failed.items():
             if title in (OURS, PEERS[ONE].name):
@@ -220,15 +224,15 @@ def measure(name: str, arguments: argparse.Namespace, folder: Path) -> JobResult
             if peer is not None and not peer.compared:
                 rows[title].distance, rows[title].note = None, "not compared"
             rows[title].other_training = bool(peer and peer.local_statistics and has_batch_norm)
-    return JobResult(name, label, batch_size, arguments.rounds, list(rows.values()))
+    return JobResult(name, label, batch_size, arguments.rounds * arguments.sets, list(rows.values()))
 
 
 def fill(row: Row, found: Measured, ours: Measured, reference: list[float]) -> None:
-    """Add a group's measurement: paceline's choice is in all groups, any other in one."""
+    """Add a group's measurement: paceline's choice is in all groups, any other in one of each set."""
     row.step_s += found.step_s
     row.ratios += [theirs / own for theirs, own in zip(found.step_s, ours.step_s, strict=True)]
     row.peak_bytes = max(row.peak_bytes, *found.peak_bytes)
-    row.distance = largest_distance(found.losses, reference)
+    row.distance = max(row.distance or 0.0, largest_distance(found.losses, reference))
 
 
 def why_not(peer: Peer, job: str) -> str:

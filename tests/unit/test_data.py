@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+
 import pytest
 import torch
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
 import paceline
+from paceline.errors import DataError
 from paceline.train.data import ShareLoader, evaluation_parts, first_samples, tensors_of
 
 ROWS = TensorDataset(torch.randn(40, 3), torch.arange(40))
@@ -104,3 +108,61 @@ def test_evaluations_see_every_sample_once_in_parts_of_micro_batches(dataset):
 def test_the_first_samples_are_a_data_set(dataset):
     assert [int(y) for _, y in first_samples(dataset, "test", 3)] == [0, 1, 2]
     assert len(first_samples(dataset, "test", 100)) == 40
+
+
+class Noisy(OneByOne):
+    """Some of its samples draw."""
+
+    def __getitem__(self, index):
+        x, y = self.dataset[index]
+        return (x + torch.randn(3), y) if y >= self.draws_from else (x, y)
+
+
+class NoisyTogether(Noisy):
+    def __getitems__(self, indices):
+        return [self[index] for index in indices]
+
+
+class NoisyTensor(NoisyTogether):
+    def __getitems__(self, indices):
+        return torch.stack([self[index][0] for index in indices])
+
+
+@pytest.mark.parametrize("draws_from", [0, 30])
+@pytest.mark.parametrize(
+    "wrapped", [Noisy, NoisyTogether, lambda rows: Subset(Noisy(rows), range(len(rows)))]
+)
+@pytest.mark.parametrize("loader_workers", [0, 2])
+def test_what_a_sample_draws_depends_on_no_other_sample(wrapped, draws_from, loader_workers, monkeypatch):
+    monkeypatch.setattr(Noisy, "draws_from", draws_from, raising=False)
+
+    def samples(size, micro):
+        dataset = wrapped(ROWS)
+        job = dataclasses.replace(job_of(dataset), loader_workers=loader_workers)
+        found = {}
+        for rank in range(size):
+            loader = ShareLoader(
+                job, dataset, seed=1, micro=micro, size=size, rank=rank, device=torch.device("cpu")
+            )
+            for batch in itertools.chain(loader.epoch(0), loader.epoch(1)):
+                for part in batch.parts:
+                    x, y = part.batch
+                    found |= {(batch.epoch, int(number)): row for row, number in zip(x, y, strict=True)}
+        return found
+
+    alone = samples(1, 1)
+    assert len(alone) == 80
+    for size, micro in ((2, 1), (3, 2)):
+        divided = samples(size, micro)
+        assert divided.keys() == alone.keys()
+        assert all(torch.equal(divided[key], alone[key]) for key in alone)
+    epochs_differ = [not torch.equal(alone[0, n], alone[1, n]) for n in range(40)]
+    assert epochs_differ == [n >= draws_from for n in range(40)]
+    drawn = torch.stack([alone[0, n] - ROWS[n][0] for n in range(draws_from, 40)])
+    assert len(drawn.unique(dim=0)) == 40 - draws_from
+
+
+def test_samples_that_draw_and_come_as_one_tensor_are_refused(monkeypatch):
+    monkeypatch.setattr(Noisy, "draws_from", 0, raising=False)
+    with pytest.raises(DataError, match="not a list of samples"):
+        batches(NoisyTensor(ROWS), collate=lambda tensor: tensor)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from paceline.split.granularity import NUMBERS, TENSORS, TOGETHER, granularity, prefer_fused
+from paceline.split.fused import prefer_fused
+from paceline.split.granularity import NUMBERS, TENSORS, TOGETHER, granularity
 
 
 def parameters() -> list[nn.Parameter]:
@@ -110,8 +111,10 @@ def test_a_step_that_knows_parameters_by_other_ways_cannot_reach_them():
         (lambda p: torch.optim.AdamW(p, lr=0.1), True),
         (lambda p: torch.optim.Adam(p, lr=0.1), True),
         (lambda p: torch.optim.SGD(p, lr=0.1), True),
-        # It raises where a parameter gets its first gradient later than others (torch 2.13).
-        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), False),
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), True),
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1), True),
+        # It raises where a parameter gets its first gradient later than others (torch 2.13), and zeros are no way out.
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.5), False),
         # It makes its state when it is built, and for the way that it was built for.
         (lambda p: torch.optim.Adagrad(p, lr=0.1), False),
     ],
@@ -149,17 +152,40 @@ def test_one_pass_that_computes_something_else_is_not_taken():
     assert optimizer.param_groups[0]["fused"] is None
 
 
-def test_the_real_parameters_move_as_they_would():
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.AdamW(p, lr=0.1),
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
+        lambda p: torch.optim.SGD(
+            [{"params": p[:1], "momentum": 0.0}, {"params": p[1:]}], lr=0.1, momentum=0.9
+        ),
+    ],
+)
+@pytest.mark.parametrize("late", [None, 0, 1])
+def test_the_real_parameters_move_as_they_would(make, late):
     torch.manual_seed(0)
-    plain, fused = parameters(), []
+    plain = parameters()
     fused = [nn.Parameter(p.detach().clone()) for p in plain]
-    optimizers = [torch.optim.AdamW(p, lr=0.1) for p in (plain, fused)]
+    optimizers = [make(p) for p in (plain, fused)]
     assert prefer_fused(optimizers[1])
-    for _ in range(3):
-        for a, b in zip(plain, fused, strict=True):
-            a.grad = torch.randn_like(a)
-            b.grad = a.grad.clone()
+    for step in range(4):
+        for number, (a, b) in enumerate(zip(plain, fused, strict=True)):
+            gradient = None if number == late and step < 2 else torch.randn_like(a)
+            a.grad, b.grad = gradient, None if gradient is None else gradient.clone()
         for optimizer in optimizers:
             optimizer.step()
     for a, b in zip(plain, fused, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_the_users_own_fused_sgd_is_shared_out_as_any_and_begins_momenta_late():
+    own = parameters()
+    optimizer = torch.optim.SGD(own, lr=0.1, momentum=0.9, fused=True)
+    assert not prefer_fused(optimizer)  # nothing was open
+    assert granularity(optimizer) == NUMBERS
+    for some in (own[:1], own):
+        for p in some:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert all("momentum_buffer" in optimizer.state[p] for p in own)

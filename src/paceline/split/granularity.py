@@ -1,4 +1,4 @@
-"""What a small copy of an optimizer tells: how finely its work can be shared out, and whether one pass can do it.
+"""What a small copy of an optimizer tells: how finely its work can be shared out.
 
 Adam updates each number by itself; Muon or Adafactor look at a whole matrix; an optimizer that keeps one trust region
 for everything looks at all of them. Nothing is known of any class: a small copy of the optimizer is tried out.
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from paceline.split.momenta import begin_momenta
 from paceline.split.swap import Cut, swap_parameters
 
 NUMBERS, TENSORS, TOGETHER = "numbers", "tensors", "together"
@@ -37,10 +38,10 @@ def granularity(optimizer: Any) -> str:
     Cost: a few small steps; no copy of the real parameters or of their state. torch's random numbers are not used up.
     """
     real = [p for group in optimizer.param_groups for p in group["params"]]
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), _out_of_reach(real):
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), out_of_reach(real):
         # Any code may stand in a user's optimizer, and raise anything: on such parts it cannot work, then.
         try:
-            trial = _Trial(optimizer)
+            trial = Trial(optimizer)
         except Exception:
             return TOGETHER
         for kind, ways in ((NUMBERS, _HALVES), (TENSORS, _EVERY_OTHER)):
@@ -52,38 +53,8 @@ def granularity(optimizer: Any) -> str:
     return TOGETHER
 
 
-def prefer_fused(optimizer: Any) -> bool:
-    """Let an optimizer of torch's do a step in one pass over memory, where its user left that open; whether it does.
-
-    On a CPU torch takes a pass, and a temporary, for each operation of AdamW: eight or more. What one pass computes is
-    tried out on small random parameters, and taken only where it is the same.
-    """
-    open_ = [
-        group
-        for group in optimizer.param_groups
-        if group.get("fused", False) is None
-        and not any(group.get(key) for key in ("foreach", "capturable", "differentiable"))
-        and all(p.device.type == "cpu" and p.is_floating_point() for p in group["params"])
-    ]
-    if not open_ or len(open_) < len(optimizer.param_groups) or optimizer.state:
-        return False
-    real = [p for group in optimizer.param_groups for p in group["params"]]
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), _out_of_reach(real):
-        try:
-            as_it_was = _Trial(optimizer)
-            for group in open_:
-                group["fused"] = True
-            is_same = _Trial(optimizer).agrees_with(as_it_was)
-        except Exception:
-            is_same = False
-    if not is_same:
-        for group in open_:
-            group["fused"] = None
-    return is_same
-
-
 @contextlib.contextmanager
-def _out_of_reach(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def out_of_reach(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Within it nobody can write to them: a step may know parameters by other ways than its groups."""
     kept = [p.data for p in parameters]
     for p in parameters:
@@ -116,7 +87,13 @@ _HALVES = (_half(0), _half(1))
 _EVERY_OTHER = (_every_other(0), _every_other(1))
 
 
-class _Trial:
+class Trial:
+    """What copies of an optimizer, with all its settings, make of small random parameters in a few steps.
+
+    Raises:
+        Exception: whatever the optimizer does on them; `RuntimeError` if it does not move them.
+    """
+
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
         real = [p for group in optimizer.param_groups for p in group["params"]]
@@ -137,7 +114,7 @@ class _Trial:
         if not moved > 0:
             raise RuntimeError("it does not move")
 
-    def agrees_with(self, other: _Trial) -> bool:
+    def agrees_with(self, other: Trial) -> bool:
         """Whether the other makes the same of whole parameters."""
         return all(
             _is_close(new - old, wanted - old)
@@ -175,6 +152,7 @@ class _Trial:
             for part, cut, gradient in zip(parts, cuts, gradients, strict=True):
                 if part is not None and cut is not None:
                     part.grad = None if gradient is None else cut(gradient)
+            begin_momenta(small)
             small.step()
         return [torch.empty(0) if part is None else part.detach() for part in parts]
 

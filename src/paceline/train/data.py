@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -81,21 +81,48 @@ def num_batches(dataset: Any, batch_size: int) -> int | None:
 
 
 class _Seeded:
-    """A map-style data set whose samples may draw from torch's generator: seeded by (seed, epoch, index)."""
+    """A map-style data set whose samples may draw from torch's generator: seeded by (seed, epoch, index).
+
+    Samples are read together, as far as the data set can. Once some of them have drawn, and these could depend on those
+    read before them, each is read by itself, under its own seed; so are they then, once more.
+    """
 
     def __init__(self, dataset: Any, base_seed: int) -> None:
         self._dataset = dataset
         self._base_seed = base_seed
-        if hasattr(dataset, "__getitems__"):
-            self.__getitems__ = self._get_items
+        self._draws = False
 
     def __getitem__(self, index: int) -> Any:
-        torch.default_generator.manual_seed(mix(self._base_seed, index))
+        self._seed(index)
         return self._dataset[index]
 
-    def _get_items(self, indices: Sequence[int]) -> Any:
-        torch.default_generator.manual_seed(mix(self._base_seed, indices[0]))
-        return self._dataset.__getitems__(indices)
+    def __getitems__(self, indices: list[int]) -> Any:
+        read = getattr(self._dataset, "__getitems__", None)
+        if not self._draws:
+            self._seed(indices[0])
+            before = torch.default_generator.get_state()
+            samples = [self._dataset[index] for index in indices] if read is None else read(indices)
+            self._draws = not torch.equal(torch.default_generator.get_state(), before)
+            if not self._draws:
+                return samples
+        if read is None:
+            return [self[index] for index in indices]
+        samples = []
+        for index in indices:
+            self._seed(index)
+            alone = read([index])
+            if not isinstance(alone, list | tuple):
+                raise DataError(
+                    f"{type(self._dataset).__name__}.__getitems__ draws random numbers and gives "
+                    f"{type(alone).__name__}, not a list of samples",
+                    cause="samples that draw are read one by one, so that they are the same in every layout",
+                    next_step="return a list of samples, or leave __getitems__ out",
+                )
+            samples.extend(alone)
+        return samples
+
+    def _seed(self, index: int) -> None:
+        torch.default_generator.manual_seed(mix(self._base_seed, index))
 
 
 def tensors_of(dataset: Any) -> tuple[list[torch.Tensor], torch.Tensor | None] | None:

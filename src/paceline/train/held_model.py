@@ -16,7 +16,8 @@ from paceline.job import Job
 from paceline.measure.machine import available_memory_bytes
 from paceline.split.apply import LocalParameter, SplitModel
 from paceline.split.finding import Found
-from paceline.split.granularity import NUMBERS, TENSORS, granularity, prefer_fused
+from paceline.split.fused import prefer_fused
+from paceline.split.granularity import NUMBERS, TENSORS, granularity
 from paceline.split.sharding import ShardedParameters
 from paceline.split.shared_parameters import SharedParameters
 from paceline.split.swap import swap_parameters

@@ -200,21 +200,21 @@ class NoiseMeter:
 
     def take(
         self,
-        sums: torch.Tensor,
+        sums: Sequence[float],
         weight: float | None,
         gradients: Callable[[frozenset[str]], Iterable[torch.Tensor]],
     ) -> StepNoise | None:
         """After a step's gradients were added up and before they are used: what the last measured step has told.
 
         Args:
-            sums: over all workers.
+            sums: the `NUM_SUMS`, over all workers.
             weight: of this step's batch, where its loss came with weights.
             gradients: of the whole batch, this worker's share, but for those of the names that are given.
         """
         self._is_weighted = weight is not None
         told = None
         if self._sent is not None:
-            told, self._sent = self._tell(self._sent, sums.tolist()), None
+            told, self._sent = self._tell(self._sent, sums), None
         now = self._now
         if now is not None:
             begin_s = time.perf_counter()
@@ -271,7 +271,7 @@ class NoiseMeter:
                 return torch.zeros((), dtype=torch.float64, device=self._mesh.everyone.device)
             return torch.cat(found).double().square().sum()
 
-    def _tell(self, sent: _Measuring, sums: list[float]) -> StepNoise | None:
+    def _tell(self, sent: _Measuring, sums: Sequence[float]) -> StepNoise | None:
         # Workers that have one model between them may wait for each other.
         cost_s = sums[_COST] / self._mesh.data.size
         self._shares.append(cost_s / (sums[_STEP] / self._mesh.everyone.size))

@@ -83,37 +83,37 @@ class Pipeline:
         batch: GlobalBatch,
         seed_of: Callable[[Part], int],
         loss_of: Callable[[Part, Any], torch.Tensor],
-        around: Callable[[Part], contextlib.AbstractContextManager[Any]],
+        begin_part: Callable[[Part], None],
     ) -> None:
         """Forward and backward over the micro-batches of `batch`.
 
         Args:
             seed_of: of a micro-batch's random numbers.
             loss_of: `(part, outputs)` -> what to differentiate; called where the last stage is.
-            around: what the forward and the backward of a micro-batch run in.
+            begin_part: called before the forward and before the backward pass of a micro-batch.
         """
         flights: dict[tuple[int, int], Flight] = {}
         left: dict[tuple[int, int], Callable[[], None] | None] = {}
         for action in self._actions(len(batch.parts)):
             part = batch.parts[action.micro]
             key = action.stage, action.micro
-            with around(part):
-                if action.kind == "F":
-                    flight, outputs = self._forward(action.stage, part, seed_of(part))
-                    if action.stage == self._last:
-                        flight.loss = loss_of(part, outputs)
-                    del outputs
-                    flights[key] = flight
-                elif action.kind == "B":
-                    backward(flights.pop(key), action.stage, self.links, self._device)
-                elif action.kind == "I":
-                    left[key] = backward_of_inputs(
-                        flights.pop(key), action.stage, self.links, self._device, self._weights[action.stage]
-                    )
-                else:
-                    weights = left.pop(key)
-                    if weights is not None:
-                        weights()
+            begin_part(part)
+            if action.kind == "F":
+                flight, outputs = self._forward(action.stage, part, seed_of(part))
+                if action.stage == self._last:
+                    flight.loss = loss_of(part, outputs)
+                del outputs
+                flights[key] = flight
+            elif action.kind == "B":
+                backward(flights.pop(key), action.stage, self.links, self._device)
+            elif action.kind == "I":
+                left[key] = backward_of_inputs(
+                    flights.pop(key), action.stage, self.links, self._device, self._weights[action.stage]
+                )
+            else:
+                weights = left.pop(key)
+                if weights is not None:
+                    weights()
         self.links.flush()
 
     def _actions(self, num_micro: int) -> list[Action]:

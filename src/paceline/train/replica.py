@@ -42,8 +42,8 @@ from paceline.train.step import (
     WEIGHT,
     WEIGHTED,
     StepResult,
+    StepSums,
     mean_loss,
-    weigh,
 )
 from paceline.train.training_state import TrainingState
 
@@ -248,14 +248,15 @@ class Replica:
         waited_before_s = self._mesh.waited_s
         self._held.begin_pass()
         self._noise.begin(batch, self._num_steps)
-        sums, weighted = self._accumulate(batch)
-        self._noise.put(sums[NOISE])
+        own = self._accumulate(batch)
+        stop, change, self.change_requested = self.stop_requested, self.change_requested, False
+        local = own.close(self._noise, stop=stop, change=change)
         backward_end_s = time.perf_counter()
         hidden_s = self._mesh.waited_s - waited_before_s
-        sums = self._reduce(sums, weighted=weighted and not self._is_whole(batch)).to("cpu")
+        sums = self._reduce(local, weighted=own.weighted and not self._is_whole(batch)).tolist()
         reduced_s = time.perf_counter()
         loss = mean_loss(sums, self._num_steps + 1)
-        weight = float(sums[WEIGHT]) if sums[WEIGHTED] > 0 else None
+        weight = sums[WEIGHT] if sums[WEIGHTED] > 0 else None
         noise = self._noise.take(sums[NOISE], weight, self._reduction.counted_gradients)
         grad_norm = None
         if self.job.clip_norm is not None:
@@ -277,14 +278,14 @@ class Replica:
             samples=batch.samples,
             lr=lr,
             grad_norm=grad_norm,
-            stop=bool(sums[STOP] > 0),
+            stop=sums[STOP] > 0,
             step_s=end_s - begin_s + batch.data_s,
             compute_s=backward_end_s - begin_s - hidden_s,
             communication_s=hidden_s + reduced_s - backward_end_s,
             optimizer_s=end_s - reduced_s,
             data_s=batch.data_s,
             noise=noise,
-            change=bool(sums[CHANGE] > 0),
+            change=sums[CHANGE] > 0,
         )
 
     def evaluate(self, dataset: Any) -> tuple[dict[str, float], int]:
@@ -333,43 +334,35 @@ class Replica:
         """Raise `WorkerError` unless workers that should hold the same parameters do, bit for bit in their sums."""
         self._held.check_in_step(self._mesh, f"after step {self._num_steps}")
 
-    def _accumulate(self, batch: GlobalBatch) -> tuple[torch.Tensor, bool]:
-        """Backward over this worker's parts; its share of the step's sums, and whether the loss has weights."""
-        # Sums stay on the device: reading one would make a GPU wait in the middle of the step.
-        sums = torch.zeros(SUMS.num, device=self.device)
-        weighted = False
+    def _accumulate(self, batch: GlobalBatch) -> StepSums:
+        """Backward over this worker's parts; its share of the step's sums."""
+        sums = StepSums(self.device)
+        is_whole = self._is_whole(batch)
 
         def seed_of(part: Part) -> int:
             return derive(self._seed, "forward", self._num_steps, part.share.begin)
 
         def loss_of(part: Part, outputs: Any) -> torch.Tensor:
-            nonlocal weighted
             with self.forward_context():
                 loss = self.job.loss(outputs, part.batch)
-            weighted = isinstance(loss, tuple)
-            sums[WEIGHTED] = float(weighted)
-            whole = self._is_whole(batch)
-            return weigh(loss, part, batch.samples, sums, self._noise, is_whole=whole)  # type: ignore[no-any-return]
+            return sums.weigh(loss, part, batch.samples, self._noise, is_whole=is_whole)  # type: ignore[no-any-return]
 
         for part in batch.parts:
             part.batch = self.images.arrange(part.batch)
         with self._share.among(self._mesh.data):
             if self._pipeline is not None:
-                self._pipeline.step(batch, seed_of, loss_of, self._around)
+                self._pipeline.step(batch, seed_of, loss_of, self._begin_part)
             else:
                 for position, part in enumerate(batch.parts):
                     seed_torch(seed_of(part), self.device)
-                    with self._around(part):
-                        with self.forward_context():
-                            outputs = self.call(part.batch)
-                        to_differentiate = loss_of(part, outputs)
-                        del outputs  # the backward pass keeps what it needs of them
-                        self._reduction.begin_backward(last=position == len(batch.parts) - 1)
-                        to_differentiate.backward()
-        sums[STOP] = float(self.stop_requested)
-        sums[CHANGE] = float(self.change_requested)
-        self.change_requested = False
-        return sums, weighted
+                    self._begin_part(part)
+                    with self.forward_context():
+                        outputs = self.call(part.batch)
+                    to_differentiate = loss_of(part, outputs)
+                    del outputs  # the backward pass keeps what it needs of them
+                    self._reduction.begin_backward(last=position == len(batch.parts) - 1)
+                    to_differentiate.backward()
+        return sums
 
     def _find_out(self, batch: Any) -> None:
         """Decide what was left to the first step, on its first micro-batch."""
@@ -397,20 +390,20 @@ class Replica:
                 buffer.copy_(values)
         return float(loss.detach())
 
-    @contextlib.contextmanager
-    def _around(self, part: Part) -> Iterator[None]:
-        """What the forward and the backward pass of a micro-batch run in."""
+    def _begin_part(self, part: Part) -> None:
+        """Before the forward or the backward pass of a micro-batch: whose it is."""
         self._share.counts = not part.share.borrowed
         self._noise.compute(part)
-        yield
+
+    def forward_context(self) -> contextlib.AbstractContextManager[Any]:
+        """What calls of the model and of the loss run in."""
+        if self._held.parts is None:
+            return self._autocast()
+        return self._within_parts(self._held.parts)
 
     @contextlib.contextmanager
-    def forward_context(self) -> Iterator[None]:
-        """What calls of the model and of the loss run in."""
-        with (
-            contextlib.nullcontext() if self._held.parts is None else self._held.parts.computing(),
-            self._autocast(),
-        ):
+    def _within_parts(self, parts: SplitModel) -> Iterator[None]:
+        with parts.computing(), self._autocast():
             yield
 
     def _is_whole(self, batch: GlobalBatch) -> bool:

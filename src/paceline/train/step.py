@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,46 +43,72 @@ class StepResult:
     """Rank 0 was asked to have the layout reconsidered: as `stop`."""
 
 
-def weigh(
-    loss: Any, part: Part, batch_samples: int, sums: torch.Tensor, noise: NoiseMeter, *, is_whole: bool
-) -> Any:
-    """Add a part's loss sum and weight to `sums`; return what to differentiate.
+class StepSums:
+    """One worker's sums of a step.
 
-    Args:
-        loss: what the job gives: a mean over the samples, or a sum and its weight.
-        is_whole: the part is the whole global batch: nothing is left to weigh.
+    What is known here without asking the device is kept here, and goes there in one piece: reading a number would make
+    a GPU wait in the middle of the step, and each operation on a few numbers takes as long as on a few thousand.
     """
-    samples = part.share.samples
-    if not isinstance(loss, tuple):
-        require_scalar(loss, "the loss")
-        sums[LOSS] += loss.detach() * samples
-        sums[WEIGHT] += samples
-        return loss if is_whole else loss * (samples / batch_samples)
-    loss_sum, weight = loss
-    require_scalar(loss_sum, "the loss's sum")
-    if part.share.borrowed:
-        return loss_sum * 0.0
-    weight = weight.detach() if isinstance(weight, torch.Tensor) else weight
-    sums[LOSS] += loss_sum.detach()
-    sums[WEIGHT] += weight
-    noise.weigh(part, weight)
-    return loss_sum / weight if is_whole else loss_sum
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_device = torch.zeros(SUMS.num, device=device)
+        self._known = [0.0] * SUMS.num
+
+    def weigh(self, loss: Any, part: Part, batch_samples: int, noise: NoiseMeter, *, is_whole: bool) -> Any:
+        """Add a part's loss sum and weight; return what to differentiate.
+
+        Args:
+            loss: what the job gives: a mean over the samples, or a sum and its weight.
+            is_whole: the part is the whole global batch: nothing is left to weigh.
+        """
+        samples = part.share.samples
+        self._known[WEIGHTED] = float(isinstance(loss, tuple))
+        if not isinstance(loss, tuple):
+            require_scalar(loss, "the loss")
+            self._on_device[LOSS].add_(loss.detach(), alpha=samples)
+            self._known[WEIGHT] += samples
+            return loss if is_whole else loss * (samples / batch_samples)
+        loss_sum, weight = loss
+        require_scalar(loss_sum, "the loss's sum")
+        if part.share.borrowed:
+            return loss_sum * 0.0
+        self._on_device[LOSS].add_(loss_sum.detach())
+        if isinstance(weight, torch.Tensor):
+            weight = weight.detach()
+            self._on_device[WEIGHT].add_(weight)
+        else:
+            self._known[WEIGHT] += weight
+        noise.weigh(part, weight)
+        return loss_sum / weight if is_whole else loss_sum
+
+    @property
+    def weighted(self) -> bool:
+        """The loss came with weights, where it was computed here."""
+        return self._known[WEIGHTED] > 0
+
+    def close(self, noise: NoiseMeter, *, stop: bool, change: bool) -> torch.Tensor:
+        """After the passes: the sums, float32, shape `[SUMS.num]`, on the device."""
+        self._known[STOP], self._known[CHANGE] = float(stop), float(change)
+        sums = self._on_device
+        sums += torch.tensor(self._known).to(sums.device, non_blocking=True)
+        noise.put(sums[NOISE])
+        return sums
 
 
-def mean_loss(sums: torch.Tensor, step: int) -> float:
+def mean_loss(sums: Sequence[float], step: int) -> float:
     """The global batch's loss, from its sums over all workers.
 
     Raises:
         LossError: the weights sum to zero, or the loss is not finite.
     """
-    weight = float(sums[WEIGHT])
+    weight = sums[WEIGHT]
     if weight == 0:
         raise LossError(
             f"the weights of the loss sum to zero in step {step}",
             cause="a global batch without anything to learn from, such as padding only",
             next_step="drop such samples from the data set",
         )
-    loss = float(sums[LOSS] / sums[WEIGHT])
+    loss = sums[LOSS] / weight
     if not math.isfinite(loss):
         raise LossError(
             f"the loss is {loss} in step {step}",
