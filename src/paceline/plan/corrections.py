@@ -49,7 +49,14 @@ def corrected(profile: Profile, linked: LinkedCluster, tried: Sequence[Tried]) -
         if ways != (ALONE,):
             place = ways, size_of(one.layout, ways), is_over_network(one.layout, ways, places), None
         groups.setdefault(place, []).append(one)
-    corrections = [_of_one_way(bare, linked, *item) for item in groups.items() if len(item[0][0]) == 1]
+    corrections: list[Correction] = []
+    # Pipelines of which several were tried tell what an action takes: they come first.
+    for place, of_place in sorted(groups.items(), key=lambda item: -len(_in_whole(item[1]))):
+        if place[0] == (PIPELINE,):
+            known = next((c.action_s for c in corrections if c.ways == place[0]), None)
+            corrections.append(_of_pipelines(bare, linked, place, of_place, known))
+        elif len(place[0]) == 1:
+            corrections.append(_of_a_step(bare, linked, place, of_place))
     each = bare.model_copy(update={"corrections": tuple(corrections)})
     corrections += [_of_a_step(each, linked, *item) for item in groups.items() if len(item[0][0]) > 1]
     return bare.model_copy(update={"corrections": tuple(corrections), **_bytes(bare, linked, tried)})
@@ -71,12 +78,6 @@ def _bytes(profile: Profile, linked: LinkedCluster, tried: Iterable[Tried]) -> d
                 more = peak_bytes - memory.total
                 found[ways[0]] = max(more, found.get(ways[0], more))
     return {"unexplained_bytes": steps, "unexplained_evaluation_bytes": evaluations}
-
-
-def _of_one_way(profile: Profile, linked: LinkedCluster, place: _Place, tried: Sequence[Tried]) -> Correction:
-    if place[0] == (PIPELINE,):
-        return _of_pipelines(profile, linked, place, tried)
-    return _of_a_step(profile, linked, place, tried)
 
 
 def _of_a_step(profile: Profile, linked: LinkedCluster, place: _Place, tried: Sequence[Tried]) -> Correction:
@@ -110,11 +111,16 @@ def _of_a_step(profile: Profile, linked: LinkedCluster, place: _Place, tried: Se
 
 
 def _of_pipelines(
-    profile: Profile, linked: LinkedCluster, place: _Place, tried: Sequence[Tried]
+    profile: Profile,
+    linked: LinkedCluster,
+    place: _Place,
+    tried: Sequence[Tried],
+    known_action_s: float | None,
 ) -> Correction:
     """What each action of a pipeline takes beside its blocks, and each step beside that.
 
-    Where one was tried, all is each action's, unless a step took less than its forecast.
+    Where one was tried, an action takes what it does in pipelines over another number of workers, `known_action_s`; if
+    that is not known, all is each action's, unless a step took less than its forecast.
     """
     ways, workers, over_network, _ = place
     none = Correction(ways=ways, workers=workers, over_network=over_network)
@@ -124,9 +130,13 @@ def _of_pipelines(
         told = Forecaster(profile.model_copy(update={"corrections": (correction,)}), linked)
         return one.step_s - told.forecast(one.layout).step_s
 
-    in_parts = [one for one in tried if SCHEDULES[one.layout.schedule].in_parts]
-    few, many = _ends([one for one in tried if one not in in_parts] or in_parts)
-    if few is many:
+    in_whole = _in_whole(tried)
+    in_parts = [one for one in tried if one not in in_whole]
+    few, many = _ends(in_whole or in_parts)
+    if few is many and known_action_s is not None:
+        action_s = known_action_s
+        step_s = missing_s(many, action_s)
+    elif few is many:
         action_s = _root(lambda a: missing_s(many, a), many.step_s)
         step_s = 0.0 if action_s else missing_s(many, 0.0)
     else:
@@ -138,6 +148,11 @@ def _of_pipelines(
         # One of them cannot tell actions from steps: actions are taken to cost what they do elsewhere.
         update["split_step_s"] = missing_s(one, action_s) * linked.slowest(one.layout.workers)
     return none.model_copy(update=update)
+
+
+def _in_whole(tried: Sequence[Tried]) -> list[Tried]:
+    """Those whose backward pass is one action for each micro-batch."""
+    return [one for one in tried if not SCHEDULES[one.layout.schedule].in_parts]
 
 
 def _ends(tried: Sequence[Tried]) -> tuple[Tried, Tried]:

@@ -7,8 +7,8 @@ these stages does. A value that another stage needs is sent when the program com
 and received there: both run the same program, so no one needs to say what comes next. Skip connections go from
 the stage that has the value to the one that needs it, whatever lies between.
 
-Cost: the forward's code between the pieces, on every stage and for every micro-batch. A call to torch in it takes 9 µs
-more where its values are here, and 0.17 ms in all where they are absent: torch's meta device is slow (docs/log.md).
+Cost: the forward's code between the pieces, on every stage and for every micro-batch. A call to torch in it takes some
+microseconds more where its values are here, and some tens in all where they are absent (docs/log.md).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from paceline.errors import SplitError
-from paceline.split.absent import AbsentPieces
+from paceline.split.absent import AbsentCalls, AbsentPieces
 from paceline.split.flight import Arrival, Arrive, Flight, Links
 from paceline.split.formats import as_it_lies
 from paceline.split.pieces import Piece
@@ -32,8 +32,6 @@ from paceline.split.trees import flatten, map_arguments, map_tensors, tensors_in
 _STAGE = "_paceline_stage"
 _HERE = "_paceline_here"
 _SENT = "_paceline_sent"
-_MOVED = (torch.Tensor, torch.device)
-"""Arguments that are others where tensors have shapes only."""
 
 
 class PipelineStage(TorchFunctionMode):
@@ -46,6 +44,7 @@ class PipelineStage(TorchFunctionMode):
         calls: PieceCalls,
         links: Links,
         absent: AbsentPieces,
+        absent_calls: AbsentCalls,
         names: Mapping[int, str],
         device: torch.device,
         compute: Callable[[Piece, Callable[..., Any], Any, Any], Any],
@@ -61,7 +60,8 @@ class PipelineStage(TorchFunctionMode):
         self._in_parts = in_parts
         super().__init__()
         self._stage, self._stages, self._calls, self._links = stage, stages, calls, links
-        self._absent, self._names, self._device, self._compute = absent, names, device, compute
+        self._absent, self._absent_calls = absent, absent_calls
+        self._names, self._device, self._compute = names, device, compute
         self._position = 0
         self._counts: dict[str, int] = {}
         self.flight = Flight()
@@ -119,18 +119,15 @@ class PipelineStage(TorchFunctionMode):
         if name in ("cpu", "cuda") or (name == "to" and len(args) > 1 and isinstance(args[1], str)):
             func, args, kwargs = torch.Tensor.to, (args[0], self._device), {}
         in_place = works_in_place(func)
-        with plainly():
-            if stage == self._stage:
+        if stage == self._stage:
+            with plainly():
                 args_here, kwargs_here = (map_arguments(a, self._here) for a in (args, kwargs))
-            else:
+            result = func(*args_here, **kwargs_here)
+        else:
+            with plainly():
                 for tensor in found:
                     self._let_have(tensor, stage)
-                args_here, kwargs_here = (map_arguments(a, _on_meta, _MOVED) for a in (args, kwargs))
-        result = (
-            func(*args_here, **kwargs_here)
-            if stage == self._stage
-            else _shape_of(func, args_here, kwargs_here)
-        )
+            result = self._absent_calls.result(func, args, kwargs)
         if in_place and args and isinstance(args[0], torch.Tensor):
             return self._changed_in_place(args[0], result, stage)
         return map_arguments(result, lambda t: _belongs(t, stage))
@@ -203,19 +200,6 @@ class PipelineStage(TorchFunctionMode):
         return value
 
 
-def _shape_of(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """What a function returns where tensors have shapes only."""
-    try:
-        return func(*args, **kwargs)
-    except (RuntimeError, NotImplementedError) as error:
-        raise SplitError(
-            f"the model cannot be cut into pipeline stages: it calls {getattr(func, '__name__', func)} between its "
-            "blocks on a value that another stage computes",
-            cause=str(error).splitlines()[0],
-            next_step="use another axis (dp_shard, tp), or move that code into a block",
-        ) from error
-
-
 def _stage_of(tensor: torch.Tensor) -> int | None:
     return getattr(tensor, _STAGE, None)
 
@@ -225,20 +209,6 @@ def _belongs(tensor: torch.Tensor, stage: int, *, new: bool = False) -> torch.Te
         return tensor
     setattr(tensor, _STAGE, stage)
     return tensor
-
-
-def _on_meta(value: Any) -> Any:
-    """An argument, or a device to go to, as it is where tensors have shapes only."""
-    return _as_meta(value) if isinstance(value, torch.Tensor) else torch.device("meta")
-
-
-def _as_meta(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.is_meta:
-        return tensor
-    meta = torch.empty_like(tensor, device="meta", requires_grad=False)
-    if tensor.requires_grad:
-        meta = meta.requires_grad_().clone()
-    return mark(meta, shard_of(tensor))
 
 
 def _collect(values: Any, into: list[torch.Tensor]) -> None:

@@ -11,7 +11,7 @@ import torch
 from paceline.comm.links import StageLinks
 from paceline.plan.schedules import Action, Schedule, make_schedule
 from paceline.records import Layout
-from paceline.split.absent import AbsentPieces
+from paceline.split.absent import AbsentCalls, AbsentPieces
 from paceline.split.apply import SplitModel
 from paceline.split.flight import Flight, backward, backward_of_inputs
 from paceline.split.pieces import Piece
@@ -47,7 +47,7 @@ class Pipeline:
         self.links = StageLinks(split.mesh.pipeline, schedule.worker_of, self._stages.num_stages)
         self.in_parts = schedule.in_parts
         """Whether gradients of inputs and of weights are computed apart."""
-        absent = AbsentPieces()
+        absent, absent_calls = AbsentPieces(), AbsentCalls(device)
         own = [s for s in range(self._stages.num_stages) if schedule.worker_of(s) == self._rank]
         self._modes = {
             stage: PipelineStage(
@@ -56,6 +56,7 @@ class Pipeline:
                 split.calls,
                 self.links,
                 absent,
+                absent_calls,
                 split.names,
                 device,
                 self._compute,
