@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -57,17 +58,28 @@ JOB = paceline.Job(
 )  # fmt: skip
 
 
+def turned_network() -> nn.Module:
+    """Its weights have their channels last."""
+    return Network(group_norm).to(memory_format=torch.channels_last)
+
+
 def train_layouts(
-    world: World, layouts: list[str], *, is_turned: bool, norm: Callable[[], nn.Module] = batch_norm
+    world: World,
+    layouts: list[str],
+    *,
+    is_turned: bool,
+    norm: Callable[[], nn.Module] = batch_norm,
+    **settings: Any,
 ) -> dict[str, tuple[list[float], int, int]]:
     """By layout: losses, how many inputs of convolutions came here, and how many of them with their channels last."""
-    job = dataclasses.replace(JOB, model=functools.partial(Network, norm))
+    job = dataclasses.replace(JOB, **{"model": functools.partial(Network, norm), **settings})
     everyone = world.group(world.size)
     found = {}
     for text in layouts:
         layout = Layout.parse(text)
         mesh = make_mesh(world, layout)
         if mesh is None:
+            everyone.barrier("between layouts")
             continue
         datasets = Datasets(job, 7)
         datasets.images.decide(0.5 if is_turned else None)

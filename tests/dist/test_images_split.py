@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
+import torch
 from groups import run_group
-from images_worker import agree, group_norm, train_layouts
+from images_worker import agree, group_norm, train_layouts, turned_network
 
 LAYOUTS = [
     "dp_replicate=2",
@@ -46,6 +49,29 @@ def test_every_convolution_gets_channels_last(layout, runs):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_training_is_the_same(layout, runs):
     assert runs[True][0][layout][0] == pytest.approx(runs[False][0][layout][0], rel=1e-4)
+
+
+OPTIMIZERS = {
+    "SGD": functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+    "AdamW": functools.partial(torch.optim.AdamW, lr=0.01, eps=1e-3),
+}
+
+
+def train_in_one_pass(world, name, transport):
+    """In one process by a pass for each operation, and in every layout as it comes: by one pass where that is the same."""
+    plain = functools.partial(OPTIMIZERS[name], fused=False)
+    found = train_layouts(world, ["dp_replicate=1"], is_turned=True, model=turned_network, optimizer=plain)
+    found |= train_layouts(world, LAYOUTS, is_turned=True, model=turned_network, optimizer=OPTIMIZERS[name])
+    return {layout: losses for layout, (losses, _, _) in found.items()}
+
+
+@pytest.mark.parametrize("transport", ["auto", "gloo"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_weights_with_their_channels_last_are_updated_in_one_pass_as_in_many(name, transport):
+    """A fused step of torch's takes it that a gradient lies as its parameter does."""
+    found = run(train_in_one_pass, 2, name, transport, transport=transport)[0]
+    for layout in LAYOUTS:
+        assert found[layout] == pytest.approx(found["dp_replicate=1"], rel=1e-4), layout
 
 
 APART = ["dp_replicate=2", "pp=2,micro=4,schedule=zb-h1", "pp=2,micro=4,schedule=zbv"]

@@ -20,7 +20,7 @@ class _Bucket:
     parameters: list[nn.Parameter]
     flat: torch.Tensor
     slices: list[torch.Tensor]
-    """A view of `flat` for each parameter, in the parameter's shape."""
+    """A view of `flat` for each parameter, in its shape, and with its elements where the parameter has them."""
     num_missing: int = 0
     pending: Pending | None = None
 
@@ -166,6 +166,8 @@ def _make_bucket(members: list[nn.Parameter], num_tail: int) -> _Bucket:
     flat = torch.zeros(numel + num_tail, dtype=members[0].dtype, device=members[0].device)
     slices, offset = [], 0
     for parameter in members:
-        slices.append(flat[offset : offset + parameter.numel()].view(parameter.shape))
+        # An optimizer's one pass over memory takes it that a gradient lies as its parameter does.
+        stride = torch.empty_like(parameter, device="meta").stride()
+        slices.append(flat.as_strided(parameter.shape, stride, offset))
         offset += parameter.numel()
     return _Bucket(members, flat, slices)

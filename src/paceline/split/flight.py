@@ -106,6 +106,10 @@ def _of_weights(weights: list[nn.Parameter], groups: list[Any]) -> None:
     from torch.distributed.pipelining._backward import stage_backward_weight
 
     stage_backward_weight(iter(weights), groups)
+    for weight in weights:
+        # Optimizers that work in one pass over memory take it that a gradient lies as its parameter does (torch 2.13).
+        if weight.grad is not None and weight.grad.stride() != weight.stride():
+            weight.grad = torch.empty_like(weight, requires_grad=False).copy_(weight.grad)
 
 
 def _gradients_in(
