@@ -38,7 +38,14 @@ CALLS = {
 
 def described(result):
     if isinstance(result, torch.Tensor):
-        return result.is_meta, result.shape, result.stride(), result.dtype, result.requires_grad, result.is_leaf
+        return (
+            result.is_meta,
+            result.shape,
+            result.stride(),
+            result.dtype,
+            result.requires_grad,
+            result.is_leaf,
+        )
     return type(result), [described(one) for one in result]
 
 

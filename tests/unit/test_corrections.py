@@ -79,6 +79,30 @@ def test_two_pipelines_tell_what_an_action_takes_from_what_a_step_takes(action_s
         assert after.forecast(one.layout).step_s == pytest.approx(one.step_s, rel=1e-4)
 
 
+@pytest.mark.parametrize("step_s", [4e-3, -4e-3])
+def test_an_action_costs_what_pipelines_over_more_workers_have_shown(step_s):
+    """Of one pipeline over two workers all could be the step's, and many micro-batches cost nothing."""
+    made, cluster = profile((1.0,) * 8, tps=()), linked(8, 1)
+    slowly = Correction(ways=("pipeline",), action_s=3e-3)
+    slow = Forecaster(made.model_copy(update={"corrections": (slowly,)}), cluster)
+    two, many, *eight = (
+        Layout.parse(text) for text in ("pp=2,micro=2", "pp=2,micro=8", "pp=8,micro=8", "pp=8,micro=16")
+    )
+    tried = [
+        Tried(layout=x, step_s=slow.forecast(x).step_s + (step_s if x is two else 0)) for x in (two, *eight)
+    ]
+    found = corrected(made, cluster, tried)
+    assert {one.workers: one.action_s for one in found.corrections} == pytest.approx(
+        {2: 3e-3, 8: 3e-3}, rel=1e-3
+    )
+    after = Forecaster(found, cluster)
+    assert after.forecast(two).step_s == pytest.approx(tried[0].step_s)
+    assert after.forecast(many).step_s == pytest.approx(slow.forecast(many).step_s + step_s, rel=1e-3)
+    # Of one number of micro-batches over eight nothing is known of actions, and nothing is borrowed.
+    alone = corrected(made, cluster, tried[:2])
+    assert {one.action_s for one in alone.corrections} != {3e-3}
+
+
 @pytest.mark.parametrize("text", ["dp_replicate=2", "dp_shard=2,zero=1", "dp_shard=2,zero=3", "tp=2"])
 def test_micro_batches_pay_as_two_layouts_have_shown(text):
     made, cluster = profile(), linked()

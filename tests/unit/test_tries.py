@@ -57,6 +57,17 @@ def test_what_the_batch_does_not_allow_is_not_tried(batch_size):
             layout.check_batch(batch_size)
 
 
+@pytest.mark.parametrize(
+    ("workers", "batch_size", "expected"),
+    [(8, 64, {8, 32}), (8, 24, {8, 24}), (8, 10, {10}), (5, 24, {6, 12}), (3, 64, {4, 8}), (8, 4, set())],
+)
+def test_pipelines_get_the_micro_batches_that_the_batch_allows(workers, batch_size, expected):
+    layouts = [x for group in tried(*[1] * workers, batch_size=batch_size) for x in group]
+    whole = [x for x in layouts if ways_of(x) == ("pipeline",) and x.workers == workers]
+    assert {x.micro for x in whole if x.schedule == "1f1b"} == expected
+    assert {x.micro for x in whole if x.schedule == "zb-h1"} == ({min(expected)} if expected else set())
+
+
 def test_over_several_hosts_tensor_parallelism_stays_within_one():
     layouts = [x for group in tried(2, 2, can_divide=True) for x in group]
     assert max(x.tp for x in layouts) == 2

@@ -50,11 +50,12 @@ def corrected(profile: Profile, linked: LinkedCluster, tried: Sequence[Tried]) -
             place = ways, size_of(one.layout, ways), is_over_network(one.layout, ways, places), None
         groups.setdefault(place, []).append(one)
     corrections: list[Correction] = []
-    # Pipelines of which several were tried tell what an action takes: they come first.
-    for place, of_place in sorted(groups.items(), key=lambda item: -len(_in_whole(item[1]))):
+    action_s: float | None = None
+    # Those of which several were tried come first: they tell what an action of a pipeline takes.
+    for place, of_place in sorted(groups.items(), key=lambda item: not _tells_actions(item[1])):
         if place[0] == (PIPELINE,):
-            known = next((c.action_s for c in corrections if c.ways == place[0]), None)
-            corrections.append(_of_pipelines(bare, linked, place, of_place, known))
+            corrections.append(_of_pipelines(bare, linked, place, of_place, action_s))
+            action_s = corrections[-1].action_s if _tells_actions(of_place) else action_s
         elif len(place[0]) == 1:
             corrections.append(_of_a_step(bare, linked, place, of_place))
     each = bare.model_copy(update={"corrections": tuple(corrections)})
@@ -153,6 +154,11 @@ def _of_pipelines(
 def _in_whole(tried: Sequence[Tried]) -> list[Tried]:
     """Those whose backward pass is one action for each micro-batch."""
     return [one for one in tried if not SCHEDULES[one.layout.schedule].in_parts]
+
+
+def _tells_actions(tried: Sequence[Tried]) -> bool:
+    """Whether what a pipeline's actions take can be told from what its steps do."""
+    return len({one.layout.micro for one in _in_whole(tried)}) > 1
 
 
 def _ends(tried: Sequence[Tried]) -> tuple[Tried, Tried]:

@@ -66,7 +66,11 @@ class Forecaster:
         self._played: dict[Any, float] = {}
         self._places = Places(linked)
         self._tried_s = {one.layout: one.step_s for one in profile.tried}
-        self._tried_ways = {(layout.workers, ways_of(layout)) for layout in self._tried_s}
+        self._most_micro: dict[Any, int] = {}
+        """Micro-batches of layouts that were tried, by their workers and ways."""
+        for layout in self._tried_s:
+            place = layout.workers, ways_of(layout)
+            self._most_micro[place] = max(layout.micro, self._most_micro.get(place, 0))
         self._costs: dict[Any, Costs] = {}
 
     def forecast(self, layout: Layout, *, apart: bool = True) -> Forecast:
@@ -137,9 +141,10 @@ class Forecaster:
         return max(step_s + more_s, least_s)
 
     def _is_like_what_was_tried(self, layout: Layout) -> bool:
-        """Whether it was, or others that split in the same one way over as many workers."""
+        """Whether it was, or others that split in the same one way over as many workers, and the batch no less."""
         ways = ways_of(layout)
-        return layout in self._tried_s or (len(ways) == 1 and (layout.workers, ways) in self._tried_ways)
+        most = self._most_micro.get((layout.workers, ways), 0) if len(ways) == 1 else 0
+        return layout in self._tried_s or layout.micro <= most
 
     def _kept_s(self, terms: Terms) -> float:
         """What a step takes at least, whatever layouts that were tried took less than their terms.

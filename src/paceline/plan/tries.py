@@ -8,6 +8,8 @@ from paceline.records import Cluster, Layout
 
 _SEVERAL = 2
 """Micro-batches of the second layout of a way, which tells what each micro-batch pays."""
+_MOST_TIMES = 4
+"""So many times as many micro-batches as stages the pipeline with most has."""
 _MANY = 4
 """Workers, of which two are looked at by themselves."""
 
@@ -34,7 +36,7 @@ def layouts_to_try(
     in_full = here if here > 1 else everyone
     groups: list[Iterable[Layout]] = _alone(cluster) if sizes else []
     for n in sizes:
-        groups += _in_one_way(n, in_full=n == in_full)
+        groups += _in_one_way(n, batch_size, in_full=n == in_full)
         if n == here and can_divide:
             groups.append((Layout(tp=n), Layout(tp=n, micro=_SEVERAL)))
     if sizes:
@@ -55,22 +57,22 @@ def _alone(cluster: Cluster) -> list[Iterable[Layout]]:
     return [(Layout(threads=count), Layout(threads=count, micro=_SEVERAL)) for count in counts]
 
 
-def _in_one_way(n: int, *, in_full: bool) -> list[tuple[Layout, ...]]:
-    """Over `n` workers.
+def _in_one_way(n: int, batch_size: int, *, in_full: bool) -> list[tuple[Layout, ...]]:
+    """Over `n` workers, those with a pipeline with numbers of micro-batches that the batch allows.
 
     Args:
         in_full: with several micro-batches, too, and a pipeline with gradients of weights as actions of their own.
     """
     ways = (Layout(dp_replicate=n), Layout(dp_shard=n, zero=1), Layout(dp_shard=n, zero=3))
-    pipeline = Layout(pp=n, micro=n)
+    numbers = [m for m in range(n, _MOST_TIMES * n + 1) if batch_size % m == 0]
+    pipelines = [Layout(pp=n, micro=m) for m in dict.fromkeys((*numbers[:1], *numbers[-1:]))]
     if not in_full:
-        return [(way,) for way in (*ways, pipeline)]
+        return [(way,) for way in (*ways, *pipelines[:1])]
     # What each action of a pipeline takes, and what each step, is told apart by two numbers of micro-batches.
     return [
         *((way, way.model_copy(update={"micro": _SEVERAL})) for way in ways),
-        (pipeline,),
-        (pipeline.model_copy(update={"micro": 4 * n}),),
-        (pipeline.model_copy(update={"schedule": "zb-h1"}),),
+        *((pipeline,) for pipeline in pipelines),
+        *((pipeline.model_copy(update={"schedule": "zb-h1"}),) for pipeline in pipelines[:1]),
     ]
 
 
