@@ -73,6 +73,8 @@ def test_two_workers_measure_blocks_at_once_with_their_statistics_and_their_part
     assert all(block.forward_among_s is not None for block in with_norm)
     assert not any(block.forward_among_s for block in alone.model)
     assert {d.tp for block in together.model for d in block.divisions} == {2}
+    divided = [d.parameter_bytes for block in together.model for d in block.divisions]
+    assert 0.5 <= sum(divided) / sum(block.parameter_bytes for block in together.model) < 0.7
     # One layout of each way of splitting was tried, as all of them fit.
     assert {str(one.layout).partition(",")[0] for one in profile.tried} >= {
         "dp_replicate=2",

@@ -22,6 +22,7 @@ from paceline.comm.group import Group
 from paceline.job import Job
 from paceline.split.pieces import Piece, find_pieces
 from paceline.split.stages import PieceCalls
+from paceline.split.tensor_mode import plainly
 from paceline.split.trees import tensors_in
 from paceline.train.replica import Replica
 
@@ -184,26 +185,26 @@ class Passes:
         def call(piece: Piece, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
             before = len(saved)
             outputs = forward(*args, **kwargs)
+            with plainly():  # what tensor parallelism has divided seems whole otherwise
+                found.append(describe_call(piece, args, kwargs, outputs, sum(saved[before:])))
+            return outputs
+
+        def describe_call(piece: Piece, args: Any, kwargs: Any, outputs: Any, saved_bytes: int) -> Call:
             own = [p for p in piece.module.parameters() if id(p) not in counted]
             counted.update(map(id, own))
             shapes = tuple((p.shape, p.dtype, p.requires_grad) for p in own)
             input_bytes = sum(t.nbytes for t in tensors_in((args, kwargs)) if t.data_ptr() not in parameters)
             output_bytes = sum(t.nbytes for t in tensors_in(outputs))
-            found.append(
-                Call(
-                    name=piece.name,
-                    kind=(type(piece.module), shapes, input_bytes, output_bytes),
-                    parameter_bytes=sum(p.nbytes for p in own),
-                    trained_bytes=sum(p.nbytes for p in own if p.requires_grad),
-                    saved_bytes=sum(saved[before:]) / samples,
-                    input_bytes=input_bytes / samples,
-                    output_bytes=output_bytes / samples,
-                    channels=tuple(
-                        m.num_features for m in piece.module.modules() if isinstance(m, _BatchNorm)
-                    ),
-                )
+            return Call(
+                name=piece.name,
+                kind=(type(piece.module), shapes, input_bytes, output_bytes),
+                parameter_bytes=sum(p.nbytes for p in own),
+                trained_bytes=sum(p.nbytes for p in own if p.requires_grad),
+                saved_bytes=saved_bytes / samples,
+                input_bytes=input_bytes / samples,
+                output_bytes=output_bytes / samples,
+                channels=tuple(m.num_features for m in piece.module.modules() if isinstance(m, _BatchNorm)),
             )
-            return outputs
 
         saved: list[int] = []
 
