@@ -189,3 +189,23 @@ def test_the_users_own_fused_sgd_is_shared_out_as_any_and_begins_momenta_late():
             p.grad = torch.ones_like(p)
         optimizer.step()
     assert all("momentum_buffer" in optimizer.state[p] for p in own)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_sparse_gradient_is_left_to_the_steps_that_take_it(momentum):
+    """One pass is tried out on gradients that are not sparse; torch's refuses others."""
+
+    def train(fused):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Linear(4, 1))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum)
+        if fused:
+            assert prefer_fused(optimizer)
+        for _ in range(3):
+            model(torch.tensor([1, 2, 1])).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [p.detach() for p in model.parameters()]
+
+    for ours, plain in zip(train(True), train(False), strict=True):
+        torch.testing.assert_close(ours, plain)

@@ -141,7 +141,7 @@ class Forecaster:
         return max(step_s + more_s, least_s)
 
     def _is_like_what_was_tried(self, layout: Layout) -> bool:
-        """Whether it was, or others that split in the same one way over as many workers, and the batch no less."""
+        """Whether it was, or others that split in the same one way over as many workers, in no fewer micro-batches."""
         ways = ways_of(layout)
         most = self._most_micro.get((layout.workers, ways), 0) if len(ways) == 1 else 0
         return layout in self._tried_s or layout.micro <= most

@@ -151,7 +151,9 @@ def _described(result: Any, given: list[torch.Tensor]) -> _Result | tuple[type, 
         return None
     found = [_Result.of(one, given) if isinstance(one, torch.Tensor) else None for one in result]
     known = [one for one in found if one is not None]
-    return (type(result), known) if known and len(known) == len(found) else None
+    if not known or len(known) < len(found) or len({t.untyped_storage()._cdata for t in result}) < len(found):
+        return None
+    return type(result), known
 
 
 @dataclasses.dataclass(frozen=True)

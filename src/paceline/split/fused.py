@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from paceline.split.fused_sgd import prepare_fused_sgd
 from paceline.split.granularity import Trial, out_of_reach
-from paceline.split.momenta import begin_momenta
 
 
 def prefer_fused(optimizer: Any) -> bool:
@@ -15,10 +15,10 @@ def prefer_fused(optimizer: Any) -> bool:
 
     On a CPU torch takes a pass, and a temporary, for each operation of AdamW: eight or more. What one pass computes is
     tried out on small random parameters, and taken only where it is the same. A fused SGD, the user's own choice too,
-    learns to begin momenta late.
+    learns what it cannot do by itself.
     """
     if isinstance(optimizer, torch.optim.SGD):
-        optimizer.register_step_pre_hook(begin_momenta)
+        optimizer.register_step_pre_hook(prepare_fused_sgd)
     open_ = [
         group
         for group in optimizer.param_groups

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from paceline.split.momenta import begin_momenta
+from paceline.split.fused_sgd import prepare_fused_sgd
 from paceline.split.swap import Cut, swap_parameters
 
 NUMBERS, TENSORS, TOGETHER = "numbers", "tensors", "together"
@@ -152,7 +152,7 @@ class Trial:
             for part, cut, gradient in zip(parts, cuts, gradients, strict=True):
                 if part is not None and cut is not None:
                     part.grad = None if gradient is None else cut(gradient)
-            begin_momenta(small)
+            prepare_fused_sgd(small)
             small.step()
         return [torch.empty(0) if part is None else part.detach() for part in parts]
 
