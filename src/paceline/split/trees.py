@@ -13,8 +13,8 @@ from torch.utils import _pytree
 def flatten(value: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
     """The leaves, and what puts others in their places."""
     plain: list[Any] = []
-    if _is_plain(value, plain):
-        return plain, lambda new: _in_place_of(value, iter(new))
+    if (structure := _structure(value, plain)) is not None:
+        return plain, lambda new: _restored(structure, iter(new))
     leaves, spec = _pytree.tree_flatten(value)
     inner = [_fields(leaf) for leaf in leaves]
     if not any(fields is not None for fields in inner):
@@ -47,27 +47,28 @@ def flatten(value: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
 _LEAVES = (torch.Tensor, bool, int, float, str, torch.dtype, torch.device, torch.memory_format)
 
 
-def _is_plain(value: Any, leaves: list[Any]) -> bool:
-    """Whether it holds nothing but tensors and simple values, in tuples, lists and dicts; these are added to `leaves`.
+_LEAF = "leaf"
 
-    Most arguments of a block are; torch's pytree takes some tens of microseconds for them.
+
+def _structure(value: Any, leaves: list[Any]) -> Any:
+    """How tensors and simple values lie in tuples, lists and dicts; None: there is something else. They join `leaves`.
+
+    Most arguments of a block are such; torch's pytree takes some tens of microseconds for them.
     """
     kind = type(value)
-    if kind is tuple or kind is list:
-        return all(_is_plain(v, leaves) for v in value)
-    if kind is dict:
-        return all(_is_plain(v, leaves) for v in value.values())
+    if kind is tuple or kind is list or kind is dict:
+        inside = [_structure(v, leaves) for v in (value.values() if kind is dict else value)]
+        return None if None in inside else (kind, list(value) if kind is dict else None, inside)
     leaves.append(value)
-    return value is None or isinstance(value, _LEAVES)
+    return _LEAF if value is None or isinstance(value, _LEAVES) else None
 
 
-def _in_place_of(value: Any, new: Iterator[Any]) -> Any:
-    kind = type(value)
-    if kind is tuple or kind is list:
-        return kind(_in_place_of(v, new) for v in value)
-    if kind is dict:
-        return {k: _in_place_of(v, new) for k, v in value.items()}
-    return next(new)
+def _restored(structure: Any, new: Iterator[Any]) -> Any:
+    if structure is _LEAF:
+        return next(new)
+    kind, keys, inside = structure
+    values = [_restored(one, new) for one in inside]
+    return kind(values) if keys is None else dict(zip(keys, values, strict=True))
 
 
 def _fields(value: Any) -> dict[str, Any] | None:
