@@ -1,7 +1,7 @@
 """The same training under paceline and under its peers, by turns.
 
     pip install -c constraints.txt -e '.[examples,peers]'      # DS_BUILD_OPS=0 in the environment, for DeepSpeed
-    python benchmarks/peers.py --out peers.md                  # all jobs: about an hour and a half
+    python benchmarks/peers.py --out peers.md                  # all jobs: hours
     python benchmarks/peers.py --jobs text conv --programs ddp jax bound --sets 6
     python benchmarks/peers.py --jobs text --also tp=2 dp_shard=2
 
@@ -14,12 +14,12 @@ each worker, the training is another, and marked so. An example's schedule becom
 rate (LR_SHARES), as a schedule wants to know an end, and the data are cut to whole batches.
 
 A round is one turn of each program, a second and a half, in rotating order; programs are compared within a round,
-as the machine's speed drifts. Where a process's tensors come to lie makes a few percent, for as long as it lives: so
-all programs are started anew several times (--sets), and the spread is over the rounds of all. Where not all fit the
-memory together, they are measured in groups, and paceline's choice
-in each of them. `compute bound` are as many processes as cores, each training alone on its share of each batch:
-the same computation and no communication. Peak memory is of the worker that held most, pages that several
-processes map shared out among them; JAX has both devices in one process, and torch in it for the data.
+as the machine's speed drifts. Processes of one program differ by a few percent, for as long as they live: so all
+programs are started anew several times (--sets), and the spread is over the rounds of all. Where not all fit the memory
+together, they are measured in groups, and paceline's choice in each of them. `compute bound` are as many processes as
+cores, each training alone on its share of each batch: the same computation and no communication. Peak memory is of the
+worker that held most, pages that several processes map shared out among them; JAX has both devices in one process, and
+torch in it for the data.
 
 A peer that is not installed is named in the table, as is one that cannot start; the latter, or unequal losses, and the
 exit status is 1.

@@ -57,7 +57,7 @@ OPTIMIZERS = {
 }
 
 
-def train_in_one_pass(world, name, transport):
+def train_in_one_pass(world, name):
     """In one process by a pass for each operation, and in every layout as it comes: by one pass where that is the same."""
     plain = functools.partial(OPTIMIZERS[name], fused=False)
     found = train_layouts(world, ["dp_replicate=1"], is_turned=True, model=turned_network, optimizer=plain)
@@ -69,7 +69,7 @@ def train_in_one_pass(world, name, transport):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_weights_with_their_channels_last_are_updated_in_one_pass_as_in_many(name, transport):
     """A fused step of torch's takes it that a gradient lies as its parameter does."""
-    found = run(train_in_one_pass, 2, name, transport, transport=transport)[0]
+    found = run(train_in_one_pass, 2, name, transport=transport)[0]
     for layout in LAYOUTS:
         assert found[layout] == pytest.approx(found["dp_replicate=1"], rel=1e-4), layout
 
