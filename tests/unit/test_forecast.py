@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
+from collections.abc import Sequence
 
 import pytest
 from planning_examples import CABLE, GIB, MEMORY, linked, profile, random_linked, random_profile
@@ -11,6 +13,7 @@ from planning_examples import CABLE, GIB, MEMORY, linked, profile, random_linked
 from paceline.errors import LayoutError
 from paceline.plan import links
 from paceline.plan.curves import Curve
+from paceline.plan.cuts import partition
 from paceline.plan.explain import limited_by, why_it_lost
 from paceline.plan.forecast import Forecaster
 from paceline.plan.links import KINDS, Link, MeasuredCollective, Placement
@@ -18,9 +21,8 @@ from paceline.plan.profile import Block, Costs, Profile
 from paceline.plan.scaling import find_knee, scaling
 from paceline.plan.schedules import SCHEDULES, make_schedule
 from paceline.plan.search import layouts, search
-from paceline.plan.stages import partition
 from paceline.plan.terms import Forecast, Memory, Terms
-from paceline.plan.timeline import coded, makespan_s, simulate
+from paceline.plan.timeline import Hop, coded, makespan_s, simulate
 from paceline.records import Layout
 
 SEEDS = range(25)
@@ -98,6 +100,31 @@ def test_a_row_is_cut_where_the_largest_part_is_smallest(seed):
     assert largest == pytest.approx(least, rel=1e-6, abs=1e-12)
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_of_cuts_that_are_hardly_slower_the_one_that_sends_least_is_taken(seed):
+    drawn = random.Random(seed)
+    length = drawn.randint(2, 10)
+    costs = [drawn.choice((0.0, 1.0, 1.02, 2.0, drawn.random())) for _ in range(length)]
+    sends = [float(drawn.randint(0, 3)) for _ in costs]
+    sizes = [float(drawn.randint(0, 9)) for _ in costs]
+    number = drawn.randint(1, length)
+    inner = itertools.combinations(range(1, length), number - 1)
+    every = [(0, *cuts, length) for cuts in inner]
+
+    def most(of: list[float], bounds: Sequence[int]) -> float:
+        return max(sum(of[a:b]) for a, b in itertools.pairwise(bounds))
+
+    largest = drawn.choice((math.inf, 1.1 * min(most(sizes, bounds) for bounds in every)))
+    every = [bounds for bounds in every if most(sizes, bounds) <= largest]
+    quickest = min(most(costs, bounds) for bounds in every)
+    near = [bounds for bounds in every if most(costs, bounds) <= quickest * 1.05 + 1e-12]
+    wanted = min((sum(sends[at - 1] for at in b[1:-1]), most(costs, b)) for b in near)
+    found = partition(costs, number, sends=sends, sizes=sizes, largest=largest)
+    assert tuple(found) in every
+    assert sum(sends[at - 1] for at in found[1:-1]) == wanted[0]
+    assert most(costs, found) == pytest.approx(wanted[1])
+
+
 def test_one_process_is_the_sum_of_its_blocks():
     found = Forecaster(profile(), linked()).forecast(Layout())
     # Six blocks of 6.5 times 1 + 2 ms a sample, and 0.1 + 0.2 ms a micro-batch.
@@ -155,15 +182,22 @@ def test_the_quick_makespan_is_that_of_the_whole_timeline(seed):
         pp, micro = drawn.randint(2, 5), drawn.randint(1, 9)
         schedule = make_schedule(name, pp, micro)
         costs_s = [[drawn.random() for _ in range(schedule.num_stages)] for _ in range(3)]
-        send_s = drawn.choice((0.0, drawn.random()))
+        hops = [
+            Hop(
+                drawn.choice((0.0, drawn.random())),
+                drawn.choice((0.0, 2 * drawn.random())),
+                drawn.randint(0, 1),
+            )
+            for _ in range(drawn.choice((0, schedule.num_stages - 1)))
+        ]
         found = makespan_s(
             [coded(schedule.actions(worker)) for worker in range(pp)],
             [schedule.worker_of(stage) for stage in range(schedule.num_stages)],
             micro,
             [seconds for of_stage in zip(*costs_s, strict=True) for seconds in of_stage],
-            send_s,
+            hops,
         )
-        assert found == pytest.approx(simulate(schedule, *costs_s, send_s).makespan_s), (name, pp, micro)
+        assert found == pytest.approx(simulate(schedule, *costs_s, hops).makespan_s), (name, pp, micro)
 
 
 def test_what_is_computed_again_takes_the_time_of_its_forward_pass():

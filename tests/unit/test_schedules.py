@@ -19,7 +19,7 @@ from paceline.plan.schedules import (
     check,
     make_schedule,
 )
-from paceline.plan.timeline import Timeline, simulate
+from paceline.plan.timeline import Hop, Timeline, simulate
 from paceline.records import SCHEDULE_NAMES
 
 costs = st.floats(0.1, 3.0)
@@ -124,7 +124,7 @@ def test_workers_that_wait_for_each_other_cannot_be_simulated():
 
 def test_a_small_step_by_hand():
     """1F1B on two workers, two micro-batches, half a second until a message is there."""
-    timeline = simulate(make_schedule("1f1b", 2, 2), [1, 1], [1, 1], [1, 1], send_s=0.5)
+    timeline = simulate(make_schedule("1f1b", 2, 2), [1, 1], [1, 1], [1, 1], [Hop(0.5)])
     times = [[(s.action.kind, s.action.micro, s.begin_s, s.end_s) for s in spans] for spans in timeline.spans]
     assert times == [
         [("F", 0, 0, 1), ("F", 1, 1, 2), ("B", 0, 5, 7), ("B", 1, 8, 10)],
@@ -136,14 +136,59 @@ def test_a_small_step_by_hand():
     assert timeline.peak_stored == (2, 1)
 
 
+def arrivals(schedule, timeline, send_s, busy_s):
+    """When what is sent is there: each worker sends one thing after the other, in the order of its actions."""
+    found = {}
+    for worker, spans in enumerate(timeline.spans):
+        free_s = 0.0
+        for span in spans:
+            kind, stage = span.action.kind.replace("B", "I"), span.action.stage
+            to = stage + 1 if kind == "F" else stage - 1
+            if kind != "W" and 0 <= to < schedule.num_stages and schedule.worker_of(to) != worker:
+                begin_s = max(free_s, span.end_s)
+                free_s = begin_s + busy_s
+                found[kind, stage, span.action.micro] = begin_s + send_s
+    return found
+
+
+def test_messages_of_a_worker_wait_for_each_other():
+    """GPipe, two workers, a second for each pass; a message takes two, and the next may follow after as many."""
+    timeline = simulate(make_schedule("gpipe", 2, 3), [1, 1], [1, 1], [0, 0], [Hop(2, 2)])
+    times = [[(s.action.kind, s.begin_s) for s in spans] for spans in timeline.spans]
+    assert times == [
+        [("F", 0), ("F", 1), ("F", 2), ("B", 11), ("B", 13), ("B", 15)],
+        [("F", 3), ("F", 5), ("F", 7), ("B", 8), ("B", 9), ("B", 10)],
+    ]
+
+
+def test_media_do_not_wait_for_each_other():
+    """Forwards by a slow cable, backwards within the host: the middle worker's gradients do not wait."""
+    hops = [Hop(0.5, 0.5, medium=0), Hop(4, 4, medium=1)]
+    schedule = Given("F0.0 F0.1 B0.0 B0.1", "F1.0 F1.1 B1.0 B1.1", "F2.0 B2.0 F2.1 B2.1")
+    apart = simulate(schedule, [1] * 3, [1] * 3, [0] * 3, hops)
+    together = simulate(schedule, [1] * 3, [1] * 3, [0] * 3, [Hop(0.5, 0.5), Hop(4, 4)])
+    # Its second output waits until 6.5 and is there at 10.5; gradients of the first come at 12.5.
+    assert [s.begin_s for s in apart.spans[2]] == [6.5, 7.5, 10.5, 11.5]
+    assert [s.begin_s for s in apart.spans[0]][2:] == [
+        together.spans[0][2].begin_s,
+        together.spans[0][3].begin_s,
+    ]
+
+
 @settings(deadline=None, max_examples=100)
-@given(schedule=schedules(), data=st.data(), send_s=st.sampled_from([0.0, 0.3]))
-def test_each_action_begins_as_soon_as_it_can(schedule, data, send_s):
+@given(
+    schedule=schedules(),
+    data=st.data(),
+    send_s=st.sampled_from([0.0, 0.3]),
+    busy_s=st.sampled_from([0.0, 0.2, 5.0]),
+)
+def test_each_action_begins_as_soon_as_it_can(schedule, data, send_s, busy_s):
     """Said anew, without the code under test: never before what it needs, never later than it must."""
     n = schedule.num_stages
     each = st.lists(costs, min_size=n, max_size=n)
     forward_s, input_s, weight_s = data.draw(each), data.draw(each), data.draw(each)
-    timeline = simulate(schedule, forward_s, input_s, weight_s, send_s)
+    timeline = simulate(schedule, forward_s, input_s, weight_s, [Hop(send_s, busy_s)] * (n - 1))
+    there_s = arrivals(schedule, timeline, send_s, busy_s)
     ends_s = {(s.action.kind.replace("B", "I"), s.action.stage, s.action.micro): s.end_s
               for spans in timeline.spans for s in spans}  # fmt: skip
     for worker, spans in enumerate(timeline.spans):
@@ -154,12 +199,12 @@ def test_each_action_begins_as_soon_as_it_can(schedule, data, send_s):
             can_s = [free_s]
             if kind == "F" and stage > 0:
                 away = schedule.worker_of(stage - 1) != worker
-                can_s.append(ends_s["F", stage - 1, micro] + send_s * away)
+                can_s.append((there_s if away else ends_s)["F", stage - 1, micro])
             if kind in "BI":
                 can_s.append(ends_s["F", stage, micro])
             if kind in "BI" and stage < n - 1:
                 away = schedule.worker_of(stage + 1) != worker
-                can_s.append(ends_s["I", stage + 1, micro] + send_s * away)
+                can_s.append((there_s if away else ends_s)["I", stage + 1, micro])
             if kind == "W":
                 can_s.append(ends_s["I", stage, micro])
             assert span.begin_s == pytest.approx(max(can_s))
@@ -173,7 +218,7 @@ def test_a_message_within_a_worker_takes_no_time():
     """Down and up again: the last stage of the way down and the first of the way up are on one worker."""
     schedule = make_schedule("zbv", 2, 1)
     ones = [1.0] * 4
-    begins_s = {s.action.stage: s.begin_s for spans in simulate(schedule, ones, ones, ones, 10.0).spans
+    begins_s = {s.action.stage: s.begin_s for spans in simulate(schedule, ones, ones, ones, [Hop(10.0)] * 3).spans
                 for s in spans if s.action.kind == "F"}  # fmt: skip
     assert begins_s == {0: 0, 1: 11, 2: 12, 3: 23}
 

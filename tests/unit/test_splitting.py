@@ -20,7 +20,7 @@ from paceline.split.finding import _nearest_tp, find_stages
 from paceline.split.pieces import find_pieces
 from paceline.split.placement import Shard
 from paceline.split.recompute import recomputed
-from paceline.split.stages import PieceCalls, cut_evenly, cut_in_balance, plan_stages, steady_pieces
+from paceline.split.stages import PieceCalls, cut_in_balance, plan_stages, steady_pieces
 from paceline.split.tensor_mode import shard_of
 from paceline.split.tensor_plan import plan_tensor_split
 
@@ -81,7 +81,7 @@ def test_where_one_piece_has_most_of_the_weights_the_rest_is_cut_by_time():
 def test_the_cut_is_the_best_of_all(costs, num_parts):
     if num_parts > len(costs):
         return
-    found = cut_evenly(costs, num_parts)
+    found = cut_in_balance([float(c) for c in costs], [0.0] * len(costs), num_parts)
     assert found == sorted(found)
     assert set(found) == set(range(num_parts))
 

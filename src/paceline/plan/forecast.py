@@ -14,6 +14,7 @@ from statistics import mean
 from typing import Any
 
 from paceline.errors import LayoutError
+from paceline.plan.cuts import partition
 from paceline.plan.links import Placement
 from paceline.plan.memory import evaluation_memory, training_memory
 from paceline.plan.orders import orders, peak_stored, stages_of_workers
@@ -28,7 +29,8 @@ from paceline.plan.profile import (
     Profile,
 )
 from paceline.plan.schedules import SCHEDULES
-from paceline.plan.stages import Stage, join, partition
+from paceline.plan.sending import Sending, sending
+from paceline.plan.stages import Stage, join
 from paceline.plan.terms import Forecast, Memory, Terms
 from paceline.plan.timeline import makespan_s
 from paceline.plan.updates import one_copy, updating
@@ -49,8 +51,8 @@ class Parts:
 
     stages: tuple[Stage, ...]
     """In the model's order."""
-    send_s: float
-    """Until what crosses a cut is at the next worker."""
+    sending: Sending
+    """What crosses the cuts between them."""
     updating: tuple[dict[str, float], ...]
     """Of each worker: the terms between its gradients and its updated parameters."""
     copies_s: float
@@ -64,6 +66,7 @@ class Forecaster:
         self.profile, self.linked = profile, linked
         self._stages: dict[Any, tuple[Stage, ...]] = {}
         self._played: dict[Any, float] = {}
+        self._sent: dict[Any, Sending] = {}
         self._places = Places(linked)
         self._tried_s = {one.layout: one.step_s for one in profile.tried}
         self._most_micro: dict[Any, int] = {}
@@ -171,9 +174,12 @@ class Forecaster:
     def _least_computing_s(self, layout: Layout, stages: tuple[Stage, ...]) -> float:
         if layout.pp == 1:
             return layout.micro * stages[0].busy_s
-        send_s = self._send_s(layout, stages)
-        there_s = [0.0, *itertools.accumulate(s.forward_s + send_s for s in stages)]
-        back_s = [0.0, *itertools.accumulate(s.input_s + send_s for s in stages)]
+        sends = self._sending(layout, stages)
+        each_s = [*(hop.there_s for hop in sends.hops), 0.0]
+        there_s, back_s = (
+            [0.0, *itertools.accumulate(s + hop_s for s, hop_s in zip(own_s, each_s, strict=True))]
+            for own_s in ([s.forward_s for s in stages], [s.input_s for s in stages])
+        )
         least_s = 0.0
         for mine in stages_of_workers(layout.schedule, layout.pp, layout.stages):
             first = mine[0]
@@ -182,7 +188,7 @@ class Forecaster:
             # The gradients of weights may be computed while those of the inputs go back.
             hidden_s = min(back_s[first], weights_s) if SCHEDULES[layout.schedule].in_parts else 0.0
             least_s = max(least_s, there_s[first] + others_s + weights_s + back_s[first] - hidden_s)
-        return least_s
+        return least_s + sends.behind_s
 
     def check(self, layout: Layout) -> None:
         """Raise `LayoutError` unless there is what the layout needs."""
@@ -240,8 +246,9 @@ class Forecaster:
         key += (action_s, in_parts)
         if key not in self._stages:
             row = self._row(layout)
-            # By computation alone: a faster link does not move the cuts, and so never makes a forecast slower.
-            cuts = partition([piece.busy_s - piece.tensor_s for piece in row], number)
+            # Whatever the links: a faster one does not move the cuts, and so never makes a forecast slower.
+            sends = [piece.output_bytes for piece in row]
+            cuts = partition([piece.busy_s - piece.tensor_s for piece in row], number, sends=sends)
             self._stages[key] = tuple(
                 join(row[a:b], action_s, in_parts=in_parts) for a, b in itertools.pairwise(cuts)
             )
@@ -333,9 +340,9 @@ class Forecaster:
         busy_s, tensor_s, overhead_s = max(busy)
         if layout.pp == 1:
             return Terms(compute_s=busy_s - tensor_s, tensor_s=tensor_s)
-        send_s = self._send_s(layout, stages)
-        whole_s = self._makespan_s(layout, stages, send_s)
-        without_s = self._makespan_s(layout, stages, 0.0) if apart else whole_s
+        sends = self._sending(layout, stages)
+        whole_s = self._makespan_s(layout, stages, sends)
+        without_s = self._makespan_s(layout, stages, Sending()) if apart else whole_s
         return Terms(
             compute_s=busy_s - tensor_s - overhead_s,
             tensor_s=tensor_s,
@@ -344,24 +351,23 @@ class Forecaster:
             messages_s=whole_s - without_s,
         )
 
-    def _makespan_s(self, layout: Layout, stages: tuple[Stage, ...], send_s: float) -> float:
-        """Seconds of a pipeline's step, where a message between stages takes `send_s`."""
-        key = (layout.schedule, layout.pp, layout.micro, layout.stages, stages, send_s)
+    def _makespan_s(self, layout: Layout, stages: tuple[Stage, ...], sends: Sending) -> float:
+        """Seconds of a pipeline's step, up to the last gradients of the last pipeline."""
+        key = (layout.schedule, layout.pp, layout.micro, layout.stages, stages, sends)
         if key not in self._played:
             order, worker_of = orders(layout.schedule, layout.pp, layout.micro, layout.stages)
             costs_s = [seconds for s in stages for seconds in (s.forward_s, s.input_s, s.weight_s)]
-            self._played[key] = makespan_s(order, worker_of, layout.micro, costs_s, send_s)
+            self._played[key] = (
+                makespan_s(order, worker_of, layout.micro, costs_s, sends.hops) + sends.behind_s
+            )
         return self._played[key]
 
-    def _send_s(self, layout: Layout, stages: Sequence[Stage]) -> float:
-        """Until what crosses a cut is there: over the cable wherever neighbours are on different hosts."""
-        place = self.place(layout, "pp")
-        hop = (
-            Placement(hosts=2, per_host=1, beside=place.beside, used=place.used)
-            if place.hosts > 1
-            else Placement(hosts=1, per_host=2, used=place.used)
-        )
-        return self._places.seconds("message", hop, max(s.output_bytes for s in stages[:-1]))
+    def _sending(self, layout: Layout, stages: tuple[Stage, ...]) -> Sending:
+        key = (layout.schedule, layout.pp, layout.stages, layout.workers, layout.tp, stages)
+        if key not in self._sent:
+            _, worker_of = orders(layout.schedule, layout.pp, layout.micro, layout.stages)
+            self._sent[key] = sending(self._places, layout, stages, worker_of)
+        return self._sent[key]
 
     def parts(self, layout: Layout) -> Parts:
         """What the forecast of a layout is added up from."""
@@ -370,7 +376,7 @@ class Forecaster:
         shard_bytes = stages[0].trained_bytes / layout.dp_shard if layout.pp == 1 else 0.0
         return Parts(
             stages=stages,
-            send_s=self._send_s(layout, stages) if layout.pp > 1 else 0.0,
+            sending=self._sending(layout, stages) if layout.pp > 1 else Sending(),
             updating=tuple(self._updating(layout, costs, [stages[s] for s in mine]) for mine in mine_of),
             copies_s=self._places.seconds("all-reduce", self.place(layout, "dp_replicate"), shard_bytes),
         )

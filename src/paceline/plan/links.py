@@ -9,6 +9,7 @@ and β seconds per byte of a link in one direction, all links at once:
     all-to-all of b on each          (n-1) α +   (n-1)/n b β
     broadcast of b                   ⌈log2 n⌉ α + b β
     message of b                     α + b β
+    stream: the next message after   b β
 
 Where all workers share one medium, such as the memory of a host or the processor that carries its loopback, the bytes
 of all of them go through it: n times β. What was measured stands in place of a formula; for another number of workers
@@ -27,6 +28,9 @@ from paceline.plan.curves import Curve
 from paceline.records import Record
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "broadcast", "message")
+STREAM = "stream"
+"""Messages one way, one after the other: seconds of each. A `message` is until it is there."""
+_SINGLE = ("message", STREAM)
 
 
 class MeasuredCollective(Record):
@@ -73,7 +77,7 @@ class Link(Record):
 
     def _shape(self, kind: str, workers: int) -> tuple[float, float]:
         messages, volume = _shape(kind, workers)
-        return messages, volume * workers if self.is_shared and kind != "message" else volume
+        return messages, volume * workers if self.is_shared and kind not in _SINGLE else volume
 
     def _known(self, kind: str, workers: int) -> MeasuredCollective | None:
         same = [found for found in self.measured if found.kind == kind]
@@ -93,6 +97,8 @@ def _shape(kind: str, workers: int) -> tuple[float, float]:
             return math.ceil(math.log2(n)), 1.0
         case "message":
             return 1, 1.0
+        case "stream":
+            return 0, 1.0
     raise ValueError(f"no collective {kind!r}")
 
 
@@ -127,7 +133,7 @@ def seconds(within: Link, between: Link | None, kind: str, place: Placement, num
         raise ValueError("workers on several hosts, and no link between hosts")
     k, h = place.per_host, place.hosts
     sharing = k * place.beside
-    if k == 1 or kind in ("message", "all-to-all"):
+    if k == 1 or kind in (*_SINGLE, "all-to-all"):
         # Messages and all-to-all are not gathered on a host first.
         members = h if k == 1 else place.workers
         return _over_cable(between, kind, members, num_bytes, sharing)

@@ -14,6 +14,11 @@ class Places:
     def __init__(self, linked: LinkedCluster) -> None:
         self.linked = linked
         self._known: dict[tuple[int, int, int], Placement] = {}
+        self._host_of = [at for at, host in enumerate(linked.cluster.hosts) for _ in range(host.workers)]
+
+    def host_of(self, rank: int) -> int:
+        """The number of the host that a worker is on."""
+        return self._host_of[rank]
 
     def of(self, layout: Layout, axis: str) -> Placement:
         """Where the workers are that differ along one axis only; `data`: along both of data parallelism."""

@@ -3,7 +3,7 @@
 It is drawn as the forecast counts it (`paceline.plan.forecast`), and so ends when the forecast says: the samples are
 read, the pipeline's schedule is played action by action, and when the last worker has ended it, gradients are added up
 and parameters updated. Workers that differ in data and tensor parallelism alone do the same at the same time, and are
-one row; on unequal hosts all are as fast as the slowest.
+one row, the first of pipelines that wait for each other's messages; on unequal hosts all are as fast as the slowest.
 """
 
 from __future__ import annotations
@@ -161,14 +161,14 @@ def _pipeline(layout: Layout, parts: Parts, data_s: float) -> list[list[StepSpan
     forward_s, input_s, weight_s = zip(
         *((s.forward_s, s.input_s, s.weight_s) for s in parts.stages), strict=True
     )
-    played = simulate(schedule, forward_s, input_s, weight_s, parts.send_s)
+    played = simulate(schedule, forward_s, input_s, weight_s, parts.sending.hops)
     at_once = simulate(schedule, forward_s, input_s, weight_s)
     slowest_s = max(sum(terms.values()) for terms in parts.updating)
     rows = []
     for worker, updating in enumerate(parts.updating):
         row: list[StepSpan] = []
         now_s = 0.0
-        delays_s = _delays(played, at_once, worker)
+        delays_s = _delays(played, at_once, worker, parts.sending.behind_s)
         for span, (before_s, delay_s) in zip(
             played.spans[worker], itertools.pairwise(delays_s), strict=False
         ):
@@ -177,7 +177,7 @@ def _pipeline(layout: Layout, parts: Parts, data_s: float) -> list[list[StepSpan
             pieces = _pieces(parts.stages[action.stage], action.kind, in_parts=schedule.in_parts)
             row += _cut(data_s + span.begin_s, data_s + span.end_s, pieces, action.stage, action.micro)
             now_s = span.end_s
-        end_s = data_s + played.makespan_s
+        end_s = data_s + played.makespan_s + parts.sending.behind_s
         row += _waiting(data_s + now_s, end_s, delays_s[-1] - delays_s[-2])
         names = ("gradients", "optimizer", "gather", "fixed")
         update = [(name, updating.get(f"{name}_s", 0.0)) for name in names]
@@ -186,7 +186,7 @@ def _pipeline(layout: Layout, parts: Parts, data_s: float) -> list[list[StepSpan
     return rows
 
 
-def _delays(played: Timeline, at_once: Timeline, worker: int) -> list[float]:
+def _delays(played: Timeline, at_once: Timeline, worker: int, behind_s: float) -> list[float]:
     """By how much sending has delayed a worker for good: 0 at first, before each of its actions, and at the end.
 
     An action may begin later than it would if sending took no time, and later ones make up for it in what would have
@@ -194,7 +194,7 @@ def _delays(played: Timeline, at_once: Timeline, worker: int) -> list[float]:
     """
     pairs = zip(played.spans[worker], at_once.spans[worker], strict=True)
     delays_s = [max(0.0, span.begin_s - other.begin_s) for span, other in pairs]
-    delays_s.append(max(0.0, played.makespan_s - at_once.makespan_s))
+    delays_s.append(max(0.0, played.makespan_s + behind_s - at_once.makespan_s))
     lasting_s = list(itertools.accumulate(reversed(delays_s), min))
     return [0.0, *reversed(lasting_s)]
 

@@ -1,10 +1,8 @@
-"""Blocks joined to pipeline stages: where the row of them is cut, and what a stage takes."""
+"""Blocks joined to pipeline stages: what a stage takes."""
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
-import itertools
 from collections.abc import Iterator, Sequence
 
 
@@ -79,41 +77,3 @@ def _moments(pieces: Sequence[Stage]) -> Iterator[tuple[float, float, float]]:
         gradients += piece.trained_bytes
         yield saved, gradients, piece.peak_bytes
         saved -= piece.saved_bytes
-
-
-def partition(costs: Sequence[float], number: int) -> list[int]:
-    """Where to cut a row into `number` parts, none empty, so that the largest sum is smallest: `number + 1` bounds.
-
-    By bisection on the largest sum; each part takes as much as it may, so long as enough is left for the others.
-
-    Raises:
-        ValueError: there is less in the row.
-    """
-    if number > len(costs):
-        raise ValueError(f"{len(costs)} costs cannot be cut into {number} parts")
-    sums = [0.0, *itertools.accumulate(costs)]
-
-    def cut(most: float) -> list[int] | None:
-        bounds = [0]
-        for left in range(number - 1, -1, -1):
-            begin = bounds[-1]
-            end = bisect.bisect_right(sums, sums[begin] + most * (1 + 1e-12)) - 1
-            end = min(end, len(costs) - left)
-            if end <= begin:
-                return None
-            bounds.append(end)
-        return bounds if bounds[-1] == len(costs) else None
-
-    low, high = max(max(costs), sums[-1] / number), sums[-1]
-    best = cut(high)
-    assert best is not None
-    for _ in range(60):
-        middle = (low + high) / 2
-        found = cut(middle)
-        if found is None:
-            low = middle
-        else:
-            best, high = found, middle
-        if high - low <= 1e-9 * high:
-            break
-    return best

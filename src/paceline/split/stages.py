@@ -1,9 +1,10 @@
 """Cutting a model into pipeline stages: which piece is computed where.
 
 The model's forward runs, whole, on as many samples as a micro-batch has. Each call of a piece is timed, in the order of
-the program, and the row of calls is cut where the slowest stage is fastest; where memory may be short, of those cuts in
-which no stage has over a tenth more parameters than it must. A piece that is called several times may fall into several
-stages; each of them then has its parameters, as has each stage that reads a parameter between the pieces.
+the program, and the row of calls is cut where the slowest stage is fastest, or hardly slower, if that sends less; where
+memory may be short, of those cuts in which no stage has over a tenth more parameters than it must. A piece that is
+called several times may fall into several stages; each of them then has its parameters, as has each stage that reads a
+parameter between the pieces.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from paceline.errors import LayoutError
+from paceline.plan.cuts import partition
 from paceline.split.pieces import Piece
 from paceline.split.tensor_mode import run_whole
 from paceline.split.tensor_plan import undisturbed
@@ -110,6 +112,8 @@ class _Trace(TorchFunctionMode):
         self._calls, self._names = calls, names
         self.seen: list[tuple[str, int]] = []
         self.seconds: list[float] = []
+        self.sends: list[float] = []
+        """Bytes of each call's result."""
         self.read_between: dict[str, set[int]] = {}
         """Name of a parameter -> numbers of the calls beside which it is read."""
         self._counts: dict[str, int] = {}
@@ -138,6 +142,7 @@ class _Trace(TorchFunctionMode):
         result = forward(*args, **kwargs)
         self.seconds.append(time.process_time() - begin_s)
         self.seen.append((piece.name, number))
+        self.sends.append(float(sum(t.nbytes for t in tensors_in(result))))
         given = {id(t) for t in tensors_in((args, kwargs))}
         place = len(self.seen) - 1
         for tensor in tensors_in((args, kwargs)):
@@ -212,7 +217,7 @@ def plan_stages(
     modules = {piece.name: piece.module for piece in calls.pieces}
     seconds = _alike(seconds, [_kind(modules[name]) for name, _ in trace.seen])
     elements = [float(sum(p.numel() for p in modules[name].parameters())) for name, _ in trace.seen]
-    stage_of = cut_in_balance(seconds, elements, num_stages, room)
+    stage_of = cut_in_balance(seconds, elements, num_stages, room, trace.sends)
     where = dict(zip(trace.seen, stage_of, strict=True))
     holders: dict[str, set[int]] = {}
     by_id = {id(p): name for name, p in model.named_parameters()}
@@ -245,57 +250,22 @@ _SIZE_TO_SPARE = 1.1
 
 
 def cut_in_balance(
-    seconds: Sequence[float], sizes: Sequence[float], num_parts: int, room: float = 0.0
+    seconds: Sequence[float],
+    sizes: Sequence[float],
+    num_parts: int,
+    room: float = 0.0,
+    sends: Sequence[float] = (),
 ) -> list[int]:
     """The part of each call, in order, none empty: the quickest of those that are hardly larger than they must be, or
-    no larger than `room`.
+    no larger than `room`; of those that are hardly slower the one that sends least.
 
     Where most of the weights are in one place (an embedding) the others are still cut by time alone.
+
+    Args:
+        sends: of each call, what would cross a cut after it.
     """
-    largest = max(room, _SIZE_TO_SPARE * _largest_part(cut_evenly(sizes, num_parts), sizes))
-    sums_s, sums = _running_sums(seconds), _running_sums(sizes)
-
-    def cost(begin: int, end: int) -> float:
-        return sums_s[end] - sums_s[begin] if sums[end] - sums[begin] <= largest else float("inf")
-
-    return _cut(len(seconds), num_parts, cost)
-
-
-def cut_evenly(costs: Sequence[float], num_parts: int) -> list[int]:
-    """The part of each cost, in order, none empty, such that the largest sum of a part is least."""
-    sums = _running_sums(costs)
-    return _cut(len(costs), num_parts, lambda begin, end: sums[end] - sums[begin])
-
-
-def _largest_part(part_of: Sequence[int], costs: Sequence[float]) -> float:
-    totals = [0.0] * (max(part_of) + 1)
-    for part, cost in zip(part_of, costs, strict=True):
-        totals[part] += cost
-    return max(totals)
-
-
-def _running_sums(costs: Sequence[float]) -> list[float]:
-    return [0.0, *itertools.accumulate(costs)]
-
-
-def _cut(num: int, num_parts: int, cost: Callable[[int, int], float]) -> list[int]:
-    """Where the largest `cost(begin, end)` of a part is least.
-
-    Dynamic programming over (first items, parts): O(num² · parts).
-    """
-    best: list[list[float]] = [[float("inf")] * (num + 1) for _ in range(num_parts + 1)]
-    cut_at = [[0] * (num + 1) for _ in range(num_parts + 1)]
-    best[0][0] = 0.0
-    for part in range(1, num_parts + 1):
-        for end in range(part, num + 1):
-            for begin in range(part - 1, end):
-                worst = max(best[part - 1][begin], cost(begin, end))
-                if worst < best[part][end]:
-                    best[part][end], cut_at[part][end] = worst, begin
-    result = [0] * num
-    end = num
-    for part in range(num_parts, 0, -1):
-        begin = cut_at[part][end]
-        result[begin:end] = [part - 1] * (end - begin)
-        end = begin
-    return result
+    evenly = partition(sizes, num_parts)
+    must = max(sum(sizes[a:b]) for a, b in itertools.pairwise(evenly))
+    largest = max(room, _SIZE_TO_SPARE * must)
+    bounds = partition(seconds, num_parts, sends=sends, sizes=sizes, largest=largest)
+    return [part for part, (a, b) in enumerate(itertools.pairwise(bounds)) for _ in range(b - a)]

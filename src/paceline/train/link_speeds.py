@@ -13,13 +13,13 @@ import torch
 from paceline.comm.group import Group
 from paceline.comm.world import World
 from paceline.plan.curves import Curve
-from paceline.plan.links import KINDS, Link, MeasuredCollective
+from paceline.plan.links import KINDS, STREAM, Link, MeasuredCollective
 from paceline.records import Cluster
 
 ALL_SIZES = tuple(4 << 2 * power for power in range(12))
 """4 bytes to 16 MiB."""
 _PLANNED_SIZES = (4, 64 << 10, 1 << 20, 16 << 20)
-_PLANNED_KINDS = ("all-reduce", "all-gather", "reduce-scatter", "message")
+_PLANNED_KINDS = ("all-reduce", "all-gather", "reduce-scatter", STREAM, "message")
 """What forecasts of layouts are made of."""
 _DIVIDED = ("all-gather", "reduce-scatter", "all-to-all")
 """Each worker has an equal part of the tensor."""
@@ -70,17 +70,16 @@ def _measure_link(group: Group, *, is_shared: bool) -> Link:
 
 
 def measure_collective(
-    group: Group, kind: str, sizes: Sequence[int], calls_s: float = _CALLS_S, *, back: bool = False
+    group: Group, kind: str, sizes: Sequence[int], calls_s: float = _CALLS_S
 ) -> MeasuredCollective:
     """Seconds of one kind against bytes. A collective call of the group.
 
     Args:
-        kind: one of `KINDS`.
+        kind: one of `KINDS`, or `STREAM`. Messages go there and back, one after the other; of a stream all go one way.
         sizes: bytes, ascending; rounded up to what can be divided among the workers, where it is.
         calls_s: about how long a size is repeated in each of five turns.
-        back: send messages there and back, one after the other; else all one way, as stages of a pipeline send them.
     """
-    assert kind in KINDS
+    assert kind in (*KINDS, STREAM)
     seconds: dict[float, float] = {}
     parts = group.size if kind in _DIVIDED else 1
     for num_bytes in sizes:
@@ -88,7 +87,7 @@ def measure_collective(
             break
         numel = -(-num_bytes // 4 // parts) * parts
         tensor = torch.ones(numel, device=group.device)
-        if kind == "message" and back:
+        if kind == "message":
             taken_s = _seconds(group, _there_and_back(group, tensor), calls_s) / 2
         else:
             taken_s = _seconds(group, _call(group, kind, tensor), calls_s)
@@ -104,7 +103,7 @@ def _takes_too_long(seconds: dict[float, float], num_bytes: int) -> bool:
 
 
 def _call(group: Group, kind: str, tensor: torch.Tensor) -> Callable[[], object]:
-    def message() -> None:
+    def next_message() -> None:
         """From the first worker to the second; the others wait for none."""
         if group.rank == 0:
             group.start_send(tensor, 1, "a measured message").wait()
@@ -120,7 +119,7 @@ def _call(group: Group, kind: str, tensor: torch.Tensor) -> Callable[[], object]
         "all-to-all": lambda: group.all_to_all_(received, tensor, "a measured exchange"),
         # From each in turn: nobody begins the next before it has what came before.
         "broadcast": lambda: group.broadcast_(tensor, "a measured broadcast", next(source)),
-        "message": message,
+        STREAM: next_message,
     }[kind]
 
 

@@ -126,7 +126,7 @@ def _numbers(workers: int) -> list[int]:
 
 
 def _exchanges(group: Group, place: str, calls_s: float) -> Exchanges:
-    measured = tuple(measure_collective(group, kind, ALL_SIZES, calls_s, back=True) for kind in KINDS)
+    measured = tuple(measure_collective(group, kind, ALL_SIZES, calls_s) for kind in KINDS)
     sums = measured[KINDS.index("all-reduce")].seconds
     overlapped = [size for size in _OVERLAPPED_BYTES if sums(size) <= _LONGEST_S]
     return Exchanges(
