@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import shutil
 import signal
@@ -53,6 +54,9 @@ class BoxHost:
     """Of all its processes, its /dev/shm and the files that it has read; None: no limit."""
     workers: int = 1
     """Processes that `Box.torchrun` and `Box.start_workers` start on it."""
+    waits: bool = False
+    """It needs little of its cores, as a host does whose GPUs compute: they are others' as well, and nothing holds it
+    to its share."""
 
     def __post_init__(self) -> None:
         if self.cores is not None and not self.cores > 0:
@@ -96,7 +100,14 @@ class Box:
         self._namespaces: list[int] = []
         """Of each host, a process in its namespaces."""
         self._groups: list[ControlGroup] = []
-        self._cpus = share_out([host.cores for host in hosts], sorted(os.sched_getaffinity(0)))
+        cpus = sorted(os.sched_getaffinity(0))
+        self._cpus = share_out([None if host.waits else host.cores for host in hosts], cpus)
+        for number, host in enumerate(hosts):
+            if host.waits and host.cores is not None:
+                self._cpus[number] = sorted(
+                    cpus[(number + place) % len(cpus)]
+                    for place in range(min(math.ceil(host.cores), len(cpus)))
+                )
 
     def __enter__(self) -> Self:
         require_root(self.delay_s > 0)
@@ -125,7 +136,7 @@ class Box:
             made = make_host(f"host{number}", names, host.memory_bytes)
             self._namespaces.append(stack.enter_context(made))
             stack.callback(group.remove)
-            group.make(host.cores, host.memory_bytes)
+            group.make(None if host.waits else host.cores, host.memory_bytes)
         lay_cables(switch, self._namespaces, self.bandwidth_bits_per_s, self.delay_s > 0)
 
     @property

@@ -30,7 +30,9 @@ class BoxCluster:
     @property
     def has_pauses(self) -> bool:
         """A worker runs at full speed for some milliseconds, and then not at all for some."""
-        return any(host.cores is not None and host.cores / host.workers < 1 for host in self.hosts)
+        return any(
+            host.cores is not None and not host.waits and host.cores / host.workers < 1 for host in self.hosts
+        )
 
     def describe(self) -> str:
         """`2 hosts x 0.9 cores, 100 Mbit/s, 1 ms`."""
@@ -39,6 +41,8 @@ class BoxCluster:
         each = [
             f"{host.cores:g} core{'s' * (host.cores != 1)}" for host in self.hosts if host.cores is not None
         ]
+        if any(host.waits for host in self.hosts):
+            each = ["a device that waits"]
         cores = each[0] if len(set(each)) == 1 else " and ".join(each)
         workers = f" for {self.hosts[0].workers} workers each" if self.hosts[0].workers > 1 else ""
         rate = self.bandwidth_bits_per_s
@@ -87,6 +91,7 @@ def _start_here(command: Sequence[str], timeout_s: float, tell: Tell) -> list[En
     return carry_out(starts, [_NoLimits()], timeout_s, tell)
 
 
+_WAITING = BoxHost(1.0, waits=True)
 # Hosts of less than a core have half of this machine together: with all of it they wait for each other's turns, which
 # hosts with CPUs of their own do not (docs/clusters.md).
 CLUSTERS = {
@@ -102,6 +107,12 @@ CLUSTERS = {
         BoxCluster("small-100m", (BoxHost(0.12),) * 2, 100e6),
         BoxCluster("eight-1g", (BoxHost(0.12),) * 8, 1e9, is_curve=True),
         BoxCluster("eight-100m", (BoxHost(0.12),) * 8, 100e6, is_curve=True),
+        # For jobs that hardly compute (waiting_jobs.py).
+        *(
+            BoxCluster(f"{word}-waiting-{rate}", (_WAITING,) * number, bits_per_s, is_curve=number == 8)
+            for word, number in (("two", 2), ("four", 4), ("eight", 8))
+            for rate, bits_per_s in (("1g", 1e9), ("100m", 100e6))
+        ),
     )
 }
 

@@ -30,7 +30,14 @@ from paceline.errors import PacelineError
 from paceline.plan.profile import LinkedCluster, Profile
 
 HELD_OUT = ("vit", "lstm", "unet")
-JOBS = {**PEER_JOBS, **{model: ("benchmarks/held_out_jobs.py", {"model": model}) for model in HELD_OUT}}
+WAITING = {
+    f"waiting-{model}": ("benchmarks/waiting_jobs.py", {"model": model}) for model in ("mlp", "gpt", "conv")
+}
+JOBS = {
+    **PEER_JOBS,
+    **{model: ("benchmarks/held_out_jobs.py", {"model": model}) for model in HELD_OUT},
+    **WAITING,
+}
 """By name, the file and its options."""
 TUNED_ON = ("text", "image", "conv", "mlp-wide", "gpt-small", "driving", "speech", "mlp-tiny")
 """Jobs with whose cells in sight the model of cost was corrected; nothing is changed after others were measured."""

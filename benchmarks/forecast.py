@@ -28,6 +28,7 @@ from cell_clusters import CLUSTERS
 from cells import (
     JOBS,
     TUNED_ON,
+    WAITING,
     Cell,
     Pair,
     failures,
@@ -139,7 +140,11 @@ def main() -> None:
     )
     with_measuring(parser, (name for name, cluster in CLUSTERS.items() if not cluster.is_curve))
     options = parser.parse_args()
-    wanted = list(itertools.product(options.jobs or JOBS, options.boxes or ["here"]))
+    wanted = list(
+        itertools.product(
+            options.jobs or [job for job in JOBS if job not in WAITING], options.boxes or ["here"]
+        )
+    )
     pairs = measured_pairs(wanted, options)
     finish(table(pairs, heading("forecast.py", pairs)), options.out)
 

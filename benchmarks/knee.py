@@ -1,10 +1,11 @@
 """The speed-up curve, predicted and measured: where the knee is, where it turns, whether N workers are slower than one.
 
-    python benchmarks/knee.py --results build/cells --out knee.md      # 6 curves of 1 to 8 workers; root, for the boxes
+    python benchmarks/knee.py --results build/cells --out knee.md      # 12 curves of 1 to 8 workers; needs root
     python benchmarks/knee.py --jobs conv --boxes eight-1g
     python benchmarks/knee.py --from build/cells                       # the tables again, from the files
 
-A curve is a job on eight hosts of 0.12 cores. For each number of workers the planner forecasts the fastest layout;
+A curve is a job on eight hosts: of 0.12 cores, which stand still for most of the time, or, for jobs that hardly
+compute, of a device that waits (waiting_jobs.py). For each number of workers the planner forecasts the fastest layout;
 measured are a few of the fastest by forecast, one of a kind, and plain data parallelism, all in interleaved rounds,
 and the fastest of them counts. Knee and turn of both curves are found by the planner's own function. The same jobs are
 measured on two such hosts; from that alone all layouts of four and eight workers are forecast, as if there were no
@@ -15,13 +16,24 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import math
 from collections.abc import Sequence
 from statistics import mean
 
 from cell_clusters import CLUSTERS, enlarged
-from cells import Cell, Pair, failures, finish, head, heading, measured_pairs, ms, percent, with_measuring
+from cells import (
+    WAITING,
+    Cell,
+    Pair,
+    failures,
+    finish,
+    head,
+    heading,
+    measured_pairs,
+    ms,
+    percent,
+    with_measuring,
+)
 from forecast import percentile
 
 from paceline.errors import LayoutError
@@ -29,9 +41,17 @@ from paceline.plan.forecast import Forecaster
 from paceline.plan.scaling import LEAST_SHARE, find_knee
 from paceline.records import Layout
 
-JOBS = ("driving", "image", "text")
-"""Light ones: hosts of 0.12 cores are slow."""
-SMALL = {"eight-1g": "small-1g", "eight-100m": "small-100m"}
+JOBS = {
+    **dict.fromkeys(("eight-1g", "eight-100m"), ("driving", "image", "text")),
+    **dict.fromkeys(("eight-waiting-1g", "eight-waiting-100m"), tuple(WAITING)),
+}
+"""On each cluster of eight hosts. Light ones: hosts of 0.12 cores are slow."""
+SMALL = {
+    "eight-1g": "small-1g",
+    "eight-100m": "small-100m",
+    "eight-waiting-1g": "two-waiting-1g",
+    "eight-waiting-100m": "two-waiting-100m",
+}
 """Of each cluster of eight hosts, the one of two of them."""
 FORECAST_FROM_SMALL = (4, 8)
 """Numbers of workers."""
@@ -203,7 +223,7 @@ def main() -> None:
     with_measuring(parser, SMALL)
     parser.set_defaults(timing=90.0, limit=1200.0)
     options = parser.parse_args()
-    large = list(itertools.product(options.jobs or JOBS, options.boxes or SMALL))
+    large = [(job, box) for box in options.boxes or SMALL for job in options.jobs or JOBS[box]]
     wanted = [pair for job, cluster in large for pair in ((job, SMALL[cluster]), (job, cluster))]
     pairs = measured_pairs(wanted, options)
     finish(table(pairs, heading("knee.py", pairs)), options.out)

@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -410,3 +411,18 @@ def test_a_group_of_one_talks_to_nobody():
     assert group.all_gather_(tensor, "a test").tolist() == [0, 1, 2, 3]
     assert group.reduce_scatter_(tensor, "a test").tolist() == [0, 1, 2, 3]
     assert (group.ranks, group.transport, group.waited_s) == ((3,), "none", 0.0)
+
+
+def policies_of_gloo(world: World) -> set[int]:
+    """How gloo's loops are scheduled, of the group of all and of one that was made later."""
+    everyone(world)
+    world.group_of((0, 1), busy=2)
+    tasks = [task for task in Path("/proc/self/task").iterdir() if (task / "comm").read_text().strip() == "gloo_tcp_loop"]
+    return {os.sched_getscheduler(int(task.name)) for task in tasks}
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="only Linux has batch threads")
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_gloo_does_not_take_the_processor_from_who_calls_it(transport):
+    found = run_group(policies_of_gloo, 3, transport=transport)
+    assert found == dict.fromkeys(range(3), {os.SCHED_BATCH})

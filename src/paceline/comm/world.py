@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
+from paceline.comm.gloo_threads import let_gloo_wait_its_turn
 from paceline.comm.group import Group
 from paceline.errors import LaunchError, OptionError
 from paceline.measure.machine import describe_host, usable_cores
@@ -75,6 +76,7 @@ class World:
             process_group = dist.group.WORLD
         else:
             process_group = dist.new_group(list(ranks), timeout=datetime.timedelta(seconds=self.timeout_s))
+            let_gloo_wait_its_turn()
         if self.rank not in ranks:
             return None
         group = Group(process_group, ranks, ranks.index(self.rank), self.device, self.timeout_s)
@@ -177,6 +179,7 @@ def join(
             store = _loopback_store(rank, size, loopback_port, timeout)
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         if device_kind == "cpu":
+            let_gloo_wait_its_turn()
             own = local_rank, local_size, TRANSPORTS.index(transport)
             places = _all_gather_numbers(own, size)
             # The hosts' environments may differ: all take the way that one of them asks for.

@@ -20,7 +20,9 @@ from paceline.plan.memory import evaluation_memory, training_memory
 from paceline.plan.orders import orders, peak_stored, stages_of_workers
 from paceline.plan.places import Places
 from paceline.plan.profile import (
+    GATHERED,
     PIPELINE,
+    TENSOR,
     Block,
     Correction,
     Costs,
@@ -137,6 +139,9 @@ class Forecaster:
                 split_s = one.split_step_s if SCHEDULES[layout.schedule].in_parts else None
                 each_step_s = one.step_s if split_s is None else split_s
                 micro = layout.micro if one.micro_s > 0 else min(layout.micro, one.micro)
+                if layout.pp > 1 and some not in ((GATHERED,), (TENSOR,)):
+                    # What micro-batches take in a pipeline its actions tell.
+                    micro = 1
                 more_s += weight * (each_step_s + (micro - 1) * one.micro_s)
         more_s /= self.linked.slowest(layout.workers)
         # What was tried is believed; on other hosts and links, too, nothing takes no time.

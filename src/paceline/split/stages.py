@@ -137,19 +137,32 @@ class _Trace(TorchFunctionMode):
     def call(self, piece: Piece, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         number = self._counts.get(piece.name, 0)
         self._counts[piece.name] = number + 1
-        # Processor time: a process that has to stop now and then would be cut anywhere.
-        begin_s = time.process_time()
+        given = tensors_in((args, kwargs))
+        device = given[0].device if given else torch.device("cpu")
+        begin_s = _worked_s(device)
         result = forward(*args, **kwargs)
-        self.seconds.append(time.process_time() - begin_s)
+        self.seconds.append(_worked_s(device) - begin_s)
         self.seen.append((piece.name, number))
         self.sends.append(float(sum(t.nbytes for t in tensors_in(result))))
-        given = {id(t) for t in tensors_in((args, kwargs))}
+        handed = {id(t) for t in given}
         place = len(self.seen) - 1
-        for tensor in tensors_in((args, kwargs)):
+        for tensor in given:
             if id(tensor) in self._names:
                 self.read_between.setdefault(self._names[id(tensor)], set()).add(place)
-        map_tensors(result, lambda t: t if id(t) in given else _note(t, place))
+        map_tensors(result, lambda t: t if id(t) in handed else _note(t, place))
         return result
+
+
+def _worked_s(device: torch.device) -> float:
+    """A clock of what the device has worked.
+
+    On a CPU processor time: a process that has to stop now and then would be cut anywhere. Another device works on
+    after a call has returned.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+    return time.process_time()
 
 
 def _note(tensor: torch.Tensor, number: int) -> torch.Tensor:
