@@ -2,9 +2,9 @@
 
 The space, "every layout that fits": on 1, 2, 4, … workers all products of dp_replicate, dp_shard (zero=1 and 3; in a
 pipeline 1), pp, and tp within a host; with micro 1 and 2, in a pipeline of p stages p, 2p and 4p, under 1F1B and
-ZB-H1; one process with one thread and with all of its host's. The batch has to be divided evenly. Over hosts, where
-nothing is known of divided blocks, the space has tp over all workers only, which the planner cannot forecast. What the
-planner itself would take is measured too, whatever it is.
+ZB-H1; one process with one thread and with all of its host's. The batch has to be divided evenly. Over hosts the space
+has tp over all workers only; the planner has no forecast of that where hosts have several workers. What the planner
+itself would take is measured too, whatever it is.
 """
 
 from __future__ import annotations

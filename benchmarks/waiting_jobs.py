@@ -20,7 +20,6 @@ import functools
 import time
 
 import torch
-from peer_jobs import Block as Attention
 from random_jobs import (
     adamw,
     class_loss,
@@ -79,11 +78,14 @@ class Perceptron(nn.Module):
 
 
 class Layer(nn.Module):
-    """A transformer's block, [b, t, width] -> [b, t, width]."""
+    """A transformer's block that sees all positions, [b, t, width] -> [b, t, width]."""
 
     def __init__(self, width: int, device: Device) -> None:
         super().__init__()
-        self.norm, self.block = nn.LayerNorm(width), Attention(width, 4)
+        self.norm = nn.LayerNorm(width)
+        self.block = nn.TransformerEncoderLayer(
+            width, 4, 4 * width, dropout=0.0, batch_first=True, norm_first=True
+        )
         self._device = device
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

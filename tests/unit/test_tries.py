@@ -25,13 +25,10 @@ def test_a_single_worker_tries_nothing():
 
 @pytest.mark.parametrize("workers", [(2,), (1, 1), (4,), (1, 1, 1, 1), (2, 2), (4, 4)])
 def test_each_way_is_tried_and_two_together_where_that_is_possible(workers):
-    groups = tried(*workers, can_divide=workers[0] > 1)
+    groups = tried(*workers, can_divide=True)
     layouts = [layout for group in groups for layout in group]
     ways = {ways_of(layout) for layout in layouts}
-    alone = {("data",), ("sharded",), ("gathered",), ("pipeline",)} | (
-        {("tensor",)} if workers[0] > 1 else set()
-    )
-    assert alone <= ways
+    assert {("data",), ("sharded",), ("gathered",), ("pipeline",), ("tensor",)} <= ways
     assert any(len(some) > 1 for some in ways) == (sum(workers) >= 4)
     assert all(layout.threads == 1 for layout in layouts if layout.workers > 1)
     alone = {layout.threads for layout in layouts if layout.workers == 1}
@@ -72,7 +69,14 @@ def test_over_several_hosts_tensor_parallelism_stays_within_one():
     layouts = [x for group in tried(2, 2, can_divide=True) for x in group]
     assert max(x.tp for x in layouts) == 2
     assert any(x.tp == 2 and x.pp == 2 for x in layouts)
-    assert not any(x.tp > 1 for group in tried(1, 1) for x in group)
+    assert not any(x.tp > 1 for group in tried(2, 2) for x in group)
+
+
+@pytest.mark.parametrize(("hosts", "expected"), [(2, 2), (3, 3), (4, 2), (8, 2)])
+def test_over_hosts_of_one_worker_each_few_divide_blocks(hosts, expected):
+    layouts = [x for group in tried(*[1] * hosts, can_divide=True) for x in group]
+    assert {x.tp for x in layouts} == {1, expected}
+    assert {x.micro for x in layouts if x.tp > 1} == {1, 2}
 
 
 @pytest.mark.parametrize("hosts", [2, 3, 4, 8])

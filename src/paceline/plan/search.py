@@ -136,7 +136,8 @@ def _bases(forecaster: Forecaster, workers: int | None) -> Iterator[Layout]:
     num_blocks = len(profile.costs[0].model)
     splits = {1, *(d.tp for block in profile.costs[0].blocks for d in block.divisions)}
     sizes = [n for n in range(1, most + 1) if most <= FEW or most % n == 0]
-    for tp in sorted(t for t in splits if t <= linked.per_host):
+    # Over several hosts where they have one worker each: what more of them make of a block was not measured.
+    for tp in sorted(t for t in splits if t <= linked.per_host or linked.per_host == 1):
         for pp in (p for p in sizes if p * tp <= most and p <= num_blocks):
             for dp in _divisors(batch, most // (pp * tp)):
                 used = pp * tp * dp

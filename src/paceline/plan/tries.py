@@ -14,6 +14,13 @@ _MANY = 4
 """Workers, of which two are looked at by themselves."""
 
 
+def num_divided(cluster: Cluster) -> int:
+    """Among how many workers blocks are divided to measure that: those of the first host; of hosts with one worker
+    each two, or all where there are no more than three."""
+    here, everyone = cluster.hosts[0].workers, cluster.workers
+    return here if here > 1 else 2 if everyone >= _MANY else everyone
+
+
 def layouts_to_try(
     batch_size: int, cluster: Cluster, threads: int, *, can_divide: bool
 ) -> list[tuple[Layout, ...]]:
@@ -24,20 +31,20 @@ def layouts_to_try(
 
     Args:
         threads: of each worker, on CPUs.
-        can_divide: tensor parallelism over the first host's workers is possible.
+        can_divide: tensor parallelism is possible, over `num_divided` workers.
 
     Returns:
         Groups in the order in which they are to be timed, each of layouts that one replica of the model serves, the one
         that holds most first.
     """
     here, everyone = cluster.hosts[0].workers, cluster.workers
-    few = 2 if here == 1 and everyone >= _MANY else here
+    few = num_divided(cluster)
     sizes = [n for n in dict.fromkeys((few, everyone)) if n > 1]
     in_full = here if here > 1 else everyone
     groups: list[Iterable[Layout]] = _alone(cluster) if sizes else []
     for n in sizes:
         groups += _in_one_way(n, batch_size, in_full=n == in_full)
-        if n == here and can_divide:
+        if n == few and can_divide:
             groups.append((Layout(tp=n), Layout(tp=n, micro=_SEVERAL)))
     if sizes:
         groups += _in_two_ways(here, everyone, can_divide=can_divide)

@@ -21,7 +21,7 @@ from paceline.plan.corrections import corrected
 from paceline.plan.fitting import why_not
 from paceline.plan.forecast import Forecaster
 from paceline.plan.profile import Block, Costs, LinkedCluster, Profile, Tried
-from paceline.plan.tries import layouts_to_try
+from paceline.plan.tries import layouts_to_try, num_divided
 from paceline.records import Cluster, Layout, Trial
 from paceline.split.granularity import NUMBERS, TENSORS, granularity
 from paceline.train.allocator import give_back_freed_memory
@@ -130,16 +130,17 @@ def measure_all(
         speeds=speeds,
         launcher_bytes=launcher_memory_bytes() if kind == "cpu" else 0,
     )
-    can_divide = conditions[-1][1] > 1
+    threads_of_all, here = conditions[-1]
+    among = num_divided(cluster)
+    can_divide = among > 1
     if can_divide and why_in_blocks:
-        room = profile is not None and can_hold_divided(profile, linked, empty, conditions[-1][1])
+        room = profile is not None and can_hold_divided(profile, linked, empty, here)
         can_divide = everyone.gather_json(room, "whether divided blocks can be measured")[0]
     divided = None
     if can_divide:
-        take_cores(world.local_rank, conditions[-1][1], conditions[-1][0])
-        divided = _divide(
-            job, datasets, world, found, conditions[-1], sizes, seed, precision, budget_s / parts / 2
-        )
+        take_cores(world.local_rank, here, threads_of_all)
+        whole = Layout(tp=among, threads=threads_of_all)
+        divided = _divide(job, datasets, world, found, whole, sizes, seed, precision, budget_s / parts / 2)
         everyone.barrier("after measuring divided blocks")
     groups: list[list[Layout]] = []
     if profile is not None:
@@ -204,15 +205,14 @@ def _divide(
     datasets: Datasets,
     world: World,
     found: list[Measured],
-    condition: tuple[int, int],
+    layout: Layout,
     sizes: list[int],
     seed: int,
     precision: str,
     budget_s: float,
 ) -> Costs | None:
-    """The costs of all workers of a host at once, with blocks divided among them; None where that cannot be."""
-    threads, active = condition
-    mesh = make_mesh(world, Layout(tp=active, threads=threads))
+    """The costs of all workers of a host at once, with blocks divided as by `layout`; None where that cannot be."""
+    mesh = make_mesh(world, layout)
     if mesh is None:
         return None
     try:
