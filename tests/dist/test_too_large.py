@@ -18,8 +18,10 @@ from box_limits import BoxError, this_hierarchy
 from box_namespaces import require_root
 from box_processes import require_success
 
+from paceline.comm.world import listen_on_loopback
 from paceline.plan.forecast import Forecaster
 from paceline.plan.profile import LinkedCluster, Profile
+from paceline.plan.search import layouts
 from paceline.records import Layout
 
 MIB = 1 << 20
@@ -84,6 +86,34 @@ def test_two_workers_measure_blocks_at_once_with_their_statistics_and_their_part
     }
     assert all(one.peak_bytes is None or one.peak_bytes > profile.base_bytes for one in profile.tried)
     assert linked.cluster.workers == 2
+
+
+def test_hosts_of_one_worker_each_divide_blocks_among_them(tmp_path):
+    """Two processes that are told that they are on two hosts; whole and in blocks."""
+    for folder, why in ((tmp_path / "whole", ""), (tmp_path / "blocks", "a test asks for it")):
+        folder.mkdir()
+        with listen_on_loopback(0) as listener:
+            port = str(listener.getsockname()[1])
+        places = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        command = [sys.executable, str(HERE / "in_blocks_worker.py"), str(folder), "normed", why]
+        started = [
+            subprocess.Popen(
+                command,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**ENVIRONMENT, **places, "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+            )
+            for rank in range(2)
+        ]
+        said = [process.communicate(timeout=200)[1] for process in started]
+        assert [process.returncode for process in started] == [0, 0], said
+        profile, linked = (json.loads((folder / f"{name}.json").read_text()) for name in ("profile", "cluster"))
+        forecaster = Forecaster(Profile.from_json(profile), LinkedCluster.from_json(linked))
+        assert len(forecaster.linked.cluster.hosts) == 2
+        layout = Layout(tp=2, threads=1)
+        assert layout in {one.layout for one in forecaster.profile.tried}
+        assert forecaster.forecast(layout).terms.tensor_s > 0
+        assert layout in set(layouts(forecaster))
 
 
 @pytest.fixture

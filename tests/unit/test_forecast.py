@@ -57,6 +57,8 @@ def test_formulas_of_collectives():
     assert link.seconds("message", 2, b) == pytest.approx(1e-5 + b / 1e9)
     shared = link.model_copy(update={"is_shared": True})
     assert shared.seconds("all-reduce", 4, b) == pytest.approx(6e-5 + 4 * 1.5 * b / 1e9)
+    # The next message needs the way for as long as its bytes take.
+    assert link.seconds("stream", 2, b) == pytest.approx(b / 1e9)
     with pytest.raises(ValueError, match="no collective 'gossip'"):
         link.seconds("gossip", 2, b)
 
@@ -69,6 +71,46 @@ def test_what_was_measured_stands_in_place_of_the_formula():
     assert link.seconds("all-reduce", 2, 1e6) == pytest.approx(1.2e-3)
     # Four workers: three times as many messages, and 1.5 instead of 1.0 times the bytes.
     assert link.seconds("all-reduce", 4, 1e6) == pytest.approx(3 * 2e-4 + 1.5 * 1e-3)
+
+
+def test_messages_take_what_they_took_however_many_workers_there_were():
+    kinds = ("message", "stream")
+    curve = Curve(points=((4.0, 2e-4), (1e6, 1.2e-3)))
+    measured = tuple(MeasuredCollective(kind=kind, workers=8, seconds=curve) for kind in kinds)
+    link = Link(name="a", latency_s=1.0, bytes_per_s=1.0, measured=measured)
+    assert all(link.seconds(kind, 2, 1e6) == pytest.approx(1.2e-3) for kind in kinds)
+
+
+def test_each_cut_of_a_pipeline_has_its_own_way_and_bytes():
+    """Four stages over two hosts of two workers: only the middle cut crosses, and nobody shares its cable."""
+    forecaster = Forecaster(profile((1.0,) * 4, 16, ()), linked(2, 2))
+    hops = forecaster.parts(Layout(pp=4, micro=4)).sending.hops
+    within, cable = forecaster.linked.within, forecaster.linked.between
+    assert cable is not None
+    num_bytes = forecaster.stages_of(Layout(pp=4, micro=4))[0].output_bytes
+    assert [hop.there_s for hop in hops] == pytest.approx(
+        [link.seconds("message", 2, num_bytes) for link in (within, cable, within)]
+    )
+    assert [hop.busy_s for hop in hops] == pytest.approx(
+        [link.seconds("stream", 2, num_bytes) for link in (within, cable, within)]
+    )
+    assert hops[0].medium == hops[2].medium != hops[1].medium
+
+
+def test_pipelines_that_share_a_cable_wait_for_each_others_messages():
+    forecaster = Forecaster(profile((1.0,) * 4, 16, ()), linked(2, 2))
+    cable = forecaster.linked.between
+    assert cable is not None
+    layout = Layout(pp=2, dp_replicate=2, micro=2)
+    sent = forecaster.parts(layout).sending
+    num_bytes = forecaster.stages_of(layout)[0].output_bytes
+    (hop,) = sent.hops
+    # Each is there as soon as it would be alone; the next may follow when both pipelines have sent theirs.
+    assert hop.there_s == pytest.approx(cable.seconds("message", 2, num_bytes))
+    assert hop.busy_s == pytest.approx(cable.seconds("stream", 2, 2 * num_bytes))
+    assert sent.behind_s == pytest.approx(hop.busy_s / 2)
+    more = layout.model_copy(update={"micro": 4})
+    assert forecaster.parts(more).sending.behind_s == pytest.approx(sent.behind_s / 2)
 
 
 def test_several_hosts_send_each_byte_once_over_their_cable():

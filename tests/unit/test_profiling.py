@@ -106,6 +106,55 @@ def test_costs_grow_with_the_samples_and_are_all_there(measured):
     assert costs.add_s_per_byte > 0
 
 
+class Uneven(nn.Module):
+    """A block without weights, one that has nothing else, one of which both halves are alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(256, 256)
+        self.bare = nn.Sequential(*(nn.Tanh() for _ in range(30)))
+        self.wide = nn.Linear(256, 2048)
+        self.head = nn.Linear(2048, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.wide(self.bare(self.first(x))))
+
+
+def test_what_gradients_of_weights_take_is_told_apart():
+    inputs = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+    uneven = paceline.Job(
+        model=Uneven,
+        data=lambda split: TensorDataset(inputs, inputs[:, :4].argmax(1)),
+        loss=lambda outputs, batch: nn.functional.cross_entropy(outputs, batch[1]),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, 0.1),
+        batch_size=256,
+    )
+    datasets = Datasets(uneven, 0)
+    costs = measure_costs(
+        uneven, datasets, seed=0, device=torch.device("cpu"), sizes=[256], threads=1, budget_s=1.0
+    ).costs
+    share = {block.name: block.weights_share for block in costs.blocks}
+    # Nobody needs gradients of what comes in; and functions without weights have none of weights.
+    assert share["first"] > 0.8
+    assert share["bare"] < 0.3
+    assert 0.2 < share["wide"] < 0.8
+
+
+def test_a_model_that_nothing_can_be_told_apart_of_is_taken_in_halves():
+    inputs = torch.arange(32).view(8, 4)
+    tokens = paceline.Job(
+        model=lambda: nn.Embedding(32, 4),
+        data=lambda split: TensorDataset(inputs),
+        loss=lambda outputs, batch: outputs.pow(2).mean(),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, 0.1),
+        batch_size=8,
+    )
+    costs = measure_costs(
+        tokens, Datasets(tokens, 0), seed=0, device=torch.device("cpu"), sizes=[8], threads=1, budget_s=0.1
+    ).costs
+    assert all(0 <= block.weights_share <= 1 for block in costs.blocks)
+
+
 def test_a_job_from_a_file_is_measured_at_its_batch_size():
     toy = paceline.load_job(TOY)
     found = measure_costs(

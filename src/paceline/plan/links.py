@@ -63,7 +63,7 @@ class Link(Record):
         if known is None:
             return self._by_formula(kind, workers, num_bytes)
         found = known.seconds(num_bytes)
-        if known.workers == workers:
+        if known.workers == workers or kind in _SINGLE:
             return found
         # What it takes without any bytes grows as the messages do, the rest as the bytes.
         fixed_s = min(known.seconds.points[0][1], found)

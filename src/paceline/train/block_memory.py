@@ -33,7 +33,7 @@ def with_memory_of_blocks(profile: Profile, empty_bytes: int, file_bytes: int) -
 
 
 def can_hold_divided(profile: Profile, linked: LinkedCluster, empty_bytes: int, tp: int) -> bool:
-    """Whether each of `tp` workers of a host could hold its part of the model, with gradients and activations.
+    """Whether each of `tp` workers could hold its part of the model, with gradients and activations.
 
     As if only half of the weights could be divided evenly, and no activation at all.
     """

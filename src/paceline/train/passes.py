@@ -111,6 +111,7 @@ class Passes:
         self._among = among
         self._stand_in = stand_in
         self._exchanges: list[tuple[str, float]] = []
+        self._inputs_alone = False
 
     def measure(self, batch: Any, budget_s: float, go_on: GoOn) -> Timing:
         """Pass after pass over one batch, for about `budget_s`."""
@@ -123,6 +124,46 @@ class Passes:
             timing.backward_s.append([b.work_s(a) for a, b in itertools.pairwise(backward)][::-1])
             timing.whole_s.append(sum(timing.forward_s[-1]) + sum(timing.backward_s[-1]))
         return timing
+
+    def measure_inputs(self, batch: Any, budget_s: float, go_on: GoOn) -> Timing | None:
+        """`measure` with gradients of inputs alone: those of the weights are not computed.
+
+        Of the first call nothing is left of its backward pass. None where what it returns cannot have a gradient, so
+        that there is no backward pass at all.
+        """
+        trained = [p for p in self._model.parameters() if p.requires_grad]
+        self._inputs_alone = True
+        try:
+            for parameter in trained:
+                parameter.requires_grad_(False)
+            # All workers find the same: they have the same model.
+            return self.measure(batch, budget_s, go_on) if self._has_backward(batch) else None
+        finally:
+            self._inputs_alone = False
+            for parameter in trained:
+                parameter.requires_grad_(True)
+
+    def _has_backward(self, batch: Any) -> bool:
+        self._calls.on_call = self._let_first_have_gradients()
+        try:
+            return self._loss(batch).requires_grad
+        finally:
+            self._calls.on_call = None
+
+    def _let_first_have_gradients(self) -> Callable[[Piece, Callable[..., Any], Any, Any], Any]:
+        """What stands in for the calls: what the first returns has gradients, though its weights have none."""
+        seen: list[Piece] = []
+
+        def call(piece: Piece, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+            outputs = forward(*args, **kwargs)
+            if not seen:
+                for tensor in tensors_in(outputs):
+                    if tensor.is_leaf and tensor.is_floating_point():
+                        tensor.requires_grad_(True)
+            seen.append(piece)
+            return outputs
+
+        return call
 
     def exchanges(self, batch: Any) -> list[tuple[list[tuple[str, float]], list[tuple[str, float]]]]:
         """Of each call what it exchanges in its forward and in its backward pass: collectives and their bytes."""
@@ -143,15 +184,19 @@ class Passes:
         """The moments between the calls, in the order in which they come; what follows the last call is a call too."""
         ends: list[_Moment] = []
         came: list[_Moment | None] = []
+        run = self._let_first_have_gradients() if self._inputs_alone else None
 
         def call(piece: Piece, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
             number = len(came)
             stand_in = self._stand_in
-            outputs = forward(*args, **kwargs) if stand_in is None else stand_in(number, args, kwargs)
+            if run is not None:
+                outputs = run(piece, forward, args, kwargs)
+            else:
+                outputs = forward(*args, **kwargs) if stand_in is None else stand_in(number, args, kwargs)
             ends.append(self._now())
             came.append(None)
             for tensor in tensors_in(outputs):
-                if tensor.requires_grad and not tensor.is_leaf:
+                if tensor.requires_grad and (run is not None or not tensor.is_leaf):
                     tensor.register_hook(lambda gradient: note(number))
             return outputs
 

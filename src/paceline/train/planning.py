@@ -134,7 +134,7 @@ def measure_all(
     among = num_divided(cluster)
     can_divide = among > 1
     if can_divide and why_in_blocks:
-        room = profile is not None and can_hold_divided(profile, linked, empty, here)
+        room = profile is not None and can_hold_divided(profile, linked, empty, among)
         can_divide = everyone.gather_json(room, "whether divided blocks can be measured")[0]
     divided = None
     if can_divide:
@@ -215,19 +215,22 @@ def _divide(
     mesh = make_mesh(world, layout)
     if mesh is None:
         return None
+    # Costs were measured on the first host only.
+    own = [found[-1].costs.to_json(), found[-1].pauses] if found else None
+    costs, pauses = mesh.everyone.gather_json(own, "the costs of whole blocks")[0]
     try:
         return measure_division(
             job,
             datasets,
             mesh,
-            found[-1].costs,
+            Costs.from_json(costs),
             seed=seed,
             device=world.device,
             sizes=sizes,
             precision=precision,
             budget_s=budget_s,
             go_on=functools.partial(as_rank_0, mesh.everyone),
-            pauses=found[-1].pauses,
+            pauses=pauses,
         )
     except LayoutError:
         # All of them find this out, before the first pass.

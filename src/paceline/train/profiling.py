@@ -89,6 +89,8 @@ def measure_costs(
         assert group is not None
         with replica.among(group):
             among = {size: passes.measure(batch, each_s, go_on) for size, batch in batches.items()}
+    largest = sizes[-1]
+    inputs = passes.measure_inputs(batches[largest], each_s / 2, go_on)
     steps.measure(budget_s / 8, go_on)
     pauses = steps.pauses()
     step_s, data_s, optimizer_s = steps.typical()
@@ -101,6 +103,8 @@ def measure_costs(
     blocks, row = as_blocks(
         calls, curves, among_curves if among else None, takes_statistics=replica.takes_statistics
     )
+    if inputs is not None:
+        blocks = _with_weights_shares(blocks, row, of_size[largest], inputs)
     blocks = with_work(blocks, row, count_work(job, replica, batches[sizes[-1]]), sizes[-1])
     whole_s = sum(blocks[at].forward_s(job.batch_size) + blocks[at].backward_s(job.batch_size) for at in row)
     trained_bytes = sum(p.nbytes for p in replica.model.parameters() if p.requires_grad)
@@ -284,6 +288,22 @@ def as_blocks(
         blocks.append(block)
     place = {number: at for at, numbers in enumerate(kinds.values()) for number in numbers}
     return tuple(blocks), tuple(place[number] for number in range(len(calls)))
+
+
+def _with_weights_shares(
+    blocks: Sequence[Block], row: Sequence[int], whole: Timing, inputs: Timing
+) -> tuple[Block, ...]:
+    """Blocks with what of their backward passes the gradients of weights take, from passes that have computed all
+    gradients and those of inputs alone."""
+    found = []
+    for at, block in enumerate(blocks):
+        numbers = [number for number, place in enumerate(row) if place == at]
+        # The first call has no inputs with gradients; its like have.
+        numbers = [number for number in numbers if number] or numbers
+        all_s, inputs_s = (_mean_of_medians(timing.backward_s, numbers) for timing in (whole, inputs))
+        share = min(1.0, max(0.0, 1.0 - inputs_s / all_s)) if all_s else 0.0
+        found.append(block.model_copy(update={"weights_share": share}))
+    return tuple(found)
 
 
 def _statistics(channels: Sequence[int]) -> tuple[Exchange, ...]:
