@@ -7,10 +7,10 @@ forward and in its backward pass; a processor is free meanwhile, as it is where 
 sockets are real. Eight hosts that share two cores so take turns seldom; with quotas of processor time they would stand
 still for most of every period, and what they exchange would wait with them (docs/forecasts.md).
 
-`--set model=` chooses one; on one worker a step waits for a quarter of a second:
+`--set model=` chooses one; on one worker a step waits for 0.4 seconds:
 
-    mlp     eight residual blocks of width 256 (1 M parameters), 32 rows, AdamW: much to add up, little to hand on
-    gpt     six blocks of width 96 (0.7 M parameters), 16 windows of 16 tokens, AdamW
+    mlp     eight residual blocks of width 128 (0.3 M parameters), 32 rows, AdamW: much to add up, little to hand on
+    gpt     six blocks of width 64 (0.3 M parameters), 16 windows of 16 tokens, AdamW
     conv    six residual convolutions (60 thousand parameters), 16 images 24×12×12, SGD: the other way round
 """
 
@@ -37,7 +37,7 @@ from torch.nn import functional as F
 import paceline
 
 options = paceline.options(model="mlp")
-STEP_S = 0.24
+STEP_S = 0.4
 """Of waiting, for the whole batch: a third in forward passes."""
 LAUNCH_S = 1e-4
 """Of waiting, in each pass of each block, however few samples it has."""
@@ -123,11 +123,11 @@ class Convolutions(nn.Module):
 
 def mlp(blocks: int, batch_size: int) -> nn.Module:
     device = Device(blocks, batch_size)
-    return nn.Sequential(*(Perceptron(256, device) for _ in range(blocks)))
+    return nn.Sequential(*(Perceptron(128, device) for _ in range(blocks)))
 
 
 def gpt(blocks: int, batch_size: int) -> nn.Module:
-    return GPT(256, 96, blocks, Device(blocks, batch_size))
+    return GPT(256, 64, blocks, Device(blocks, batch_size))
 
 
 def conv(blocks: int, batch_size: int) -> nn.Module:
@@ -138,7 +138,7 @@ def conv(blocks: int, batch_size: int) -> nn.Module:
 
 JOBS = {
     "mlp": lambda: make(
-        functools.partial(mlp, 8, 32), functools.partial(regression, 256), squared_loss, adamw, 32
+        functools.partial(mlp, 8, 32), functools.partial(regression, 128), squared_loss, adamw, 32
     ),
     "gpt": lambda: make(
         functools.partial(gpt, 6, 16), functools.partial(tokens, 256, 16), next_token_loss, adamw, 16
