@@ -29,17 +29,28 @@ from peers import JOBS as PEER_JOBS
 from paceline.errors import PacelineError
 from paceline.plan.profile import LinkedCluster, Profile
 
-HELD_OUT = ("vit", "lstm", "unet")
+HELD_OUT = ("mixer", "autoencoder")
+_HELD_OUT_BEFORE = ("vit", "lstm", "unet")
 WAITING = {
     f"waiting-{model}": ("benchmarks/waiting_jobs.py", {"model": model}) for model in ("mlp", "gpt", "conv")
 }
 JOBS = {
     **PEER_JOBS,
-    **{model: ("benchmarks/held_out_jobs.py", {"model": model}) for model in HELD_OUT},
+    **{model: ("benchmarks/held_out_jobs.py", {"model": model}) for model in (*_HELD_OUT_BEFORE, *HELD_OUT)},
     **WAITING,
 }
 """By name, the file and its options."""
-TUNED_ON = ("text", "image", "conv", "mlp-wide", "gpt-small", "driving", "speech", "mlp-tiny")
+TUNED_ON = (
+    "text",
+    "image",
+    "conv",
+    "mlp-wide",
+    "gpt-small",
+    "driving",
+    "speech",
+    "mlp-tiny",
+    *_HELD_OUT_BEFORE,
+)
 """Jobs with whose cells in sight the model of cost was corrected; nothing is changed after others were measured."""
 PAUSE_S = 0.025
 """A worker with less than a core pauses for up to so long: the median of shorter steps does not see it."""

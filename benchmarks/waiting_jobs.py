@@ -2,12 +2,13 @@
 
     paceline train benchmarks/waiting_jobs.py --set model=mlp
 
-Each block computes a little, for real, and then waits for as long as a slower device would take for its samples, in its
-forward and in its backward pass; a processor is free meanwhile, as it is where a GPU computes. Gradients, messages and
-sockets are real. Eight hosts that share two cores so take turns seldom; with quotas of processor time they would stand
-still for most of every period, and what they exchange would wait with them (docs/forecasts.md).
+Each block computes a little, for real, and then waits until as much time has passed as a slower device would take for
+its samples, in its forward and in its backward pass; a processor is free meanwhile, as it is where a GPU computes.
+Gradients, messages and sockets are real. Eight hosts that share two cores so seldom stand in line, and where they do it
+counts as the device's work; with quotas of processor time they would stand still for most of every period, and what
+they exchange would wait with them (docs/forecasts.md).
 
-`--set model=` chooses one; on one worker a step waits for 0.4 seconds:
+`--set model=` chooses one; on one worker a step takes 0.6 seconds:
 
     mlp     eight residual blocks of width 128 (0.3 M parameters), 32 rows, AdamW: much to add up, little to hand on
     gpt     six blocks of width 64 (0.3 M parameters), 16 windows of 16 tokens, AdamW
@@ -18,6 +19,8 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from random_jobs import (
@@ -37,10 +40,11 @@ from torch.nn import functional as F
 import paceline
 
 options = paceline.options(model="mlp")
-STEP_S = 0.4
-"""Of waiting, for the whole batch: a third in forward passes."""
+_Rest = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+STEP_S = 0.6
+"""Of the device's work for the whole batch: a third in forward passes."""
 LAUNCH_S = 1e-4
-"""Of waiting, in each pass of each block, however few samples it has."""
+"""Of its work in each pass of each block, however few samples it has."""
 
 
 class Device:
@@ -49,47 +53,73 @@ class Device:
     def __init__(self, blocks: int, batch_size: int) -> None:
         self._forward_s = STEP_S / 3 / blocks / batch_size
 
-    def compute(self, x: torch.Tensor) -> torch.Tensor:
-        """Waits for a forward pass of the samples of `x`; and for a backward pass when gradients of `x` come.
-
-        Call it on what a block has inside: what comes to its outputs comes before its backward pass begins.
-        """
-        if type(x) is not torch.Tensor or x.is_meta:
+    def run(
+        self, first: Callable[[torch.Tensor], torch.Tensor], rest: _Rest, x: torch.Tensor
+    ) -> torch.Tensor:
+        """`rest(x, first(x))`, a block, in as long as the device takes for it; its backward pass likewise."""
+        begin_s = _at_work_s()
+        inner = first(x)
+        y = rest(x, inner)
+        if type(y) is not torch.Tensor or y.is_meta:
             # Someone wants to know its shape.
-            return x
-        forward_s = self._forward_s * len(x)
-        time.sleep(LAUNCH_S + forward_s)
-        if x.requires_grad:
-            x.register_hook(lambda gradient: time.sleep(LAUNCH_S + 2 * forward_s))
-        return x
+            return y
+        forward_s = LAUNCH_S + self._forward_s * len(x)
+        _wait(forward_s, begin_s)
+        if y.requires_grad:
+            begun_s = [0.0]
+            y.register_hook(lambda gradient: begun_s.__setitem__(0, _at_work_s()))
+            inner.register_hook(lambda gradient: _wait(2 * forward_s, begun_s[0]))
+        return y
 
 
-class Perceptron(nn.Module):
+def _wait(seconds: float, begin_s: float) -> None:
+    """So long, less what this thread has been at work since `begin_s`."""
+    time.sleep(max(0.0, seconds - (_at_work_s() - begin_s)))
+
+
+def _at_work_s() -> float:
+    """How long this thread has run, or stood in line for a processor, which with a host of its own it would not."""
+    ran_ns, waited_ns, _ = Path("/proc/thread-self/schedstat").read_text().split()
+    return (int(ran_ns) + int(waited_ns)) * 1e-9
+
+
+class Block(nn.Module):
+    """[b, …, width] -> the same: what `_rest` makes of the block's inputs and their norm."""
+
+    def __init__(self, norm: nn.Module, device: Device) -> None:
+        super().__init__()
+        self.norm = norm
+        self._device = device
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._device.run(self.norm, self._rest, x)
+
+    def _rest(self, x: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class Perceptron(Block):
     """[b, width] -> [b, width]."""
 
     def __init__(self, width: int, device: Device) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
+        super().__init__(nn.LayerNorm(width), device)
         self.up, self.down = nn.Linear(width, width), nn.Linear(width, width)
-        self._device = device
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(self._device.compute(F.gelu(self.up(self.norm(x)))))
+    def _rest(self, x: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
+        return x + self.down(F.gelu(self.up(normed)))
 
 
-class Layer(nn.Module):
+class Attention(Block):
     """A transformer's block that sees all positions, [b, t, width] -> [b, t, width]."""
 
     def __init__(self, width: int, device: Device) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.block = nn.TransformerEncoderLayer(
-            width, 4, 4 * width, dropout=0.0, batch_first=True, norm_first=True
-        )
-        self._device = device
+        super().__init__(nn.LayerNorm(width), device)
+        self.attention = nn.MultiheadAttention(width, 4, batch_first=True)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.block(self._device.compute(self.norm(x)))
+    def _rest(self, x: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
+        mixed, _ = self.attention(normed, normed, normed, need_weights=False)
+        return x + mixed + self.down(F.gelu(self.up(normed)))
 
 
 class GPT(nn.Module):
@@ -98,7 +128,7 @@ class GPT(nn.Module):
     def __init__(self, vocabulary: int, width: int, blocks: int, device: Device) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
-        self.layers = nn.ModuleList(Layer(width, device) for _ in range(blocks))
+        self.layers = nn.ModuleList(Attention(width, device) for _ in range(blocks))
         self.head = nn.Linear(width, vocabulary)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -108,17 +138,15 @@ class GPT(nn.Module):
         return self.head(x)
 
 
-class Convolutions(nn.Module):
+class Convolutions(Block):
     """[b, channels, n, n] -> the same."""
 
     def __init__(self, channels: int, device: Device) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        super().__init__(nn.Conv2d(channels, channels, 3, padding=1), device)
         self.second = nn.Conv2d(channels, channels, 3, padding=1)
-        self._device = device
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.second(self._device.compute(F.relu(self.first(x))))
+    def _rest(self, x: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
+        return x + self.second(F.relu(normed))
 
 
 def mlp(blocks: int, batch_size: int) -> nn.Module:

@@ -47,7 +47,7 @@ def layouts_to_try(
         if n == few and can_divide:
             groups.append((Layout(tp=n), Layout(tp=n, micro=_SEVERAL)))
     if sizes:
-        groups += _in_two_ways(here, everyone, can_divide=can_divide)
+        groups += _in_two_ways(here, everyone, few if can_divide else 1)
     found = []
     for group in groups:
         if cluster.device == "cpu":
@@ -68,13 +68,14 @@ def _in_one_way(n: int, batch_size: int, *, in_full: bool) -> list[tuple[Layout,
     """Over `n` workers, those with a pipeline with numbers of micro-batches that the batch allows.
 
     Args:
-        in_full: with several micro-batches, too, and a pipeline with gradients of weights as actions of their own.
+        in_full: with several micro-batches, too, and a pipeline with gradients of weights as actions of their own; else
+            of several micro-batches pipelines only: what their actions take depends on how many there are of them.
     """
     ways = (Layout(dp_replicate=n), Layout(dp_shard=n, zero=1), Layout(dp_shard=n, zero=3))
     numbers = [m for m in range(n, _MOST_TIMES * n + 1) if batch_size % m == 0]
     pipelines = [Layout(pp=n, micro=m) for m in dict.fromkeys((*numbers[:1], *numbers[-1:]))]
     if not in_full:
-        return [(way,) for way in (*ways, *pipelines[:1])]
+        return [(way,) for way in (*ways, *pipelines)]
     # What each action of a pipeline takes, and what each step, is told apart by two numbers of micro-batches.
     return [
         *((way, way.model_copy(update={"micro": _SEVERAL})) for way in ways),
@@ -83,8 +84,12 @@ def _in_one_way(n: int, batch_size: int, *, in_full: bool) -> list[tuple[Layout,
     ]
 
 
-def _in_two_ways(here: int, everyone: int, *, can_divide: bool) -> list[tuple[Layout, ...]]:
-    """Over all workers: the first way over the hosts, or over two parts of the only host, the second within them."""
+def _in_two_ways(here: int, everyone: int, divided: int) -> list[tuple[Layout, ...]]:
+    """Over all workers: the first way over the hosts, or over two parts of the only host, the second within them.
+
+    Args:
+        divided: among how many workers blocks can be; 1: among none.
+    """
     inner = here if 1 < here < everyone else everyone // 2
     outer = everyone // inner
     if everyone < 4 or outer * inner != everyone:
@@ -95,6 +100,8 @@ def _in_two_ways(here: int, everyone: int, *, can_divide: bool) -> list[tuple[La
         pipeline.model_copy(update={"dp_shard": inner, "zero": 1}),
         *(Layout(dp_replicate=outer, dp_shard=inner, zero=zero) for zero in (1, 3)),
     ]
-    if can_divide and inner == here:
+    if divided > 1 and inner == here:
         found += [pipeline.model_copy(update={"tp": inner}), Layout(dp_replicate=outer, tp=inner)]
+    elif divided > 1 and here == 1 and everyone % divided == 0:
+        found.append(Layout(dp_replicate=everyone // divided, tp=divided))
     return [(layout,) for layout in found]
