@@ -257,3 +257,36 @@ def test_only_exchanges_are_taken_off_what_is_like_nothing_that_was_tried():
     kept_s = 0.9 * (before.step_s - before.terms.messages_s)
     assert kept_s * (1 - 1e-9) <= after.step_s < before.step_s
     assert forecaster.least_s(two) <= after.step_s
+
+
+def test_where_many_actions_took_more_than_their_share_few_take_theirs():
+    made, cluster = profile((1.0,) * 8, tps=()), linked(4, 1)
+    bare = Forecaster(made, cluster)
+    few, many = (Layout.parse(f"pp=4,micro={micro}") for micro in (4, 16))
+    tried = [
+        Tried(layout=few, step_s=bare.forecast(few).step_s + 5e-3),
+        Tried(layout=many, step_s=bare.forecast(many).step_s + 500e-3),
+    ]
+    found = corrected(made, cluster, tried)
+    (correction,) = found.corrections
+    assert correction.step_s < 0
+    after = Forecaster(found, cluster)
+    for one in tried:
+        assert after.forecast(one.layout).step_s == pytest.approx(one.step_s, rel=1e-4)
+    two, between = Layout.parse("pp=4,micro=2"), Layout.parse("pp=4,micro=8")
+    more_s = [after.forecast(x).step_s - bare.forecast(x).step_s for x in (two, few, between, many)]
+    assert 0 < more_s[0] < more_s[1] < more_s[2] < more_s[3]
+    # Nothing is taken off a pipeline of two for what eight paid too much.
+    small = Layout.parse("pp=2,micro=4")
+    assert after.forecast(small).step_s >= bare.forecast(small).step_s
+
+
+def test_what_two_did_not_wait_for_eight_are_not_spared_three_times():
+    made, cluster = profile(tps=()), linked(8, 1)
+    two, eight = Layout.parse("dp_replicate=2"), Layout.parse("dp_replicate=8")
+    bare = Forecaster(made, cluster)
+    saved_s = 0.05 * bare.forecast(two).step_s
+    found = corrected(made, cluster, [Tried(layout=two, step_s=bare.forecast(two).step_s - saved_s)])
+    after = Forecaster(found, cluster)
+    assert after.forecast(two).step_s == pytest.approx(bare.forecast(two).step_s - saved_s)
+    assert bare.forecast(eight).step_s - after.forecast(eight).step_s <= saved_s * (1 + 1e-9)

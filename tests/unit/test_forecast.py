@@ -167,6 +167,20 @@ def test_of_cuts_that_are_hardly_slower_the_one_that_sends_least_is_taken(seed):
     assert most(costs, found) == pytest.approx(wanted[1])
 
 
+def test_what_follows_the_last_piece_is_no_stage_of_its_own():
+    job = profile((1.0, 1.0, 1.0, 0.2), 16, ())
+    (costs,) = job.costs[:1]
+    *blocks, last = costs.model
+    closing = costs.model_copy(
+        update={"blocks": (*blocks, last.model_copy(update={"closes": True})), "row": ()}
+    )
+    forecaster = Forecaster(job.model_copy(update={"costs": (closing,)}), linked(4, 1))
+    assert [stage.num_blocks for stage in forecaster.stages_of(Layout(pp=3, micro=4))] == [1, 1, 2]
+    with pytest.raises(LayoutError, match="has 4 stages, and the model 3 blocks"):
+        forecaster.forecast(Layout(pp=4, micro=4))
+    assert max(layout.pp for layout in layouts(forecaster)) == 3
+
+
 def test_one_process_is_the_sum_of_its_blocks():
     found = Forecaster(profile(), linked()).forecast(Layout())
     # Six blocks of 6.5 times 1 + 2 ms a sample, and 0.1 + 0.2 ms a micro-batch.

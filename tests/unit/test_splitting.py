@@ -17,7 +17,7 @@ from paceline.comm.group import Group
 from paceline.errors import LayoutError
 from paceline.split import rules  # noqa: F401 - fills the tables
 from paceline.split.finding import _nearest_tp, find_stages
-from paceline.split.pieces import find_pieces
+from paceline.split.pieces import find_pieces, pieces_for
 from paceline.split.placement import Shard
 from paceline.split.recompute import recomputed
 from paceline.split.stages import PieceCalls, cut_in_balance, plan_stages, steady_pieces
@@ -199,3 +199,15 @@ def test_recomputation_computes_again_and_counts_statistics_once(how, times):
     recomputed(forward, how, model)(x).sum().backward()
     assert calls == times
     assert int(model[1].num_batches_tracked) == 1
+
+
+def test_pipelines_cut_where_the_planner_has_measured_while_there_are_enough_pieces():
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    model = nn.Sequential(*(Block() for _ in range(4)))
+    assert [piece.name for piece in pieces_for(model, 3)] == ["0", "1", "2", "3"]
+    assert [piece.name for piece in pieces_for(model, 4)] == ["0", "1", "2", "3"]
+    assert len(pieces_for(model, 5)) >= 5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from paceline.errors import LayoutError
 from paceline.plan.forecast import Forecaster
 from paceline.plan.search import MEMORY_MARGIN, room_bytes
 from paceline.records import Layout
@@ -15,7 +16,10 @@ def why_not(forecaster: Forecaster, layout: Layout) -> str:
     There is what `search` lets it have, less what the workers hold that it leaves out: they wait meanwhile.
     """
     linked = forecaster.linked
-    memory = forecaster.forecast(layout, apart=False).memory
+    try:
+        memory = forecaster.forecast(layout, apart=False).memory
+    except LayoutError as error:
+        return error.what
     room = room_bytes(linked, layout, None, MEMORY_MARGIN)
     here = min(layout.workers, linked.per_host)
     if linked.cluster.device == "cpu":

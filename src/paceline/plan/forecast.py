@@ -136,13 +136,16 @@ class Forecaster:
         ways = ways_of(layout)
         for some in dict.fromkeys([*((way,) for way in ways), *([ways] if ways else [])]):
             for one, weight in self._corrections(layout, some):
-                split_s = one.split_step_s if SCHEDULES[layout.schedule].in_parts else None
-                each_step_s = one.step_s if split_s is None else split_s
+                each_step_s = 0.0 if _is_of_few(one, layout) else one.step_s
+                if SCHEDULES[layout.schedule].in_parts and one.split_step_s is not None:
+                    each_step_s = one.split_step_s
                 micro = layout.micro if one.micro_s > 0 else min(layout.micro, one.micro)
                 if layout.pp > 1 and some not in ((GATHERED,), (TENSOR,)):
                     # What micro-batches take in a pipeline its actions tell.
                     micro = 1
-                more_s += weight * (each_step_s + (micro - 1) * one.micro_s)
+                found_s = each_step_s + (micro - 1) * one.micro_s
+                # What few did not wait for, more do not wait for either; they are not spared more than that.
+                more_s += found_s * (weight if found_s > 0 else min(weight, 1.0))
         more_s /= self.linked.slowest(layout.workers)
         # What was tried is believed; on other hosts and links, too, nothing takes no time.
         least_s = min(step_s * (1 - _MOST_TAKEN_OFF), self._tried_s.get(layout, math.inf))
@@ -169,7 +172,12 @@ class Forecaster:
     def _action_s(self, layout: Layout) -> float:
         """What an action of a pipeline takes beside its blocks."""
         found = self._corrections(layout, (PIPELINE,))
-        return sum(one.action_s * weight for one, weight in found) / self.linked.slowest(layout.workers)
+        each = (
+            (one.few_action_s if _is_of_few(one, layout) else one.action_s, weight) for one, weight in found
+        )
+        return sum((action_s or 0.0) * weight for action_s, weight in each) / self.linked.slowest(
+            layout.workers
+        )
 
     def _heaviest(self, layout: Layout, stages: Sequence[Stage]) -> list[Stage]:
         """The stages of the worker that has most parameters to update."""
@@ -210,9 +218,9 @@ class Forecaster:
                 next_step="measure it, or use another tp",
             )
         num_stages = sum(map(len, stages_of_workers(layout.schedule, layout.pp, layout.stages)))
-        if num_stages > len(costs.model):
+        if num_stages > costs.most_stages:
             raise LayoutError(
-                f"layout {layout} has {num_stages} stages, and the model {len(costs.model)} blocks",
+                f"layout {layout} has {num_stages} stages, and the model {costs.most_stages} blocks",
                 next_step="use a smaller pp, or fewer stages",
             )
 
@@ -252,8 +260,11 @@ class Forecaster:
         if key not in self._stages:
             row = self._row(layout)
             # Whatever the links: a faster one does not move the cuts, and so never makes a forecast slower.
-            sends = [piece.output_bytes for piece in row]
-            cuts = partition([piece.busy_s - piece.tensor_s for piece in row], number, sends=sends)
+            most = self.costs_of(layout).most_stages
+            busy_s = [piece.busy_s - piece.tensor_s for piece in row]
+            busy_s = [*busy_s[: most - 1], sum(busy_s[most - 1 :])]
+            cuts = partition(busy_s, number, sends=[piece.output_bytes for piece in row[:most]])
+            cuts[-1] = len(row)
             self._stages[key] = tuple(
                 join(row[a:b], action_s, in_parts=in_parts) for a, b in itertools.pairwise(cuts)
             )
@@ -420,6 +431,11 @@ class Forecaster:
             )
             for mine, number in zip(held, stored, strict=True)
         ]
+
+
+def _is_of_few(one: Correction, layout: Layout) -> bool:
+    """Whether a pipeline has so few micro-batches that its actions take what they took in the one that had fewest."""
+    return one.few_action_s is not None and layout.micro <= one.micro
 
 
 def _total(memory: Memory) -> int:

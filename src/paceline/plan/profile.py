@@ -71,6 +71,8 @@ class Block(Record):
     """Temporaries of one sample at the worst moment."""
     output_bytes: float = Field(default=0.0, ge=0)
     """Of one sample: what crosses a cut after this block, in one direction."""
+    closes: bool = False
+    """It is what follows the model's last piece, the loss among it: always where that is."""
     flops: float = Field(default=0.0, ge=0)
     """Floating-point operations of one sample's forward pass in products of matrices and convolutions."""
     operations: int = Field(default=0, ge=0)
@@ -124,6 +126,11 @@ class Costs(Record):
         """All blocks in the model's order."""
         return tuple(self.blocks[at] for at in self.row) if self.row else self.blocks
 
+    @property
+    def most_stages(self) -> int:
+        """Into how many stages the model can be cut."""
+        return max(1, len(self.model) - self.model[-1].closes)
+
 
 class Tried(Record):
     """A layout whose steps were timed, some of them, while the job was measured."""
@@ -155,9 +162,11 @@ class Correction(Record):
     micro_s: float = 0.0
     """For each further micro-batch. Where it is less than nothing: up to `micro`, since it might be noise."""
     micro: int = Field(default=1, ge=1)
-    """Micro-batches of the largest number that was tried."""
+    """Micro-batches of the largest number that was tried; of pipelines with `few_action_s` of the smallest."""
     action_s: float = Field(default=0.0, ge=0)
     """What an action of a pipeline's schedule takes beside its blocks."""
+    few_action_s: float | None = None
+    """The same in steps of no more than `micro` micro-batches, which then cost nothing beside it; None: `action_s`."""
     split_step_s: float | None = None
     """In a step of a schedule in which gradients of weights are actions of their own; None: `step_s`."""
 

@@ -133,7 +133,7 @@ def _bases(forecaster: Forecaster, workers: int | None) -> Iterator[Layout]:
     most = workers or linked.cluster.workers
     batch = profile.batch_size
     threads = sorted({costs.threads for costs in profile.costs})
-    num_blocks = len(profile.costs[0].model)
+    num_blocks = profile.costs[0].most_stages
     splits = {1, *(d.tp for block in profile.costs[0].blocks for d in block.divisions)}
     sizes = [n for n in range(1, most + 1) if most <= FEW or most % n == 0]
     # Over several hosts where they have one worker each: what more of them make of a block was not measured.

@@ -32,7 +32,7 @@ from paceline.split.block_proof import find_proven_split
 from paceline.split.deferred import DeferredParameters
 from paceline.split.exchange import gather_whole
 from paceline.split.finding import Found, TensorSplit, find_stages, find_steady
-from paceline.split.pieces import Piece, find_pieces
+from paceline.split.pieces import Piece, pieces_for
 from paceline.split.placement import Shard, take
 from paceline.split.recompute import recomputed
 from paceline.split.stages import PieceCalls
@@ -96,7 +96,7 @@ class SplitModel:
         whole = dict(model.named_parameters())
         shapes = {name: tuple(p.shape) for name, p in whole.items()}
         num_stages = 1 if schedule is None else schedule.num_stages
-        self.calls = PieceCalls(model, find_pieces(model, 2 * num_stages))
+        self.calls = PieceCalls(model, pieces_for(model, num_stages))
         self.tensor: TensorParallel | None = None
         if found is None:
             with deferred.lending() as self.calls.around:

@@ -43,6 +43,15 @@ def find_pieces(model: nn.Module, at_least: int = 1) -> list[Piece]:
     return sorted(unique.values(), key=lambda p: order[p.module])
 
 
+def pieces_for(model: nn.Module, num_stages: int) -> list[Piece]:
+    """The pieces that a pipeline of so many stages is cut between: those that the planner has measured, while there are
+    enough of them. Only of a model with fewer are some opened: stages would be more even if more were, but a cut
+    within a block sends more, and nobody would know beforehand what it gains.
+    """
+    pieces = find_pieces(model)
+    return pieces if len(pieces) >= num_stages else find_pieces(model, num_stages)
+
+
 def _open(piece: Piece) -> Iterator[Piece]:
     """The pieces within: blocks of lists, and the other modules beside the lists."""
     for name, child in piece.module.named_children():

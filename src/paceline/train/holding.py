@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from paceline.split.pieces import Piece
 from paceline.split.tensor_mode import reads_no_values
 from paceline.split.trees import map_arguments, tensors_in
-from paceline.train.passes import Call
+from paceline.train.passes import CLOSING, Call
 
 
 class Reads(TorchFunctionMode):
@@ -100,7 +100,7 @@ class Holding:
         """What is around the calls."""
         return Call(
             name="loss",
-            kind="loss",
+            kind=CLOSING,
             parameter_bytes=sum(p.nbytes for p in around),
             trained_bytes=sum(p.nbytes for p in around if p.requires_grad),
             saved_bytes=max(0.0, sum(self._saved) / samples - sum(call.saved_bytes for call in calls)),

@@ -31,6 +31,8 @@ FEWEST, MOST = 3, 15
 LEAST_S = 0.15
 """More than `MOST` are made until they took so long: some periods of a processor that is shared out in slices."""
 
+CLOSING = "loss"
+"""Kind of what follows the last call."""
 GoOn = Callable[[bool], bool]
 """Called before each pass, with whether this worker would make one more: what all of them do, once all have called."""
 
@@ -271,7 +273,7 @@ class Passes:
         found.append(
             Call(
                 name="loss",
-                kind="loss",
+                kind=CLOSING,
                 parameter_bytes=sum(p.nbytes for p in around),
                 trained_bytes=sum(p.nbytes for p in around if p.requires_grad),
                 saved_bytes=max(0.0, sum(saved) / samples - within),

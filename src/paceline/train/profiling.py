@@ -25,7 +25,7 @@ from paceline.plan.curves import Curve
 from paceline.plan.profile import Block, Costs, Division, Exchange
 from paceline.train.data import ShareLoader, few_samples, num_samples, to_device
 from paceline.train.device_speeds import MOVED_BYTES, addition_s, product_flops_per_s
-from paceline.train.passes import Call, GoOn, Passes, Timing, wants_more
+from paceline.train.passes import CLOSING, Call, GoOn, Passes, Timing, wants_more
 from paceline.train.replica import Replica
 from paceline.train.session import Datasets
 from paceline.train.step import StepResult
@@ -279,6 +279,7 @@ def as_blocks(
             saved_full_bytes=first.input_bytes,
             output_bytes=first.output_bytes,
             peak_bytes=first.peak_bytes,
+            closes=first.kind == CLOSING,
         )
         if takes_statistics and first.channels:
             block = block.model_copy(update={"statistics": _statistics(first.channels)})
