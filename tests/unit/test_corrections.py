@@ -276,6 +276,14 @@ def test_where_many_actions_took_more_than_their_share_few_take_theirs():
     two, between = Layout.parse("pp=4,micro=2"), Layout.parse("pp=4,micro=8")
     more_s = [after.forecast(x).step_s - bare.forecast(x).step_s for x in (two, few, between, many)]
     assert 0 < more_s[0] < more_s[1] < more_s[2] < more_s[3]
+    # With gradients of weights as actions of their own there are three actions for two; else it is the same.
+    split = Tried(layout=few.model_copy(update={"schedule": "zb-h1"}), step_s=tried[0].step_s)
+    with_split = Forecaster(corrected(made, cluster, [*tried, split]), cluster)
+    assert with_split.forecast(split.layout).step_s == pytest.approx(split.step_s, rel=1e-4)
+    for layout in (between, many):
+        whole_s = with_split.forecast(layout).step_s
+        in_parts_s = with_split.forecast(layout.model_copy(update={"schedule": "zb-h1"})).step_s
+        assert whole_s < in_parts_s < 1.6 * whole_s
     # Nothing is taken off a pipeline of two for what eight paid too much.
     small = Layout.parse("pp=2,micro=4")
     assert after.forecast(small).step_s >= bare.forecast(small).step_s

@@ -136,9 +136,7 @@ class Forecaster:
         ways = ways_of(layout)
         for some in dict.fromkeys([*((way,) for way in ways), *([ways] if ways else [])]):
             for one, weight in self._corrections(layout, some):
-                each_step_s = 0.0 if _is_of_few(one, layout) else one.step_s
-                if SCHEDULES[layout.schedule].in_parts and one.split_step_s is not None:
-                    each_step_s = one.split_step_s
+                each_step_s = _step_of(one, layout)
                 micro = layout.micro if one.micro_s > 0 else min(layout.micro, one.micro)
                 if layout.pp > 1 and some not in ((GATHERED,), (TENSOR,)):
                     # What micro-batches take in a pipeline its actions tell.
@@ -431,6 +429,17 @@ class Forecaster:
             )
             for mine, number in zip(held, stored, strict=True)
         ]
+
+
+def _step_of(one: Correction, layout: Layout) -> float:
+    """What a correction adds to a step of one micro-batch; of a pipeline to one of any number."""
+    in_parts = SCHEDULES[layout.schedule].in_parts and one.split_step_s is not None
+    if one.few_action_s is None:
+        return one.split_step_s or 0.0 if in_parts else one.step_s
+    # Where actions cost more from some number on, a step is that much shorter, so that both lines meet there. With
+    # three actions for two it is so by half as much again.
+    meets_s = 0.0 if _is_of_few(one, layout) else one.step_s
+    return (one.split_step_s or 0.0) + 1.5 * meets_s if in_parts else meets_s
 
 
 def _is_of_few(one: Correction, layout: Layout) -> bool:
