@@ -155,6 +155,34 @@ def test_a_model_that_nothing_can_be_told_apart_of_is_taken_in_halves():
     assert all(0 <= block.weights_share <= 1 for block in costs.blocks)
 
 
+class Picky(nn.Module):
+    """Does not run where its weights have no gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() and not self.second.weight.requires_grad:
+            raise RuntimeError("frozen")
+        return self.second(self.first(x))
+
+
+def test_a_model_that_does_not_run_with_frozen_weights_is_measured_all_the_same():
+    inputs = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+    picky = paceline.Job(
+        model=Picky,
+        data=lambda split: TensorDataset(inputs),
+        loss=lambda outputs, batch: outputs.pow(2).mean(),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, 0.1),
+        batch_size=8,
+    )
+    costs = measure_costs(
+        picky, Datasets(picky, 0), seed=0, device=torch.device("cpu"), sizes=[8], threads=1, budget_s=0.1
+    ).costs
+    assert {block.weights_share for block in costs.blocks} == {0.5}
+
+
 def test_a_job_from_a_file_is_measured_at_its_batch_size():
     toy = paceline.load_job(TOY)
     found = measure_costs(

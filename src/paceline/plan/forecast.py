@@ -435,7 +435,7 @@ def _step_of(one: Correction, layout: Layout) -> float:
     """What a correction adds to a step of one micro-batch; of a pipeline to one of any number."""
     in_parts = SCHEDULES[layout.schedule].in_parts and one.split_step_s is not None
     if one.few_action_s is None:
-        return one.split_step_s or 0.0 if in_parts else one.step_s
+        return (one.split_step_s or 0.0) if in_parts else one.step_s
     # Where actions cost more from some number on, a step is that much shorter, so that both lines meet there. With
     # three actions for two it is so by half as much again.
     meets_s = 0.0 if _is_of_few(one, layout) else one.step_s

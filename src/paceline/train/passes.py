@@ -19,6 +19,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from paceline.comm.group import Group
+from paceline.errors import PacelineError
 from paceline.job import Job
 from paceline.split.pieces import Piece, find_pieces
 from paceline.split.stages import PieceCalls
@@ -131,7 +132,7 @@ class Passes:
         """`measure` with gradients of inputs alone: those of the weights are not computed.
 
         Of the first call nothing is left of its backward pass. None where what it returns cannot have a gradient, so
-        that there is no backward pass at all.
+        that there is no backward pass at all, and where the model does not run so: it need not.
         """
         trained = [p for p in self._model.parameters() if p.requires_grad]
         self._inputs_alone = True
@@ -140,6 +141,10 @@ class Passes:
                 parameter.requires_grad_(False)
             # All workers find the same: they have the same model.
             return self.measure(batch, budget_s, go_on) if self._has_backward(batch) else None
+        except PacelineError:
+            raise
+        except Exception:
+            return None
         finally:
             self._inputs_alone = False
             for parameter in trained:
