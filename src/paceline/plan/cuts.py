@@ -51,7 +51,7 @@ def partition(
             best, high = found, middle
         if high - low <= 1e-9 * high:
             break
-    if not sends:
+    if not sends or _sent(sends, best) <= (number - 1) * min(sends):
         return best
     slowest = max(row.cost(a, b) for a, b in itertools.pairwise(best))
     found = _sending_least(row, number, slowest * (1 + _SLOWER), sends)

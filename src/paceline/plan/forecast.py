@@ -17,7 +17,7 @@ from paceline.errors import LayoutError
 from paceline.plan.cuts import partition
 from paceline.plan.links import Placement
 from paceline.plan.memory import evaluation_memory, training_memory
-from paceline.plan.orders import orders, peak_stored, stages_of_workers
+from paceline.plan.orders import orders, peak_stored, stages_of_workers, workers_of_stages
 from paceline.plan.places import Places
 from paceline.plan.profile import (
     GATHERED,
@@ -379,7 +379,7 @@ class Forecaster:
     def _sending(self, layout: Layout, stages: tuple[Stage, ...]) -> Sending:
         key = (layout.schedule, layout.pp, layout.stages, layout.workers, layout.tp, stages)
         if key not in self._sent:
-            _, worker_of = orders(layout.schedule, layout.pp, layout.micro, layout.stages)
+            worker_of = workers_of_stages(layout.schedule, layout.pp, layout.stages)
             self._sent[key] = sending(self._places, layout, stages, worker_of)
         return self._sent[key]
 

@@ -22,6 +22,13 @@ def stages_of_workers(schedule: str, pp: int, stages: int | None) -> tuple[tuple
 
 
 @functools.cache
+def workers_of_stages(schedule: str, pp: int, stages: int | None) -> tuple[int, ...]:
+    """The worker of each stage."""
+    made = make_schedule(schedule, pp, 1, stages)
+    return tuple(map(made.worker_of, range(made.num_stages)))
+
+
+@functools.cache
 def peak_stored(schedule: str, pp: int, micro: int, stages: int | None) -> tuple[int, ...]:
     """`Timeline.peak_stored` of a schedule, which does not depend on what its actions take."""
     made = make_schedule(schedule, pp, micro, stages)
