@@ -110,7 +110,7 @@ CLUSTERS = {
         # For jobs that hardly compute (waiting_jobs.py).
         *(
             BoxCluster(f"{word}-waiting-{rate}", (_WAITING,) * number, bits_per_s, is_curve=number == 8)
-            for word, number in (("two", 2), ("four", 4), ("eight", 8))
+            for word, number in (("two", 2), ("eight", 8))
             for rate, bits_per_s in (("1g", 1e9), ("100m", 100e6))
         ),
     )

@@ -13,11 +13,11 @@ _TASKS = Path("/proc/self/task")
 def let_gloo_wait_its_turn() -> None:
     """Let no thread of gloo's take the processor from the thread that has just called gloo. For new groups anew.
 
-    What comes over a socket wakes gloo's loop, which takes the processor at once if it can. If the thread that it takes
-    it from holds the lock of that connection, as it does while it sends, the loop neither gets the lock nor goes to
-    sleep: it looks again and again until its time slice is over (pytorch/gloo#246). With one core for a worker that
-    happens with nearly every message, and costs one to three milliseconds. A batch thread waits until the processor is
-    free, as it is as soon as this one waits for the message, or until the next tick.
+    What comes over a socket wakes gloo's loop, which takes the processor at once if it can, and then runs for one to
+    three milliseconds while its caller waits for the processor: measured with one core for a worker, and nearly every
+    message. Probably the caller holds the lock of that connection, as it does while it sends, and the loop, which looks
+    without sleeping (pytorch/gloo#246), looks for it until its time slice is over (docs/decisions/0022). A batch thread
+    waits until the processor is free, as it is as soon as this one waits for the message, or until the next tick.
     """
     if not hasattr(os, "SCHED_BATCH"):
         return

@@ -143,11 +143,14 @@ def _of_pipelines(
     else:
         action_s = _root(lambda a: missing_s(many, a) - missing_s(few, a), many.step_s)
         step_s = (missing_s(few, action_s) + missing_s(many, action_s)) / 2
-    update: dict[str, float] = {"action_s": action_s, "step_s": step_s * linked.slowest(few.layout.workers)}
+    update: dict[str, float | int] = {
+        "action_s": action_s,
+        "step_s": step_s * linked.slowest(few.layout.workers),
+    }
     if few is not many and step_s < 0 < missing_s(few, 0.0):
         # Many actions took more than their share, as where workers share cores: fewer do not take less than nothing.
         action_s = _root(lambda a: missing_s(few, a), few.step_s)
-        update |= {"few_action_s": action_s, "micro": few.layout.micro}
+        update |= {"few_action_s": action_s, "few": few.layout.micro}
     if in_parts and few not in in_parts:
         one = in_parts[0]
         # One of them cannot tell actions from steps: actions are taken to cost what they do elsewhere.

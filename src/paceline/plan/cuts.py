@@ -28,20 +28,21 @@ def partition(
 
     Args:
         sends: of each in the row, what would cross a cut after it; empty: it does not matter.
-        sizes: of each in the row; no part has more than `largest`, unless every cut has such a part.
+        sizes: of each in the row; no part has more than `largest`.
 
     Raises:
-        ValueError: there is less in the row.
+        ValueError: there is less in the row, or every cut has a larger part.
     """
     if number > len(costs):
         raise ValueError(f"{len(costs)} costs cannot be cut into {number} parts")
     row = _Row(costs, sizes, largest)
-    best = row.furthest(number, row.cost(0, len(costs)))
+    whole = row.cost(0, len(costs))
+    best = row.furthest(number, whole)
     if best is None:
-        row = _Row(costs)
-        best = row.furthest(number, row.cost(0, len(costs)))
-        assert best is not None
-    low, high = max(max(costs), row.cost(0, len(costs)) / number), row.cost(0, len(costs))
+        raise ValueError(
+            f"of {len(costs)} sizes cut into {number} parts one is always larger than {largest:g}"
+        )
+    low, high = max(max(costs), whole / number), whole
     for _ in range(60):
         middle = (low + high) / 2
         found = row.furthest(number, middle)

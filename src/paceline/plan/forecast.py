@@ -444,7 +444,7 @@ def _step_of(one: Correction, layout: Layout) -> float:
 
 def _is_of_few(one: Correction, layout: Layout) -> bool:
     """Whether a pipeline has so few micro-batches that its actions take what they took in the one that had fewest."""
-    return one.few_action_s is not None and layout.micro <= one.micro
+    return one.few_action_s is not None and layout.micro <= one.few
 
 
 def _total(memory: Memory) -> int:

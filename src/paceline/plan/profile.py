@@ -162,11 +162,12 @@ class Correction(Record):
     micro_s: float = 0.0
     """For each further micro-batch. Where it is less than nothing: up to `micro`, since it might be noise."""
     micro: int = Field(default=1, ge=1)
-    """Micro-batches of the largest number that was tried; of pipelines with `few_action_s` of the smallest."""
+    """Micro-batches of the largest number that was tried."""
     action_s: float = Field(default=0.0, ge=0)
     """What an action of a pipeline's schedule takes beside its blocks."""
     few_action_s: float | None = None
-    """The same in steps of no more than `micro` micro-batches, which then cost nothing beside it; None: `action_s`."""
+    """The same in steps of no more than `few` micro-batches, which then cost nothing beside it; None: `action_s`."""
+    few: int = Field(default=0, ge=0)
     split_step_s: float | None = None
     """In a step of a schedule in which gradients of weights are actions of their own; None: `step_s`."""
 

@@ -43,12 +43,12 @@ def sending(places: Places, layout: Layout, stages: Sequence[Stage], worker_of: 
     hops, behind_s = [], 0.0
     for cut, stage in enumerate(stages[:-1]):
         here, there = worker_of[cut], worker_of[cut + 1]
-        crosses = place.hosts > 1 and any(
-            host_of(here * inner + at) != host_of(there * inner + at) for at in {0, inner - 1}
-        )
         if here == there:
             hops.append(Hop())
             continue
+        crosses = place.hosts > 1 and any(
+            host_of(here * inner + at) != host_of(there * inner + at) for at in (0, inner - 1)
+        )
         if not crosses:
             hop = Placement(hosts=1, per_host=2, used=place.used)
             there_s, busy_s = (places.seconds(kind, hop, stage.output_bytes) for kind in ("message", STREAM))
