@@ -203,11 +203,12 @@ def test_recomputation_computes_again_and_counts_statistics_once(how, times):
 
 def test_pipelines_cut_where_the_planner_has_measured_while_there_are_enough_pieces():
     class Block(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, width: int) -> None:
             super().__init__()
-            self.up, self.down = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.up, self.down = nn.Linear(width, width), nn.Linear(width, width)
 
-    model = nn.Sequential(*(Block() for _ in range(4)))
+    # The last has a third and more of all weights.
+    model = nn.Sequential(*(Block(width) for width in (4, 4, 4, 6)))
     assert [piece.name for piece in pieces_for(model, 3)] == ["0", "1", "2", "3"]
     assert [piece.name for piece in pieces_for(model, 4)] == ["0", "1", "2", "3"]
     assert len(pieces_for(model, 5)) >= 5
