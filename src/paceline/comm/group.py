@@ -55,6 +55,9 @@ class Group:
         self._memory: SharedMemory | Hierarchy | None = None
         self._mailbox: Mailbox | None = None
         self._wire: Wire | None = None
+        self._num_wires = 0
+        """That were closed."""
+        self._has_ring = False
         self.why_no_memory = ""
         """The reason, where `share_memory` found that memory cannot be shared."""
         self.is_over_network = False
@@ -171,6 +174,10 @@ class Group:
 
     def close(self) -> None:
         """Give back what `share_memory` and `open_mailbox` took. The group goes on without."""
+        if self.device.type == "cuda":
+            if self._wire is not None:
+                self._wire.close()
+            self._wire, self._has_ring, self._num_wires = None, False, self._num_wires + 1
         for taken in (self._memory, self._mailbox):
             if taken is not None:
                 taken.close()
@@ -299,10 +306,18 @@ class Group:
         """Return when every worker has come here."""
         self.sum_(torch.zeros(1, device=self.device), f"a barrier ({what})")
 
+    def open_links(self) -> None:
+        """On GPUs: have neighbours meet that will send each other messages, unless they have. As `share_memory`."""
+        if not self._has_ring and self.device.type == "cuda" and self.size > 1:
+            wire = self._take_wire()
+            assert isinstance(wire, NcclWire)
+            wire.open_ring()
+            self._has_ring = True
+
     def _take_wire(self) -> Wire:
         if self._wire is None:
-            kind = NcclWire if self.device.type == "cuda" else Wire
-            self._wire = kind(self._process_group, self.ranks, self.device, self._patience)
+            about = self._process_group, self.ranks, self.device, self._patience
+            self._wire = NcclWire(*about, self._num_wires) if self.device.type == "cuda" else Wire(*about)
         return self._wire
 
 

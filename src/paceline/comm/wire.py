@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
 
 from paceline.comm.memory_map import DTYPES, describe
 from paceline.comm.pending import Patience, Pending, Work
@@ -86,6 +87,9 @@ class Wire:
         """By sender and channel."""
         self._tags: dict[tuple[bool, int, int], dict[_Kind, int]] = collections.defaultdict(dict)
 
+    def close(self) -> None:
+        """Give back what it holds; nothing is on its way any more."""
+
     def start_send(self, tensor: torch.Tensor, to: int, what: str, channel: int) -> Pending:
         """Begin to send the contiguous `tensor` to rank `to` of the group."""
         other = f"rank {self._ranks[to]}"
@@ -159,21 +163,69 @@ class Wire:
             )
 
 
+def nccl_link(name: str, rank: int, timeout_s: float) -> Any:
+    """A process group of two workers, which only they make; `rank` is 0 or 1, and both give the same `name`.
+
+    `new_group(use_local_synchronization=True)` would name it by how many groups a process has made before, of which
+    two workers may think differently: they would wait for each other for ever.
+    """
+    store = PrefixStore(f"paceline/link/{name}", dist.distributed_c10d._get_default_store())
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = datetime.timedelta(seconds=timeout_s)
+    return dist.ProcessGroupNCCL(store, rank, 2, options)
+
+
 class NcclWire(Wire):
     """Point-to-point messages of a group through NCCL, which has no tags.
 
-    The two directions of a pair are process groups of their own, so that neither waits for the other; they
-    are made when the pair first talks. What arrives for another channel is kept until it is asked for.
+    The two directions of a pair are process groups of their own, so that neither waits for the other. What arrives for
+    another channel is kept until it is asked for.
+
+    A link's first message blocks both ends until they meet. `open_ring` makes neighbours meet before there is
+    something to wait for; others meet when they first talk.
     """
 
-    def __init__(self, process_group: Any, ranks: tuple[int, ...], device: torch.device, patience: Patience):
+    def __init__(
+        self,
+        process_group: Any,
+        ranks: tuple[int, ...],
+        device: torch.device,
+        patience: Patience,
+        number: int = 0,
+    ):
+        """
+        Args:
+            number: of the wires that this group has had; the same on all its workers.
+        """
         super().__init__(process_group, ranks, device, patience)
         self._own = ranks.index(patience.rank)
+        self._number = number
         self._links: dict[tuple[int, int], Any] = {}
         self._kept: dict[tuple[int, int], collections.deque[torch.Tensor]] = collections.defaultdict(
             collections.deque
         )
         """By sender and channel."""
+
+    def open_ring(self) -> None:
+        """Have each worker meet the next one, and the last the first, in an order that leaves nobody waiting.
+
+        All workers of the group call it.
+        """
+        size = len(self._ranks)
+        pairs = sorted({tuple(sorted((place, (place + 1) % size))) for place in range(size)})
+        for low, high in pairs:
+            if self._own not in (low, high):
+                continue
+            for source, to in ((low, high), (high, low)):
+                name = f"opening the link from rank {self._ranks[source]} to rank {self._ranks[to]}"
+                hello = torch.zeros(1, device=self._device)
+                other = f"rank {self._ranks[low + high - self._own]}"
+                with self._patience.translated(self._patience.name(name, hello), other):
+                    link = self._link(source, to)
+                    if source == self._own:
+                        link.send([hello], 1, 0).wait()
+                    else:
+                        link.recv([hello], 0, 0).wait()
 
     def start_send(self, tensor: torch.Tensor, to: int, what: str, channel: int) -> Pending:
         other = f"rank {self._ranks[to]}"
@@ -181,8 +233,7 @@ class NcclWire(Wire):
         head = _head(tensor, channel).to(self._device)
         with self._patience.translated(name, other):
             link = self._link(self._own, to)
-            place = int(self._ranks[to] > self._ranks[self._own])
-            works = [dist.isend(t, group=link, group_dst=place) for t in (head, tensor)]
+            works = [link.send([t], 1, 0) for t in (head, tensor)]
         return Work(self._patience, name, works, head.detach, other)
 
     def receive_(self, tensor: torch.Tensor, source: int, what: str, channel: int) -> None:
@@ -197,26 +248,26 @@ class NcclWire(Wire):
             self._check(head, tensor, source, name)
             tensor.view(-1).copy_(message)
 
+    def close(self) -> None:
+        for link in self._links.values():
+            link.shutdown()
+        self._links.clear()
+
     def _receive_next(self, source: int) -> None:
         link = self._link(source, self._own)
-        place = int(self._ranks[source] > self._ranks[self._own])
         head = torch.zeros(_HEAD_NUMEL, dtype=torch.int64, device=self._device)
-        dist.recv(head, group=link, group_src=place)
+        link.recv([head], 0, 0).wait()
         channel, dtype, numel = head.tolist()
         message = torch.empty(numel, dtype=DTYPES[dtype], device=self._device)
-        dist.recv(message, group=link, group_src=place)
+        link.recv([message], 0, 0).wait()
         self._kept[source, channel].append(message)
 
     def _link(self, source: int, to: int) -> Any:
-        """The process group of one direction. Both ends make both directions in the same order."""
+        """The process group of one direction, in which `source` is rank 0."""
         if (source, to) not in self._links:
-            low, high = sorted((source, to), key=self._ranks.__getitem__)
-            for direction in ((low, high), (high, low)):
-                self._links[direction] = dist.new_group(
-                    [self._ranks[low], self._ranks[high]],
-                    timeout=datetime.timedelta(seconds=self._patience.timeout_s),
-                    use_local_synchronization=True,
-                )
+            members = "-".join(map(str, self._ranks))
+            name = f"{members}/{self._number}/{source}-{to}"
+            self._links[source, to] = nccl_link(name, int(to == self._own), self._patience.timeout_s)
         return self._links[source, to]
 
 

@@ -63,6 +63,8 @@ class World:
         if ranks not in self.groups:
             self.groups[ranks] = self._make_group(ranks, busy)
         group = self.groups[ranks]
+        if group is not None and mailbox:
+            group.open_links()
         # In a group on several hosts messages go through gloo, also those of two workers that share one.
         mailbox = mailbox and self._are_on_one_host(ranks)
         if group is not None and mailbox and self._shares_memory(group) and not group.has_mailbox:

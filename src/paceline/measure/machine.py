@@ -95,7 +95,8 @@ def _memory_bytes() -> int:
 def available_memory_bytes(device: str) -> int:
     """What this process may still take, on the GPU where it trains there; 0 where that is not known."""
     if device == "cuda":
-        return int(torch.cuda.mem_get_info()[0])
+        kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return int(torch.cuda.mem_get_info()[0]) + kept
     free = [
         int(line.split()[1]) * 1024
         for line in _read_lines(Path("/proc/meminfo"))

@@ -6,13 +6,17 @@ import ctypes
 import os
 import sys
 
+import torch
+
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _NEVER_TRIM_BYTES = (1 << 31) - 1
 _SETTINGS_OF_THE_USER = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD")
 
 
 def give_back_freed_memory() -> None:
-    """Have glibc's malloc return to the system what is free now: after much was needed once."""
+    """Have glibc's malloc return to the system what is free now, and torch to its GPU: after much was needed once."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
 
