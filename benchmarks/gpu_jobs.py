@@ -7,14 +7,14 @@
     gpt      a GPT of 218 M parameters, 32 windows of 512 tokens in a global batch, AdamW
     conv     six convolutions of up to 512 channels with BatchNorm on 256 images 3×64×64, SGD with momentum
     mlp      eight linear layers of 4096 (134 M parameters) on 2,048 rows, AdamW
-    launches gpt-small of peer_jobs.py: hundreds of small kernels, which the processor cannot launch as fast as they run
+    launches gpt-small of peer_jobs.py (1.2 M parameters): hundreds of small kernels, which the processor cannot launch as fast as they run
 """
 
 from __future__ import annotations
 
 import functools
 
-from peer_jobs import GPT, JOBS, MLP, ConvNet
+from peer_models import GPT, MLP, ConvNet
 from random_jobs import (
     adamw,
     class_loss,
@@ -41,7 +41,9 @@ _MODELS = {
     "mlp": lambda: make(
         functools.partial(MLP, (4096,) * 9), functools.partial(regression, 4096), squared_loss, adamw, 2048
     ),
-    "launches": JOBS["gpt-small"],
+    "launches": lambda: make(
+        functools.partial(GPT, 128, 6, 4, 512, 64), functools.partial(tokens, 512, 64), next_token_loss, adamw, 16
+    ),
 }  # fmt: skip
 if options.model not in _MODELS:
     raise paceline.OptionError(

@@ -138,14 +138,15 @@ class _GlobalBatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
         x, weight, mean, variance = ctx.saved_tensors
-        # With mean and variance held fixed the fused kernel gives dy·scale, Σ dy·x̂ and Σ dy ...
+        inverse = torch.rsqrt(variance + ctx.eps)
+        # With mean and variance held fixed the fused kernel gives dy·scale, Σ dy·x̂ and Σ dy ...; on GPUs some
+        # kernels, those for channels that come last among them, want what a forward pass would have saved.
         dx, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
-            dy, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
+            dy, x, weight, mean, variance, mean, inverse, False, ctx.eps, [True, True, True]
         )
         # ... and as they depend on x, scale · (mean(dy) + x̂ · mean(dy·x̂)) goes off again: affine in x.
         sums = torch.stack([_wide(d_bias), _wide(d_weight)])
         mean_dy, mean_dy_normalized = ctx.group.sum_(sums, "batch-norm gradients") / ctx.total
-        inverse = torch.rsqrt(variance + ctx.eps)
         scale = inverse if weight is None else inverse * _wide(weight)
         slope = -scale * inverse * mean_dy_normalized
         offset = -scale * mean_dy - slope * mean
