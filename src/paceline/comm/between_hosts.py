@@ -196,6 +196,12 @@ class Network:
         self.sent_bytes += sum(tensor.numel() * tensor.element_size() for tensor in outgoing.values())
         return works
 
+    def forget_rooms(self) -> None:
+        """Give back what is kept to receive into."""
+        self._scratch.clear()
+        for free in self._rooms.values():
+            free.clear()
+
     def _wait(self, works: Sequence[tuple[str, Any]], name: str) -> None:
         for other, work in works:
             with self._patience.translated(name, other):

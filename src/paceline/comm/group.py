@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from paceline.comm import mailbox
 from paceline.comm.between_hosts import HostGrid
@@ -172,6 +173,14 @@ class Group:
             else:
                 self._memory.barrier(what)
 
+    def forget_rooms(self) -> None:
+        """Give back what is kept to receive into, from one operation to the next of its size. None is under way."""
+        self._wired.forget_rooms()
+        if isinstance(self._memory, Hierarchy):
+            self._memory.forget_rooms()
+        if self._wire is not None:
+            self._wire.forget_rooms()
+
     def close(self) -> None:
         """Give back what `share_memory` and `open_mailbox` took. The group goes on without."""
         if self.device.type == "cuda":
@@ -182,6 +191,12 @@ class Group:
             if taken is not None:
                 taken.close()
         self._memory = self._mailbox = self.grid = None
+
+    def leave(self) -> None:
+        """`close`, and the process group with it, which nobody uses any more. All its workers call it."""
+        self.close()
+        if self.size > 1:
+            dist.destroy_process_group(self._process_group)
 
     @classmethod
     def alone(cls, device: torch.device, rank: int = 0) -> Group:

@@ -115,6 +115,10 @@ class Hierarchy:
         with self._operation("all-reduce", own, what) as name:
             self._network.start_sum(own, name, number)
 
+    def forget_rooms(self) -> None:
+        """Give back what is kept to receive into."""
+        self._network.forget_rooms()
+
     def finish_sums_between_hosts(self) -> None:
         """Complete all that were begun."""
         with self._remembered("all-reduces that were begun"):

@@ -62,6 +62,9 @@ class _Ahead:
     def give_back(self, room: torch.Tensor) -> None:
         self._free[room.dtype, room.numel()].append(room)
 
+    def forget_rooms(self) -> None:
+        self._free.clear()
+
 
 class Wire:
     """Point-to-point messages of a group through gloo.
@@ -86,6 +89,11 @@ class Wire:
         self._ahead: dict[tuple[int, int], _Ahead] = collections.defaultdict(_Ahead)
         """By sender and channel."""
         self._tags: dict[tuple[bool, int, int], dict[_Kind, int]] = collections.defaultdict(dict)
+
+    def forget_rooms(self) -> None:
+        """Give back what is kept to receive into, and is not awaited yet."""
+        for ahead in self._ahead.values():
+            ahead.forget_rooms()
 
     def close(self) -> None:
         """Give back what it holds; nothing is on its way any more."""

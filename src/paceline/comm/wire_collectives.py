@@ -117,6 +117,11 @@ class WireCollectives:
         free = self._scratch.setdefault((numel, dtype), [])
         return free.pop() if free else torch.empty(numel, dtype=dtype, device=self._device)
 
+    def forget_rooms(self) -> None:
+        """Give back what is kept to receive into."""
+        for free in self._scratch.values():
+            free.clear()
+
     def _give_back(self, result: torch.Tensor, scratch: torch.Tensor) -> None:
         """After `result` was made from it."""
         del result

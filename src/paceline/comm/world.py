@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -64,17 +65,38 @@ class World:
             self.groups[ranks] = self._make_group(ranks, busy)
         group = self.groups[ranks]
         if group is not None and mailbox:
-            group.open_links()
-        # In a group on several hosts messages go through gloo, also those of two workers that share one.
-        mailbox = mailbox and self._are_on_one_host(ranks)
-        if group is not None and mailbox and self._shares_memory(group) and not group.has_mailbox:
-            group.open_mailbox(self.local_size, spins=self._has_cores_for(busy))
+            self._let_send(group, busy)
         return group
 
-    def _make_group(self, ranks: tuple[int, ...], busy: int) -> Group | None:
+    @contextlib.contextmanager
+    def group_for_a_while(
+        self, ranks: tuple[int, ...], *, busy: int, mailbox: bool = False
+    ) -> Iterator[Group | None]:
+        """`group_of`, with a group that is gone afterwards, and with it what was awaited ahead, however large."""
+        group = self._make_group(ranks, busy, anew=True)
+        try:
+            if group is not None and mailbox:
+                self._let_send(group, busy)
+            yield group
+        finally:
+            if group is not None:
+                group.leave()
+
+    def _let_send(self, group: Group, busy: int) -> None:
+        """Have its workers send each other messages."""
+        group.open_links()
+        # In a group on several hosts messages go through gloo, also those of two workers that share one.
+        if self._are_on_one_host(group.ranks) and self._shares_memory(group) and not group.has_mailbox:
+            group.open_mailbox(self.local_size, spins=self._has_cores_for(busy))
+
+    def _make_group(self, ranks: tuple[int, ...], busy: int, *, anew: bool = False) -> Group | None:
+        """
+        Args:
+            anew: a process group of its own, whatever there is.
+        """
         if self.size == 1 or len(ranks) == 1:
             return Group.alone(self.device, self.rank) if self.rank in ranks else None
-        if ranks == tuple(range(self.size)):
+        if ranks == tuple(range(self.size)) and not anew:
             process_group = dist.group.WORLD
         else:
             process_group = dist.new_group(list(ranks), timeout=datetime.timedelta(seconds=self.timeout_s))
@@ -112,6 +134,12 @@ class World:
         for ranks, group in self.groups.items():
             if group is not None and ranks not in kept:
                 group.close()
+
+    def forget_rooms(self) -> None:
+        """Have all groups give back what they keep to receive into. None of their operations is under way."""
+        for group in self.groups.values():
+            if group is not None:
+                group.forget_rooms()
 
     def leave(self) -> None:
         """Give back all groups. Without it gloo's threads abort the interpreter at exit."""

@@ -19,6 +19,8 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from paceline.comm.group import Group
 from paceline.split.exchange import has_no_values
 
+_GRADIENTS = "batch-norm gradients"
+
 
 class BatchShare:
     """What the batch norms of one model need to know of this worker's share of the micro-batch."""
@@ -139,25 +141,66 @@ class _GlobalBatchNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
         x, weight, mean, variance = ctx.saved_tensors
         inverse = torch.rsqrt(variance + ctx.eps)
-        # With mean and variance held fixed the fused kernel gives dy·scale, Σ dy·x̂ and Σ dy ...; on GPUs some
-        # kernels, those for channels that come last among them, want what a forward pass would have saved.
-        dx, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
-            dy, x, weight, mean, variance, mean, inverse, False, ctx.eps, [True, True, True]
-        )
-        # ... and as they depend on x, scale · (mean(dy) + x̂ · mean(dy·x̂)) goes off again: affine in x.
-        sums = torch.stack([_wide(d_bias), _wide(d_weight)])
-        mean_dy, mean_dy_normalized = ctx.group.sum_(sums, "batch-norm gradients") / ctx.total
-        scale = inverse if weight is None else inverse * _wide(weight)
-        slope = -scale * inverse * mean_dy_normalized
-        offset = -scale * mean_dy - slope * mean
-        shape = [1, -1, *[1] * (x.dim() - 2)]
-        dx.addcmul_(x, slope.view(shape).to(x.dtype)).add_(offset.view(shape).to(x.dtype))
+        backward = _backward_on_gpu if x.is_cuda else _backward_on_cpu
+        dx, d_weight, d_bias = backward(dy, x, weight, mean, variance, inverse, ctx)
         if not ctx.counts:
             # A borrowed sample is no part of the statistics, which do not depend on it.
             dx.zero_()
         if weight is None:
             return dx, None, None, None, None, None
         return dx, d_weight, d_bias, None, None, None
+
+
+def _backward_on_cpu(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    inverse: torch.Tensor,
+    ctx: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    # With mean and variance held fixed the fused kernel gives dy·scale, Σ dy·x̂ and Σ dy ...
+    dx, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
+        dy, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
+    )
+    # ... and as they depend on x, scale · (mean(dy) + x̂ · mean(dy·x̂)) goes off again: affine in x.
+    sums = torch.stack([_wide(d_bias), _wide(d_weight)])
+    mean_dy, mean_dy_normalized = ctx.group.sum_(sums, _GRADIENTS) / ctx.total
+    scale = inverse if weight is None else inverse * _wide(weight)
+    slope = -scale * inverse * mean_dy_normalized
+    offset = -scale * mean_dy - slope * mean
+    shape = [1, -1, *[1] * (x.dim() - 2)]
+    dx.addcmul_(x, slope.view(shape).to(x.dtype)).add_(offset.view(shape).to(x.dtype))
+    return dx, d_weight, d_bias
+
+
+def _backward_on_gpu(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    inverse: torch.Tensor,
+    ctx: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """By the kernels of torch's SyncBatchNorm, the same for all orders of the dimensions in memory."""
+    x = _dense(x)
+    if dy.stride() != x.stride():
+        dy = torch.empty_like(x, dtype=dy.dtype).copy_(dy)
+    sum_dy, sum_dy_deviation, d_weight, d_bias = torch.batch_norm_backward_reduce(
+        dy, x, mean, inverse, weight, True, True, True
+    )
+    sums = ctx.group.sum_(torch.stack([sum_dy, sum_dy_deviation]), _GRADIENTS)
+    count = ctx.total.to(torch.int32).view(1)
+    dx = torch.batch_norm_backward_elemt(dy, x, mean, inverse, weight, sums[0], sums[1], count)
+    return dx, d_weight, d_bias
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    """Without gaps in memory, its channels last where they are."""
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return x if last else x.contiguous()
 
 
 def _local_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

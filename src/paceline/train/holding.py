@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from paceline.split.pieces import Piece
 from paceline.split.tensor_mode import reads_no_values
 from paceline.split.trees import map_arguments, tensors_in
-from paceline.train.passes import CLOSING, Call
+from paceline.train.passes import CLOSING, Call, without_node
 
 
 class Reads(TorchFunctionMode):
@@ -68,7 +68,7 @@ class Holding:
         if storage._cdata not in self._seen and storage._cdata not in self._parameters:
             self._seen[storage._cdata] = StorageWeakRef(storage)
             self._saved.append(storage.nbytes())
-        return tensor
+        return without_node(tensor)
 
     @contextlib.contextmanager
     def call(self) -> Iterator[None]:

@@ -44,15 +44,15 @@ def measure_links(world: World, everyone: Group, cluster: Cluster) -> tuple[Link
     firsts = first_workers(cluster)
     here = tuple(range(cluster.hosts[0].workers))
     if len(here) > 1:
-        group = world.group_of(here, busy=len(here), mailbox=True)
-        if group is not None:
-            within = _measure_link(group, is_shared=group.device.type == "cpu")
-            meeting_s = _seconds(group, functools.partial(group.barrier, "a measured meeting"), _CALLS_S)
+        with world.group_for_a_while(here, busy=len(here), mailbox=True) as group:
+            if group is not None:
+                within = _measure_link(group, is_shared=group.device.type == "cpu")
+                meeting_s = _seconds(group, functools.partial(group.barrier, "a measured meeting"), _CALLS_S)
         everyone.barrier("after the link within a host")
     if len(firsts) > 1:
-        group = world.group_of(firsts, busy=len(firsts))
-        # Each host has a cable of its own.
-        between = none if group is None else _measure_link(group, is_shared=False)
+        with world.group_for_a_while(firsts, busy=len(firsts), mailbox=True) as group:
+            # Each host has a cable of its own.
+            between = none if group is None else _measure_link(group, is_shared=False)
         everyone.barrier("after the link between hosts")
     return within, between, meeting_s
 

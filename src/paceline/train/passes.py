@@ -45,6 +45,15 @@ def wants_more(number: int, taken_s: float, budget_s: float) -> bool:
     return taken_s < (budget_s if number < MOST else min(budget_s, LEAST_S))
 
 
+def without_node(tensor: torch.Tensor) -> torch.Tensor:
+    """What a hook may give back for `tensor`, which is saved for a backward pass.
+
+    An operation often saves its own result, which holds on to the operation: nothing could free either any more, nor
+    the whole graph before it, as the collector does not see through torch's.
+    """
+    return tensor if tensor.is_leaf else tensor.detach()
+
+
 @dataclasses.dataclass
 class Timing:
     """Passes of one size: of each pass the seconds of each call, without those spent waiting for other workers."""
@@ -279,7 +288,7 @@ class Passes:
             if storage.data_ptr() not in stored:
                 stored.add(storage.data_ptr())
                 saved.append(storage.nbytes())
-            return tensor
+            return without_node(tensor)
 
         self._calls.on_call = call
         try:

@@ -42,8 +42,11 @@ class _Candidate:
     steps_per_round: int = 1
     round_s: list[float] = dataclasses.field(default_factory=list)
     results: list[StepResult] = dataclasses.field(default_factory=list)
+    growth: Growth | None = None
+    """Of this worker's memory, where this candidate was the first of its replica."""
     grown_bytes: int | None = None
-    """By which the memory of this worker grew, when it built the model and took its first steps."""
+    """By which the memory of this worker grew at most, when it built the model and took its steps; where replicas take
+    turns, its first ones."""
     evaluation_grown_bytes: int | None = None
     """By which it grew then until it had evaluated a few batches."""
 
@@ -74,7 +77,7 @@ def time_by_turns(
     number = sum(map(len, texts))
     trials: list[Trial] = []
     for at, group in enumerate(texts):
-        _leave_room(everyone)
+        _leave_room(world, everyone)
         timer = LayoutTimer(
             job,
             [Layout.parse(text) for text in group],
@@ -87,13 +90,14 @@ def time_by_turns(
             evaluates=evaluates,
         )
         trials += [trial.model_copy(update={"group": at}) for trial in timer.run()]
-    _leave_room(everyone)
+    _leave_room(world, everyone)
     return trials
 
 
-def _leave_room(everyone: Group) -> None:
+def _leave_room(world: World, everyone: Group) -> None:
     """Have what all workers have freed given back, that of those too whom the next layout leaves out."""
     gc.collect()  # models and their hooks refer to each other
+    world.forget_rooms()
     give_back_freed_memory()
     everyone.barrier("memory is given back")
 
@@ -136,6 +140,7 @@ class LayoutTimer:
     def run(self) -> list[Trial]:
         """Time all candidates; the same list on every worker, rank 0's measurements."""
         self._time()
+        self._grow_on()
         self._take_worst()
         trials = [self._trial(candidate) for candidate in self._candidates]
         self._replicas.clear()
@@ -194,11 +199,12 @@ class LayoutTimer:
         group.barrier("after a trial")
         seconds = time.perf_counter() - begin_s
         if growth is not None:
-            candidate.grown_bytes = growth.most_bytes()
+            candidate.growth, candidate.grown_bytes = growth, growth.most_bytes()
             if self._evaluates:
                 growth.begin_anew()
                 self._evaluate(replica, max(EVALUATED_BATCHES, 2 * layout.pp))
                 candidate.evaluation_grown_bytes = growth.most_bytes()
+                growth.begin_anew()
         candidate.results += results
         # Only whole batches are compared: an epoch's last one may be smaller.
         samples = sum(result.samples for result in results)
@@ -229,6 +235,14 @@ class LayoutTimer:
     def _key(self, layout: Layout) -> Layout:
         """Layouts that differ in their threads alone have one replica, or, without a pipeline, in micro-batches."""
         return layout.model_copy(update={"threads": None, "micro": layout.micro if layout.pp > 1 else 1})
+
+    def _grow_on(self) -> None:
+        """What the steps after the first ones have added: freed memory has gaps that nothing fits into."""
+        if len(self._replicas) != 1:
+            return
+        for candidate in self._candidates:
+            if candidate.growth is not None and candidate.grown_bytes is not None:
+                candidate.grown_bytes = max(candidate.grown_bytes, candidate.growth.most_bytes() or 0)
 
     def _take_worst(self) -> None:
         """Of each candidate the growth of the worker whose memory grew most, on all workers."""
