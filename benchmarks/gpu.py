@@ -5,7 +5,8 @@
 
 A job is measured as by `paceline plan`. Then each layout of one worker (numbers of micro-batches, what is computed
 again in the backward pass) is trained by itself, in two rounds, its fastest first. Memory is what torch has allocated
-on the device at most. The peers are a loop of plain PyTorch over the same batches, as it is and compiled.
+on the device at most, and what the driver takes. The peers are a loop of plain PyTorch over the same batches, as it is
+and compiled.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import mean, median
+from typing import Any
 
 import torch
 from peers import ROOT
@@ -29,7 +31,7 @@ from paceline.comm.world import World, gather_cluster, join
 from paceline.errors import LayoutError
 from paceline.job import Job
 from paceline.load import load_job
-from paceline.measure.machine import describe_host, device_kind
+from paceline.measure.machine import describe_host, device_kind, peak_memory_bytes
 from paceline.plan.forecast import Forecaster
 from paceline.records import Layout
 from paceline.train.image_format import agree_on_images
@@ -96,8 +98,8 @@ class Result:
     cells: list[Cell] = dataclasses.field(default_factory=list)
     peers_s: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     """Of loops of plain PyTorch."""
-    context_bytes: int = 0
-    """Of the device's memory, what is in use beside what torch has reserved."""
+    profile: dict[str, Any] = dataclasses.field(default_factory=dict)
+    linked: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> Result:
@@ -139,7 +141,7 @@ def trained(job: Job, cell: Cell, world: World, datasets: Datasets) -> None:
         return session.step(next(batches))
 
     cell.round_s.append(timed(step))
-    cell.peak_bytes = max(cell.peak_bytes, torch.cuda.max_memory_allocated())
+    cell.peak_bytes = max(cell.peak_bytes, peak_memory_bytes("cuda"))
     cell.reserved_bytes = max(cell.reserved_bytes, torch.cuda.max_memory_reserved())
 
 
@@ -188,6 +190,7 @@ def measure(name: str, precision: str, world: World, *, compiles: bool) -> Resul
     assert measured is not None
     result.measuring_s = time.perf_counter() - begin_s
     profile, linked = measured
+    result.profile, result.linked = profile.to_json(), linked.to_json()
     forecaster = Forecaster(profile, linked)
     tried = {one.layout for one in profile.tried}
     for text in LAYOUTS:
@@ -216,9 +219,6 @@ def measure(name: str, precision: str, world: World, *, compiles: bool) -> Resul
             result.peers_s.setdefault(way, []).append(
                 plain(job, precision, world, datasets, compiled=compiled)
             )
-    emptied()
-    free, whole = torch.cuda.mem_get_info()
-    result.context_bytes = whole - free - torch.cuda.memory_reserved()
     return result
 
 
@@ -260,7 +260,6 @@ def table(results: Sequence[Result]) -> str:
         ]
         told = ["–" if s is None else f"{s * 1e3:.2f}" for s in times]
         lines.append(f"| {result.job} {result.precision} | {' | '.join(told)} | {result.measuring_s:.0f} |")
-    lines += ["", f"Beside torch's own, {first.context_bytes / MIB:,.0f} MiB of the device are in use."]
     return "\n".join(lines) + "\n"
 
 

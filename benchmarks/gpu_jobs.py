@@ -7,7 +7,8 @@
     gpt      a GPT of 218 M parameters, 32 windows of 512 tokens in a global batch, AdamW
     conv     six convolutions of up to 512 channels with BatchNorm on 256 images 3×64×64, SGD with momentum
     mlp      eight linear layers of 4096 (134 M parameters) on 2,048 rows, AdamW
-    launches gpt-small of peer_jobs.py (1.2 M parameters): hundreds of small kernels, which the processor cannot launch as fast as they run
+    launches gpt-small of peer_jobs.py (1.2 M parameters): hundreds of small kernels, which run faster than the
+             processor launches them
 """
 
 from __future__ import annotations

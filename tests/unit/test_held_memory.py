@@ -17,11 +17,13 @@ from torch.utils.data import TensorDataset
 import paceline
 from paceline.comm.group import Group
 from paceline.comm.mesh import data_mesh
+from paceline.comm.world import join
 from paceline.measure import machine
 from paceline.records import Layout
 from paceline.train.held_memory import Growth, measure_held_memory
 from paceline.train.replica import Replica
 from paceline.train.session import Datasets
+from paceline.train.trial import LayoutTimer
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 MIB = 1 << 20
@@ -152,3 +154,42 @@ def test_statistics_of_an_evaluations_batches_are_those_of_whole_batches():
     whole = replica.evaluate(job.data("test"))
     replica.attach(data_mesh(Group.alone(CPU), Layout(micro=4)))
     assert replica.evaluate(job.data("test")) == whole
+
+
+class Growing(nn.Module):
+    """Every forward pass holds some more from then on, as a heap with gaps does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.held = nn.Linear(4, 2), []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.held.append(torch.ones(MIB, dtype=torch.uint8))
+        return self.linear(x)
+
+
+def test_the_memory_of_a_trial_is_what_its_last_steps_hold():
+    data = TensorDataset(torch.zeros(64, 4), torch.zeros(64, dtype=torch.int64))
+    job = paceline.Job(
+        model=Growing,
+        data=lambda split: data,
+        loss=lambda outputs, batch: F.cross_entropy(outputs, batch[1]),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, 0.1),
+        batch_size=64,
+    )
+    world = join("cpu", 60.0)
+    timer = LayoutTimer(
+        job,
+        [Layout(threads=1)],
+        world,
+        Datasets(job, 0),
+        seed=0,
+        precision="fp32",
+        budget_s=0.2,
+        rounds=(3, 3),
+    )
+    (trial,) = timer.run()
+    if trial.grown_bytes is None:
+        pytest.skip("the peak cannot be set back here")
+    # Each round has at least as many steps as the three that warm up have.
+    assert trial.grown_bytes > 20 * MIB

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from command import TOY
@@ -9,6 +11,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import paceline
+from paceline.train.block_costs import BlockCosts
 from paceline.train.passes import FEWEST, LEAST_S, MOST, Timing, wants_more
 from paceline.train.profiling import Curves, Measured, measure_costs
 from paceline.train.session import Datasets
@@ -212,3 +215,22 @@ def test_short_measurements_go_on_for_some_periods_of_a_scheduler():
     assert wants_more(10 * MOST, LEAST_S / 2, 1.0)
     assert not wants_more(MOST, LEAST_S, 1.0)
     assert not wants_more(MOST, LEAST_S / 2, LEAST_S / 4)
+
+
+def tensors_with_a_graph() -> int:
+    """Results of operations that torch keeps for a backward pass, wherever they are held."""
+    gc.collect()
+    found = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
+    return sum(tensor.grad_fn is not None for tensor in found)
+
+
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_measuring_leaves_nothing_behind(in_blocks):
+    """Operations that save their own results, as tanh does, are freed again when what is saved is counted."""
+    before = tensors_with_a_graph()
+    about = {"seed": 1, "device": torch.device("cpu"), "sizes": [4, 16]}
+    if in_blocks:
+        BlockCosts(job(), Datasets(job(), 1), **about).measure(threads=1, budget_s=0.1)
+    else:
+        measure_costs(job(), Datasets(job(), 1), threads=1, budget_s=0.1, **about)
+    assert tensors_with_a_graph() <= before

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from paceline.comm.group import Group
-from paceline.comm.threads import threads_for, user_threads
+from paceline.comm.threads import user_threads
 from paceline.comm.world import World
 from paceline.launch.measuring import Measuring
 from paceline.launch.spec import RunSpec
@@ -15,7 +15,7 @@ from paceline.measure import store
 from paceline.plan.candidates import candidates
 from paceline.plan.choose import JobForecasts, choose
 from paceline.plan.shortlist import shortlist
-from paceline.records import Cluster, Layout, Plan, Trial, describe_layout
+from paceline.records import Cluster, Layout, Plan, Trial
 from paceline.train.session import Datasets
 from paceline.train.trial import time_by_turns
 
@@ -51,7 +51,7 @@ class Choosing:
 
     @property
     def has_choice(self) -> bool:
-        """Whether more than one layout is possible at all."""
+        """Whether there is another layout that a change of the machine could make the fastest."""
         return len(self._always) > 1
 
     def run(self) -> Plan:
@@ -62,14 +62,6 @@ class Choosing:
             PacelineError: the job fails on its first steps.
         """
         everyone = self._everyone
-        if not self.has_choice:
-            (only,) = self._always
-            return Plan(
-                layout=only,
-                label=describe_layout(only, threads_for(1, only.threads), self._cluster.device),
-                reason="it is the only layout that this machine and batch size allow",
-                chosen_by="trial",
-            )
         self._planned = planned = self._forecast()
         trials = self.time(self.shortlist() if planned is not None else [])
         for trial in trials:

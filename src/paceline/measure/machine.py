@@ -136,12 +136,20 @@ def _read_lines(path: Path) -> list[str]:
 
 def peak_memory_bytes(device: str) -> int:
     """The most memory that this process has held: on the GPU where it trains there, else resident."""
-    return torch.cuda.max_memory_allocated() if device == "cuda" else _status_bytes("VmHWM")
+    return (
+        torch.cuda.max_memory_allocated() + _context_bytes() if device == "cuda" else _status_bytes("VmHWM")
+    )
+
+
+def _context_bytes() -> int:
+    """Of the GPU's memory, what is taken and not torch's: the driver's, its kernels', and that of other programs."""
+    free, whole = torch.cuda.mem_get_info()
+    return max(0, whole - free - torch.cuda.memory_reserved())
 
 
 def held_memory_bytes(device: str) -> int:
     """The memory that this process holds now: as `peak_memory_bytes`."""
-    return torch.cuda.memory_allocated() if device == "cuda" else _status_bytes("VmRSS")
+    return torch.cuda.memory_allocated() + _context_bytes() if device == "cuda" else _status_bytes("VmRSS")
 
 
 def forget_peak_memory(device: str) -> bool:

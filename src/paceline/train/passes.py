@@ -25,6 +25,7 @@ from paceline.split.pieces import Piece, find_pieces
 from paceline.split.stages import PieceCalls
 from paceline.split.tensor_mode import plainly
 from paceline.split.trees import tensors_in
+from paceline.train.device_clock import DeviceClock, Mark
 from paceline.train.replica import Replica
 
 FEWEST, MOST = 3, 15
@@ -94,8 +95,7 @@ class _Moment:
     at_s: float
     waited_s: float
     num_exchanges: int
-    event: torch.cuda.Event | None = None
-    """On a GPU, whose own clock counts: it is told what to do long before it does it."""
+    mark: Mark
 
     def work_s(self, before: _Moment) -> float:
         """Since `before`, other than waiting."""
@@ -103,9 +103,7 @@ class _Moment:
 
     def since(self, first: _Moment) -> _Moment:
         """With the time that has passed on the device since `first`; both have come to pass."""
-        if self.event is None or first.event is None:
-            return self
-        return dataclasses.replace(self, at_s=first.event.elapsed_time(self.event) / 1e3)
+        return dataclasses.replace(self, at_s=DeviceClock.seconds(first.mark, self.mark))
 
 
 class Passes:
@@ -128,6 +126,7 @@ class Passes:
         self._job, self._replica, self._model, self._device = job, replica, replica.model, device
         parts = replica.parts
         self._calls = PieceCalls(self._model, find_pieces(self._model)) if parts is None else parts.calls
+        self._clock = DeviceClock(device)
         self._among = among
         self._stand_in = stand_in
         self._exchanges: list[tuple[str, float]] = []
@@ -239,8 +238,7 @@ class Passes:
         finally:
             self._calls.on_call = None
             self._model.zero_grad(set_to_none=True)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if not self._clock.is_callers:
             came = [moment and moment.since(begin) for moment in came]
             *forward, end = (moment.since(begin) for moment in (*forward, end))
         # Backward, from the last call to the first; a gradient that is not seen, or comes early, takes no time.
@@ -321,12 +319,7 @@ class Passes:
 
     def _now(self) -> _Moment:
         waited_s = 0.0 if self._among is None else self._among.waited_s
-        event = None
-        if self._device.type == "cuda":
-            # Nobody waits for it: a GPU that has to be told many small things would stand still after each.
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-        return _Moment(time.perf_counter(), waited_s, len(self._exchanges), event)
+        return _Moment(time.perf_counter(), waited_s, len(self._exchanges), self._clock.mark())
 
 
 @contextlib.contextmanager

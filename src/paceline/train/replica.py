@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +22,7 @@ from paceline.train import training_state
 from paceline.train.allocator import give_back_freed_memory
 from paceline.train.calling import caller
 from paceline.train.data import GlobalBatch, Part, evaluation_parts, repeated
+from paceline.train.device_clock import StepClock
 from paceline.train.evaluation import Totals
 from paceline.train.first_step import decide_on_images, decide_on_matmul
 from paceline.train.held_model import HeldModel
@@ -84,6 +84,7 @@ class Replica:
         self.change_requested = False
         self._seed = seed
         self._num_steps = 0
+        self._clock = StepClock(device)
         self._has_state = False
         """A step has been taken here."""
         self._held = HeldModel(
@@ -244,17 +245,15 @@ class Replica:
             CollectiveError: another worker did not answer.
         """
         self._find_out(batch.parts[0].batch)
-        begin_s = time.perf_counter()
-        waited_before_s = self._mesh.waited_s
+        self._clock.begin(self._mesh.waited_s)
         self._held.begin_pass()
         self._noise.begin(batch, self._num_steps)
         own = self._accumulate(batch)
         stop, change, self.change_requested = self.stop_requested, self.change_requested, False
         local = own.close(self._noise, stop=stop, change=change)
-        backward_end_s = time.perf_counter()
-        hidden_s = self._mesh.waited_s - waited_before_s
+        self._clock.end_backward(self._mesh.waited_s)
         sums = self._reduce(local, weighted=own.weighted and not self._is_whole(batch)).tolist()
-        reduced_s = time.perf_counter()
+        self._clock.end_reduction()
         loss = mean_loss(sums, self._num_steps + 1)
         weight = sums[WEIGHT] if sums[WEIGHTED] > 0 else None
         noise = self._noise.take(sums[NOISE], weight, self._reduction.counted_gradients)
@@ -268,7 +267,7 @@ class Replica:
         self.optimizer.zero_grad(set_to_none=True)
         self._held.publish()
         self._num_steps += 1
-        end_s = time.perf_counter()
+        times = self._clock.end()
         if not self._has_state:
             # The optimizer's state lies where it will be: what is free between its parts is not held on top of a step.
             self._has_state = True
@@ -279,10 +278,10 @@ class Replica:
             lr=lr,
             grad_norm=grad_norm,
             stop=sums[STOP] > 0,
-            step_s=end_s - begin_s + batch.data_s,
-            compute_s=backward_end_s - begin_s - hidden_s,
-            communication_s=hidden_s + reduced_s - backward_end_s,
-            optimizer_s=end_s - reduced_s,
+            step_s=times.step_s + batch.data_s,
+            compute_s=times.compute_s,
+            communication_s=times.communication_s,
+            optimizer_s=times.optimizer_s,
             data_s=batch.data_s,
             noise=noise,
             change=sums[CHANGE] > 0,

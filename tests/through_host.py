@@ -62,7 +62,7 @@ def _all_to_all_single(
     return _Arriving(work, lambda: received.copy_(copy))
 
 
-class _Link:
+class Link:
     """Stands for NCCL's group of two: what one sends the other receives, one after the other."""
 
     def __init__(self, name: str, rank: int, timeout_s: float) -> None:
@@ -93,7 +93,7 @@ def go_through_host() -> None:
         "all_reduce": _all_reduce, "broadcast": _broadcast, "all_to_all_single": _all_to_all_single,
     }  # fmt: skip
     wire_collectives.dist = types.SimpleNamespace(**calls)
-    wire.nccl_link = _Link
+    wire.nccl_link = Link
     wire_collectives._all_gather, wire_collectives._reduce_scatter = _all_gather, _reduce_scatter
     kept = {
         name: getattr(dist, name)
