@@ -48,7 +48,7 @@ LAYOUTS = (
     "micro=1", "micro=2", "micro=4", "micro=8", "recompute=full", "recompute=full,micro=4", "recompute=selective",
     "recompute=selective,micro=4",
 )  # fmt: skip
-WARM_UP, FEWEST, ROUNDS, SECONDS = 3, 5, 2, 0.6
+WARM_UP, FEWEST, ROUNDS, SECONDS = 3, 5, 2, 0.5
 """Steps that are not counted and the least that are; rounds, and how long each takes about."""
 MIB = 1 << 20
 

@@ -265,6 +265,18 @@ def test_what_is_computed_again_takes_the_time_of_its_forward_pass():
     assert full.memory.saved < part.memory.saved < plain.memory.saved
 
 
+def test_what_is_computed_again_takes_what_was_measured():
+    """Of a forward pass over so many samples: between two numbers of samples on the line, beyond them as there."""
+    shares = {"selective": ((4.0, 3.0), (16.0, 1.0))}
+    forecaster = Forecaster(profile().model_copy(update={"recomputed_shares": shares}), linked())
+    for micro, share in ((1, 1.0), (2, 2.0 + 1 / 3), (4, 3.0), (8, 3.0)):
+        plain, part = (forecaster.forecast(Layout(recompute=r, micro=micro)) for r in ("none", "selective"))
+        forward_s = 6.5 * (16e-3 + micro * 1e-4)
+        assert part.terms.compute_s - plain.terms.compute_s == pytest.approx(share * forward_s), micro
+    full = forecaster.forecast(Layout(recompute="full")).terms.compute_s
+    assert full - forecaster.forecast(Layout()).terms.compute_s == pytest.approx(6.5 * (16e-3 + 1e-4))
+
+
 def drawn_case(seed: int) -> tuple[Forecaster, list[Layout]]:
     drawn = random.Random(seed)
     forecaster = Forecaster(random_profile(drawn), random_linked(drawn))

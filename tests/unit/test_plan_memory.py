@@ -104,6 +104,30 @@ def test_evaluations_of_tried_layouts_are_in_the_forecasts_of_their_way():
     assert Forecaster(found, there).forecast(two).memory.total == evaluation.total + 5 * MIB
 
 
+def test_of_what_is_computed_again_the_fastest_that_fits_is_taken():
+    """Selective recomputation that takes longer than full, as where a processor has to tell a GPU what to keep."""
+    job = profile(shares_update=False)
+    whole = Forecaster(job, linked()).forecast(Layout()).memory.own
+    slow = job.model_copy(update={"recomputed_shares": {"selective": ((16.0, 3.0),)}})
+    for what, wanted in ((job, "selective"), (slow, "full")):
+        forecaster = Forecaster(what, linked(hosts=1, per_host=1, worker_bytes=whole))
+        found = search(forecaster, number=1000, memory_bytes=whole - 1, margin=0.0).fastest
+        fits = [x for x in map(forecaster.forecast, layouts(forecaster)) if x.memory.own < whole]
+        assert found[0].step_s == min(x.step_s for x in fits)
+        assert [x.layout.recompute for x in found if x.layout.micro == 1] == [wanted]
+
+
+def test_less_than_foreseen_may_be_held_where_something_is_computed_again():
+    job, how = profile(), Layout(recompute="selective")
+    foreseen = Forecaster(job, linked()).forecast(how).memory
+    less = job.model_copy(update={"recomputed_bytes": {"selective": -1e5}})
+    found = Forecaster(less, linked()).forecast(how).memory
+    assert found.total == pytest.approx(foreseen.total - job.batch_size * 1e5)
+    nothing = job.model_copy(update={"recomputed_bytes": {"selective": -1e12}})
+    found = Forecaster(nothing, linked()).forecast(how).memory
+    assert (found.saved, found.temporary) == (0, 0)
+
+
 def test_stages_of_one_host_share_its_memory_out():
     """Four workers on the host, or two on each of two, of which the last block's stage holds more."""
     job, layout = (

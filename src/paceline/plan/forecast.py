@@ -29,6 +29,7 @@ from paceline.plan.profile import (
     Division,
     LinkedCluster,
     Profile,
+    between,
 )
 from paceline.plan.schedules import SCHEDULES
 from paceline.plan.sending import Sending, sending
@@ -281,7 +282,7 @@ class Forecaster:
         speed = self.linked.slowest(layout.workers)
         forward_s, backward_s = self._block_s(layout, block, part, micro)
         forward_s, backward_s = forward_s / speed, backward_s / speed
-        again = {"none": 0.0, "selective": block.selective_share, "full": 1.0}[layout.recompute]
+        again = self._again(layout.recompute, block, micro)
         forward_x, backward_x = 0.0, 0.0
         if isinstance(part, Division):
             place = self.place(layout, "tp")
@@ -313,6 +314,12 @@ class Forecaster:
             largest_bytes=part.parameter_bytes,
             worst=(saved * micro, float(part.trained_bytes), peak * micro),
         )
+
+    def _again(self, how: str, block: Block, samples: float) -> float:
+        """What recomputation takes of a block's forward pass."""
+        if how in self.profile.recomputed_shares:
+            return between(self.profile.recomputed_shares[how], samples)
+        return {"none": 0.0, "selective": block.selective_share, "full": 1.0}[how]
 
     def _block_s(
         self, layout: Layout, block: Block, part: Block | Division, micro: float

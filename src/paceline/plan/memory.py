@@ -57,9 +57,12 @@ def training_memory(
     elif sharers > 1:
         # A gradient is copied to common memory as it comes.
         gradients = kept.shared_gradients
-    if layout.recompute == "full":
+    if layout.recompute in profile.recomputed_bytes:
         samples = profile.batch_size / (layout.data_parallel * layout.micro)
-        temporary = max(0.0, temporary + profile.recomputed_bytes * samples / (layout.tp * layout.pp))
+        more = profile.recomputed_bytes[layout.recompute] * samples / (layout.tp * layout.pp)
+        # Less than nothing is not held: what is saved is forecast too high then.
+        less = min(0.0, temporary + more)
+        temporary, saved = max(0.0, temporary + more), max(0.0, saved + less)
     found = _memory(profile, layout, kept).model_copy(
         update={"gradients": round(gradients), "saved": round(saved), "temporary": round(temporary)}
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Sequence
 from typing import Self
 
 from pydantic import Field, model_validator
@@ -57,7 +58,7 @@ class Block(Record):
     weights_share: float = Field(default=0.5, ge=0, le=1)
     """Of the backward pass: what the gradients of weights take."""
     selective_share: float = Field(default=0.5, ge=0, le=1)
-    """Of the forward pass: what selective recomputation computes again."""
+    """Of the forward pass: what selective recomputation takes, where that was not measured."""
     parameter_bytes: int = Field(default=0, ge=0)
     trained_bytes: int = Field(default=0, ge=0)
     """Of the parameters that are trained; gradients take as many."""
@@ -91,6 +92,16 @@ class Block(Record):
         if tp == 1:
             return self
         return next((d for d in self.divisions if d.tp == tp), None)
+
+
+def between(points: Sequence[tuple[float, float]], at: float) -> float:
+    """On the lines through `points`, whose first numbers ascend; before the first, and after the last, as there."""
+    if at <= points[0][0]:
+        return points[0][1]
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+        if at <= x1:
+            return y0 + (y1 - y0) * (at - x0) / (x1 - x0)
+    return points[-1][1]
 
 
 class Costs(Record):
@@ -189,9 +200,12 @@ class Profile(Record):
     """Of a worker: pages of files, as the code of libraries, which the host has once."""
     splitting_bytes: int = Field(default=0, ge=0)
     """Of a worker whose layout splits the model, or computes again: the code for that, on top."""
-    recomputed_bytes: float = 0.0
-    """Of one sample, where all is computed again: what is held beyond the inputs of all blocks and the whole of one;
-    negative where it is less."""
+    recomputed_bytes: dict[str, float] = {}
+    """By what is computed again, of one sample: what is held beyond what all blocks keep and the whole of one; negative
+    where it is less."""
+    recomputed_shares: dict[str, tuple[tuple[float, float], ...]] = {}
+    """By what is computed again, `(samples, share)`, ascending: what that takes of a forward pass over so many samples.
+    On a GPU more than all of it, where the processor is kept busy with telling it what to keep."""
     evaluation_samples: int = Field(default=0, ge=0)
     """Of a batch of an evaluation, in all."""
     evaluated_bytes: float = Field(default=0.0, ge=0)

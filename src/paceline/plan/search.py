@@ -41,7 +41,7 @@ class Found:
     """What a search has found."""
 
     fastest: tuple[Forecast, ...]
-    """Those that fit, the fastest first; of layouts that differ in `recompute` alone the first that fits."""
+    """Those that fit, the fastest first; of layouts that differ in `recompute` alone the fastest that fits."""
     num_forecast: int
     num_possible: int
     """Layouts with a bound, recomputation aside."""
@@ -82,17 +82,22 @@ def search(
     for least_s, index in bounded:
         if len(fastest) >= number and least_s > fastest[number - 1][0]:
             break
+        fit: list[tuple[float, str, Forecast]] = []
         for layout in _recomputing(possible[index]):
             num_forecast += 1
             found = forecaster.forecast(layout, apart=False)
             room = room_bytes(forecaster.linked, layout, memory_bytes, margin)
             needed = forecaster.needed_bytes(layout) if memory_bytes is None else found.memory.own
             if needed <= room:
-                bisect.insort(fastest, (found.step_s, str(layout), found), key=lambda f: f[:2])
-                break  # computing more again takes longer
+                fit.append((found.step_s, str(layout), found))
+                if layout.recompute == RECOMPUTE[0]:
+                    break  # computing anything again takes longer
+                continue
             refused = Refused(layout, needed, room)
             if smallest is None or refused.lacking_bytes < smallest.lacking_bytes:
                 smallest = refused
+        if fit:
+            bisect.insort(fastest, min(fit, key=lambda f: f[:2]), key=lambda f: f[:2])
     if not fastest:
         assert smallest is not None
         raise LayoutError(
@@ -122,7 +127,7 @@ def layouts(forecaster: Forecaster, workers: int | None = None) -> Iterator[Layo
 
 
 def _recomputing(layout: Layout) -> Iterator[Layout]:
-    """Itself, and the same with ever more computed again: where the first fits, none of the others is faster."""
+    """Itself, and the same with something computed again, which is never faster."""
     for recompute in RECOMPUTE[: 1 if layout.schedule.startswith("zb") else None]:
         yield layout.model_copy(update={"recompute": recompute})
 

@@ -188,8 +188,9 @@ def _backward_on_gpu(
     x = _dense(x)
     if dy.stride() != x.stride():
         dy = torch.empty_like(x, dtype=dy.dtype).copy_(dy)
+    scales = weight is not None
     sum_dy, sum_dy_deviation, d_weight, d_bias = torch.batch_norm_backward_reduce(
-        dy, x, mean, inverse, weight, True, True, True
+        dy, x, mean, inverse, weight, True, scales, scales
     )
     sums = ctx.group.sum_(torch.stack([sum_dy, sum_dy_deviation]), _GRADIENTS)
     count = ctx.total.to(torch.int32).view(1)

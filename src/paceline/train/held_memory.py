@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import gc
 import itertools
+import time
+from collections.abc import Mapping
 
 import torch
 
@@ -19,7 +21,7 @@ from paceline.measure.machine import (
     held_memory_bytes,
     peak_memory_bytes,
 )
-from paceline.records import Layout
+from paceline.records import RECOMPUTE, Layout
 from paceline.train.allocator import give_back_freed_memory
 from paceline.train.data import ShareLoader, few_samples, first_samples, num_samples
 from paceline.train.session import Datasets
@@ -55,6 +57,16 @@ class Growth:
 
 
 @dataclasses.dataclass(frozen=True)
+class Recomputed:
+    """Steps in which something is computed again."""
+
+    peak: int
+    """Bytes held at most, with whole batches."""
+    step_s: tuple[float, float]
+    """As `HeldMemory.step_s`."""
+
+
+@dataclasses.dataclass(frozen=True)
 class HeldMemory:
     """Bytes that one process, which trains alone, holds."""
 
@@ -63,8 +75,10 @@ class HeldMemory:
     peak_in_parts: int
     """At most, with `micro` micro-batches."""
     micro: int
-    peak_recomputed: int | None
-    """At most, with whole batches, where all is computed again in the backward pass; None: the job cannot do that."""
+    recomputed: Mapping[str, Recomputed]
+    """By what is computed again in the backward pass; what the job cannot do is left out."""
+    step_s: tuple[float, float]
+    """Seconds of a step with whole batches, and of one with `micro` micro-batches, where nothing is computed again."""
     evaluation: int
     """At most in an evaluation, with whole batches of `evaluation_samples`."""
     evaluation_samples: int
@@ -90,46 +104,53 @@ def measure_held_memory(
     together = together if length is None else min(together, length)
     fewer = max(1, together // _FEWER)
 
-    def peak(layout: Layout, numbers: tuple[int, ...], evaluated: tuple[int, ...] = ()) -> list[int]:
-        """With each of these numbers of micro-batches, then in an evaluation of each of these numbers of samples."""
+    def peak(layout: Layout, evaluated: tuple[int, ...] = ()) -> tuple[list[int], tuple[float, float]]:
+        """With whole batches, with micro-batches, then in an evaluation of each of these numbers of samples; and
+        seconds of the first two's last steps."""
         mesh = data_mesh(Group.alone(device), layout)
         replica = replica_to_measure(
             job, datasets, seed=seed, device=device, precision=precision, in_parts=layout.splits_model
         )
         if layout.splits_model:
             replica.split(mesh, few_samples(job, datasets["train"], device))
-        found = []
-        for number in numbers:
+        found, step_s = [], []
+        for number in (1, micro):
             give_back_freed_memory()
             forget_peak_memory(kind)
             loader = ShareLoader(
                 job, datasets["train"], seed=seed, micro=number, size=1, rank=0, device=device
             )
             for batch in itertools.islice(loader.endless(), _STEPS):
+                begin_s = _done_s(device)
                 replica.step(batch)
+                last_s = _done_s(device) - begin_s
             found.append(peak_memory_bytes(kind))
+            step_s.append(last_s)
         for number in evaluated:
             give_back_freed_memory()
             forget_peak_memory(kind)
             replica.evaluate(first_samples(datasets["test"], "test", number))
             found.append(peak_memory_bytes(kind))
-        return found
+        return found, (step_s[0], step_s[1])
 
     def held() -> int:
         gc.collect()  # models and their hooks refer to each other
         give_back_freed_memory()
         return held_memory_bytes(kind)
 
-    whole, in_parts, *evaluation = peak(Layout(), (1, micro), (fewer, EVALUATED_BATCHES * together))
+    (whole, in_parts, *evaluation), step_s = peak(Layout(), (fewer, EVALUATED_BATCHES * together))
     empty, files = held(), file_memory_bytes(kind)
-    recomputed = None
-    with contextlib.suppress(LayoutError):
-        (recomputed,) = peak(Layout(recompute="full"), (1,))
+    recomputed = {}
+    for how in RECOMPUTE[1:]:
+        with contextlib.suppress(LayoutError):
+            (most, _), took_s = peak(Layout().model_copy(update={"recompute": how}))
+            recomputed[how] = Recomputed(most, took_s)
     return HeldMemory(
         peak=whole,
         peak_in_parts=in_parts,
         micro=micro,
-        peak_recomputed=recomputed,
+        recomputed=recomputed,
+        step_s=step_s,
         evaluation=evaluation[1],
         evaluation_samples=together,
         evaluation_in_parts=evaluation[0],
@@ -138,3 +159,10 @@ def measure_held_memory(
         files=files,
         splitting=max(0, held() - empty),
     )
+
+
+def _done_s(device: torch.device) -> float:
+    """The time, when all that the device was told is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

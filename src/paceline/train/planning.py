@@ -44,6 +44,9 @@ _TRY = 0.05
 _TRY_ROUNDS = (4, 6)
 """At least, and at most: two steps of a slow layout say little on a machine that others use."""
 
+_LEAST_UNUSUAL = 0.15
+"""Of a step: by so much more or less what is computed again must take than it should, to be believed."""
+
 
 def measure_all(
     job: Job,
@@ -80,7 +83,7 @@ def measure_all(
     if why_in_blocks is None:
         why_in_blocks = why_block_by_block(job, datasets, world, everyone, **about)
     conditions = list(conditions_of(cluster.hosts[0], threads))
-    sizes = _micro_batches(job.batch_size, cluster.workers)
+    sizes = _micro_batches(job.batch_size, cluster.workers, world.device.type)
     parts = len(conditions) + 2
     held, blocks = None, None
     if why_in_blocks:
@@ -273,11 +276,30 @@ def _with_memory(profile: Profile, linked: LinkedCluster, threads: int, held: He
         }
     )
     found = _with_evaluation(found, linked, threads, held)
-    if held.peak_recomputed is None:
-        return found
-    layout = Layout(recompute="full", threads=threads)
-    more = rest(held.peak_recomputed, found, layout)
-    return found.model_copy(update={"recomputed_bytes": more / profile.batch_size})
+    more = {
+        how: rest(one.peak, found, Layout(threads=threads).model_copy(update={"recompute": how}))
+        / profile.batch_size
+        for how, one in held.recomputed.items()
+    }
+    shares = {how: _shares_again(found, held, how) for how in held.recomputed}
+    return found.model_copy(update={"recomputed_bytes": more, "recomputed_shares": shares})
+
+
+def _shares_again(profile: Profile, held: HeldMemory, how: str) -> tuple[tuple[float, float], ...]:
+    """What computing again takes of a forward pass, by its samples, from steps with and without it."""
+    recomputed = held.recomputed[how]
+    row, found = profile.costs[0].model, {}
+    for micro, plain_s, taken_s in zip((1, held.micro), held.step_s, recomputed.step_s, strict=True):
+        samples = profile.batch_size / micro
+        forward_s = micro * sum(block.forward_s(samples) for block in row)
+        usual_s = (
+            forward_s if how == "full" else micro * sum(b.selective_share * b.forward_s(samples) for b in row)
+        )
+        if abs(taken_s - plain_s - usual_s) <= _LEAST_UNUSUAL * plain_s:
+            # A step or two say no more than that it takes about what it should.
+            taken_s = plain_s + usual_s
+        found[samples] = max(0.0, taken_s - plain_s) / forward_s
+    return tuple(sorted(found.items()))
 
 
 def _with_evaluation(profile: Profile, linked: LinkedCluster, threads: int, held: HeldMemory) -> Profile:
@@ -295,12 +317,14 @@ def _with_evaluation(profile: Profile, linked: LinkedCluster, threads: int, held
     )
 
 
-def _micro_batches(batch_size: int, workers: int) -> list[int]:
+def _micro_batches(batch_size: int, workers: int, device: str) -> list[int]:
     """Sizes from a whole batch down to what a worker has of one of four micro-batches.
 
+    On a GPU more of them: small ones take as long as it takes to launch them, and no line goes through both ends.
     Two samples at least: batch norm has no statistics of one alone, and its workers take those of all together.
     """
-    return sorted({max(min(2, batch_size), batch_size // n) for n in (1, workers, 4 * workers)})
+    parts = (1, workers, 4 * workers) if device == "cpu" else (1, *(n * workers for n in (1, 2, 4, 8)))
+    return sorted({max(min(2, batch_size), batch_size // n) for n in parts})
 
 
 def _shares_update(job: Job, seed: int, device: torch.device, *, in_parts: bool) -> bool:
