@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from paceline.errors import SplitError
 from paceline.split import absent
-from paceline.split.absent import AbsentCalls
+from paceline.split.absent import AbsentCalls, AbsentPieces
+from paceline.split.pieces import Piece
+from paceline.split.trees import flatten
 
 
 def absent_tensor(*shape, requires_grad=True, dtype=torch.float32):
@@ -105,3 +109,24 @@ def test_a_call_that_needs_values_fails_each_time():
     for _ in range(2):
         with pytest.raises(SplitError, match="on a value that another stage computes"):
             calls.result(torch.Tensor.item, (absent_tensor(1),), {})
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4, device="meta")
+
+    def forward(self, x, mask):
+        return self.norm(x * mask)
+
+
+def test_a_piece_that_is_absent_may_be_given_what_is_on_a_gpu():
+    """As a mask that every stage makes for itself; nothing of it is computed."""
+    gpu = torch.device("cuda", 0)
+    with FakeTensorMode():
+        mask = torch.ones(3, 1, device=gpu)
+    piece = Piece("masked", Masked())
+    leaves, restore = flatten(((absent_tensor(3, 4, requires_grad=False), mask), {}))
+    with torch.no_grad():  # which asks the device, where there is one
+        found = AbsentPieces(gpu).outputs(piece, piece.module.forward, leaves, restore)
+    assert (found.is_meta, found.shape) == (True, (3, 4))

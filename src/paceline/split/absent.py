@@ -24,7 +24,12 @@ from paceline.split.trees import flatten, map_arguments, tensors_in
 class AbsentPieces:
     """What the pieces of other stages would return, from the shapes of what they are given."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        """
+        Args:
+            device: of what is not absent: a piece may be given both, and none computes on two devices.
+        """
+        self._device = device
         self._known: dict[Any, tuple[list[Any], Callable[[list[Any]], Any]]] = {}
 
     def outputs(
@@ -60,10 +65,10 @@ class AbsentPieces:
         try:
             try:
                 with FakeTensorMode(allow_non_fake_inputs=True), _quietly():
-                    return _describe(piece, forward, leaves, restore, torch.empty)
+                    return _describe(piece, forward, leaves, restore, torch.empty, self._device)
             except Exception:
                 # What it does depends on values: it is run once on zeros, with weights of zero.
-                return _describe(piece, forward, leaves, restore, torch.zeros)
+                return _describe(piece, forward, leaves, restore, torch.zeros, self._device)
         except Exception as error:
             raise SplitError(
                 f"the model cannot be cut into pipeline stages: what {piece.name} returns cannot be told from the "
@@ -229,12 +234,16 @@ def _describe(
     leaves: list[Any],
     restore: Callable[[list[Any]], Any],
     make: Callable[..., torch.Tensor],
+    device: torch.device,
 ) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """Run the piece on tensors that `make` makes, and say what it returns."""
+    """Run the piece on tensors that `make` makes, those of absent ones on `device`, and say what it returns."""
     module = Calling(piece.module, forward)
     with plainly():
-        stand_ins = [_stand_in(leaf, make) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        state = {n: _stand_in(t, make) for n, t in (*module.named_parameters(), *module.named_buffers())}
+        stand_ins = [
+            _stand_in(leaf, make, device) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves
+        ]
+        tensors = (*module.named_parameters(), *module.named_buffers())
+        state = {name: _stand_in(tensor, make, device) for name, tensor in tensors}
     args, kwargs = restore(stand_ins)
     found, rebuild = flatten(functional_call(module, state, args, kwargs))
     given = {id(t): number for number, t in enumerate(stand_ins) if _is_object(t)}
@@ -293,9 +302,8 @@ class _Given:
         return leaves[self.number]
 
 
-def _stand_in(tensor: torch.Tensor, make: Callable[..., torch.Tensor]) -> torch.Tensor:
-    device = "cpu" if tensor.is_meta else tensor.device
-    new = make(tensor.shape, dtype=tensor.dtype, device=device)
+def _stand_in(tensor: torch.Tensor, make: Callable[..., torch.Tensor], device: torch.device) -> torch.Tensor:
+    new = make(tensor.shape, dtype=tensor.dtype, device=device if tensor.is_meta else tensor.device)
     new = new.contiguous(memory_format=memory_format_of(tensor))
     if isinstance(tensor, nn.Parameter):
         # Rules know a weight by its class.

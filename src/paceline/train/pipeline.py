@@ -47,7 +47,7 @@ class Pipeline:
         self.links = StageLinks(split.mesh.pipeline, schedule.worker_of, self._stages.num_stages)
         self.in_parts = schedule.in_parts
         """Whether gradients of inputs and of weights are computed apart."""
-        absent, absent_calls = AbsentPieces(), AbsentCalls(device)
+        absent, absent_calls = AbsentPieces(device), AbsentCalls(device)
         own = [s for s in range(self._stages.num_stages) if schedule.worker_of(s) == self._rank]
         self._modes = {
             stage: PipelineStage(
