@@ -21,6 +21,20 @@ def test_a_slow_network_hides_what_the_backward_pass_takes_after_the_first_bucke
     assert exposed_s(BLOCKS, 4, whole_s=12.0) == pytest.approx(8.0)
 
 
+def test_a_bucket_is_full_before_the_block_ends_whose_first_gradients_fill_it():
+    # A bucket of 6 is full after 3 s, and the next after 6; each takes 1 s.
+    assert exposed_s(BLOCKS, 6, whole_s=2.0) == pytest.approx(1.0)
+    # The first 6 of 12 bytes take 6 s, from 3 s on; then the others.
+    assert exposed_s(BLOCKS, 6, whole_s=12.0) == pytest.approx(9.0)
+    # Of 11 the last byte is sent by itself: 5.5 s from 5.5 s on, and half a second more.
+    assert exposed_s(BLOCKS, 11, whole_s=6.0) == pytest.approx(5.5)
+
+
+def test_what_is_larger_than_a_bucket_is_there_at_its_end():
+    # 1 byte goes when the 8 come that do not fit with it; these are there at 4 s and take 8.
+    assert exposed_s([(2.0, 1.0), (2.0, 8.0)], 4, whole_s=9.0) == pytest.approx(8.0)
+
+
 def test_in_one_bucket_nothing_is_hidden():
     assert exposed_s(BLOCKS, 100, whole_s=3.0) == pytest.approx(3.0)
 

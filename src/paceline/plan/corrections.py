@@ -59,7 +59,16 @@ def corrected(profile: Profile, linked: LinkedCluster, tried: Sequence[Tried]) -
         elif len(place[0]) == 1:
             corrections.append(_of_a_step(bare, linked, place, of_place))
     each = bare.model_copy(update={"corrections": tuple(corrections)})
-    corrections += [_of_a_step(each, linked, *item) for item in groups.items() if len(item[0][0]) > 1]
+    several = sorted(
+        (item for item in groups.items() if len(item[0][0]) > 1), key=lambda item: -_num_micro(item[1])
+    )
+    micro_s: dict[tuple[bool, bool], float] = {}
+    for place, of_place in several:
+        # Of pipelines whose data are split: what a further micro-batch takes more there.
+        kind = PIPELINE in place[0] and TENSOR not in place[0], place[2]
+        corrections.append(_of_a_step(each, linked, place, of_place, micro_s.get(kind)))
+        if _num_micro(of_place) > 1:
+            micro_s[kind] = corrections[-1].micro_s
     return bare.model_copy(update={"corrections": tuple(corrections), **_bytes(bare, linked, tried)})
 
 
@@ -81,8 +90,17 @@ def _bytes(profile: Profile, linked: LinkedCluster, tried: Iterable[Tried]) -> d
     return {"unexplained_bytes": steps, "unexplained_evaluation_bytes": evaluations}
 
 
-def _of_a_step(profile: Profile, linked: LinkedCluster, place: _Place, tried: Sequence[Tried]) -> Correction:
-    """A straight line through what layouts with one and with several micro-batches took beyond their forecasts."""
+def _of_a_step(
+    profile: Profile,
+    linked: LinkedCluster,
+    place: _Place,
+    tried: Sequence[Tried],
+    known_micro_s: float | None = None,
+) -> Correction:
+    """A straight line through what layouts with one and with several micro-batches took beyond their forecasts.
+
+    Where one was tried, its further micro-batches take what they do in pipelines that split otherwise, `known_micro_s`.
+    """
     ways, workers, over_network, threads = place
     forecaster = Forecaster(profile, linked)
 
@@ -98,6 +116,9 @@ def _of_a_step(profile: Profile, linked: LinkedCluster, place: _Place, tried: Se
     elif ways in ((GATHERED,), (TENSOR,)):
         # Each micro-batch gathers, or exchanges, anew.
         step_s = micro_s = missing_s(few) / few.layout.micro
+    elif known_micro_s is not None and PIPELINE in ways and TENSOR not in ways:
+        micro_s = known_micro_s
+        step_s = missing_s(few) - (few.layout.micro - 1) * micro_s
     else:
         step_s = missing_s(few)
     return Correction(
@@ -151,11 +172,37 @@ def _of_pipelines(
         # Many actions took more than their share, as where workers share cores: fewer do not take less than nothing.
         action_s = _root(lambda a: missing_s(few, a), few.step_s)
         update |= {"few_action_s": action_s, "few": few.layout.micro}
-    if in_parts and few not in in_parts:
-        one = in_parts[0]
-        # One of them cannot tell actions from steps: actions are taken to cost what they do elsewhere.
-        update["split_step_s"] = missing_s(one, action_s) * linked.slowest(one.layout.workers)
-    return none.model_copy(update=update)
+    found = none.model_copy(update=update)
+    return _in_parts(profile, linked, found, in_parts) if in_parts and few not in in_parts else found
+
+
+def _in_parts(
+    profile: Profile, linked: LinkedCluster, found: Correction, tried: Sequence[Tried]
+) -> Correction:
+    """What is found of pipelines with what those take whose gradients of weights are actions of their own.
+
+    Two of them tell what such an action takes; one cannot tell actions from steps.
+    """
+    few, many = _ends(tried)
+    slowest = linked.slowest(few.layout.workers)
+
+    def missing_s(one: Tried, weight_s: float | None) -> float:
+        correction = found.model_copy(update={"weight_action_s": weight_s, "split_step_s": 0.0})
+        told = Forecaster(profile.model_copy(update={"corrections": (correction,)}), linked)
+        return one.step_s - told.forecast(one.layout).step_s
+
+    weight_s = None
+    if many is not few:
+        weight_s = _root(lambda w: missing_s(many, w) - missing_s(few, w), many.step_s)
+    step_s = missing_s(few, weight_s)
+    if many is not few:
+        step_s = (step_s + missing_s(many, weight_s)) / 2
+    return found.model_copy(update={"weight_action_s": weight_s, "split_step_s": step_s * slowest})
+
+
+def _num_micro(tried: Sequence[Tried]) -> int:
+    """Of different numbers of micro-batches."""
+    return len({one.layout.micro for one in tried})
 
 
 def _in_whole(tried: Sequence[Tried]) -> list[Tried]:

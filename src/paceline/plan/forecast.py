@@ -37,7 +37,7 @@ from paceline.plan.stages import Stage, join
 from paceline.plan.terms import Forecast, Memory, Terms
 from paceline.plan.timeline import makespan_s
 from paceline.plan.updates import one_copy, updating
-from paceline.plan.ways import corrections_of, ways_of
+from paceline.plan.ways import corrections_of, size_of, ways_of
 from paceline.records import Layout
 
 _MOST_TAKEN_OFF = 0.5
@@ -139,12 +139,14 @@ class Forecaster:
             for one, weight in self._corrections(layout, some):
                 each_step_s = _step_of(one, layout)
                 micro = layout.micro if one.micro_s > 0 else min(layout.micro, one.micro)
-                if layout.pp > 1 and some not in ((GATHERED,), (TENSOR,)):
+                if layout.pp > 1 and len(some) == 1 and some not in ((GATHERED,), (TENSOR,)):
                     # What micro-batches take in a pipeline its actions tell.
                     micro = 1
                 found_s = each_step_s + (micro - 1) * one.micro_s
-                # What few did not wait for, more do not wait for either; they are not spared more than that.
-                more_s += found_s * (weight if found_s > 0 else min(weight, 1.0))
+                if found_s < 0 and one.workers and (weight > 1 or size_of(layout, some) < layout.workers):
+                    # What few did not wait for passed while they computed; each of more computes as much less.
+                    weight = min(weight, 1.0, one.workers / layout.workers)
+                more_s += found_s * weight
         more_s /= self.linked.slowest(layout.workers)
         # What was tried is believed; on other hosts and links, too, nothing takes no time.
         least_s = min(step_s * (1 - _MOST_TAKEN_OFF), self._tried_s.get(layout, math.inf))
@@ -168,15 +170,16 @@ class Forecaster:
     def _corrections(self, layout: Layout, ways: tuple[str, ...]) -> list[tuple[Correction, float]]:
         return corrections_of(self.profile.corrections, layout, ways, self._places)
 
-    def _action_s(self, layout: Layout) -> float:
-        """What an action of a pipeline takes beside its blocks."""
-        found = self._corrections(layout, (PIPELINE,))
-        each = (
-            (one.few_action_s if _is_of_few(one, layout) else one.action_s, weight) for one, weight in found
-        )
-        return sum((action_s or 0.0) * weight for action_s, weight in each) / self.linked.slowest(
-            layout.workers
-        )
+    def _actions_s(self, layout: Layout) -> tuple[float, float]:
+        """What actions of a pipeline take beside their blocks: forward and backward passes, and gradients of weights
+        where these are actions of their own."""
+        action_s = weight_s = 0.0
+        for one, weight in self._corrections(layout, (PIPELINE,)):
+            each_s = one.few_action_s if _is_of_few(one, layout) else one.action_s
+            action_s += (each_s or 0.0) * weight
+            weight_s += _weight_action_s(one, each_s or 0.0) * weight
+        speed, in_parts = self.linked.slowest(layout.workers), SCHEDULES[layout.schedule].in_parts
+        return action_s / speed, weight_s / speed * in_parts
 
     def _heaviest(self, layout: Layout, stages: Sequence[Stage]) -> list[Stage]:
         """The stages of the worker that has most parameters to update."""
@@ -251,11 +254,8 @@ class Forecaster:
             layout.recompute,
         )
         key += (self.linked.slowest(layout.workers), self.place(layout, "tp"), self.place(layout, "data"))
-        action_s, in_parts = 0.0, False
-        if layout.pp > 1:
-            in_parts = SCHEDULES[layout.schedule].in_parts
-            action_s = self._action_s(layout)
-        key += (action_s, in_parts)
+        actions_s = self._actions_s(layout) if layout.pp > 1 else (0.0, 0.0)
+        key += actions_s
         if key not in self._stages:
             row = self._row(layout)
             # Whatever the links: a faster one does not move the cuts, and so never makes a forecast slower.
@@ -264,9 +264,7 @@ class Forecaster:
             busy_s = [*busy_s[: most - 1], sum(busy_s[most - 1 :])]
             cuts = partition(busy_s, number, sends=[piece.output_bytes for piece in row[:most]])
             cuts[-1] = len(row)
-            self._stages[key] = tuple(
-                join(row[a:b], action_s, in_parts=in_parts) for a, b in itertools.pairwise(cuts)
-            )
+            self._stages[key] = tuple(join(row[a:b], *actions_s) for a, b in itertools.pairwise(cuts))
         return self._stages[key]
 
     def _row(self, layout: Layout) -> list[Stage]:
@@ -444,9 +442,23 @@ def _step_of(one: Correction, layout: Layout) -> float:
     if one.few_action_s is None:
         return (one.split_step_s or 0.0) if in_parts else one.step_s
     # Where actions cost more from some number on, a step is that much shorter, so that both lines meet there. With
-    # three actions for two it is so by half as much again.
+    # a third action for two it is so by as much more.
     meets_s = 0.0 if _is_of_few(one, layout) else one.step_s
-    return (one.split_step_s or 0.0) + 1.5 * meets_s if in_parts else meets_s
+    if not in_parts:
+        return meets_s
+    if one.weight_action_s is None and one.action_s:
+        meets_s *= (2 + _weight_action_s(one, one.action_s) / one.action_s) / 2
+    return (one.split_step_s or 0.0) + meets_s
+
+
+def _weight_action_s(one: Correction, action_s: float) -> float:
+    """What an action of gradients of weights takes beside its blocks, where others take `action_s`.
+
+    Over a network that is what sending takes, and these send nothing.
+    """
+    if one.weight_action_s is not None:
+        return one.weight_action_s
+    return 0.0 if one.over_network else action_s
 
 
 def _is_of_few(one: Correction, layout: Layout) -> bool:

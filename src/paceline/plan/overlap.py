@@ -26,8 +26,8 @@ def bucket_bytes(device: str, *, over_network: bool, sharers: int = 1) -> int | 
 def exposed_s(blocks: Sequence[tuple[float, float]], bucket: int, whole_s: float) -> float:
     """Seconds from the end of the last backward pass until all gradients are added up.
 
-    Gradients are there when their block's backward pass has ended. As soon as those that have not been sent yet fill
-    a bucket they are on their way, one bucket after the other.
+    Gradients of a block come evenly while its backward pass goes on; those of one that alone fills a bucket come at its
+    end, as they may be of one parameter. As soon as a bucket is full it is on its way, one after the other.
 
     Args:
         blocks: of each block, in the order of the backward pass: its seconds, and bytes of gradients.
@@ -37,11 +37,19 @@ def exposed_s(blocks: Sequence[tuple[float, float]], bucket: int, whole_s: float
     total = sum(num_bytes for _, num_bytes in blocks)
     now_s = busy_until_s = waiting = 0.0
     for block_s, num_bytes in blocks:
-        now_s += block_s
-        waiting += num_bytes
-        if waiting >= bucket:
-            busy_until_s = max(busy_until_s, now_s) + whole_s * waiting / total
+        begin_s, now_s = now_s, now_s + block_s
+        sent: list[tuple[float, float]] = []
+        if not num_bytes or waiting + num_bytes < bucket:
+            waiting += num_bytes
+        elif num_bytes <= bucket:
+            first = bucket - waiting
+            sent.append((begin_s + block_s * first / num_bytes, bucket))
+            waiting = num_bytes - first
+        else:
+            sent += [(begin_s, waiting), (now_s, num_bytes)]
             waiting = 0.0
+        for at_s, sent_bytes in sent:
+            busy_until_s = max(busy_until_s, at_s) + whole_s * sent_bytes / total
     if waiting:
         busy_until_s = max(busy_until_s, now_s) + whole_s * waiting / total
     return max(0.0, busy_until_s - now_s)

@@ -176,6 +176,8 @@ class Correction(Record):
     """Micro-batches of the largest number that was tried."""
     action_s: float = Field(default=0.0, ge=0)
     """What an action of a pipeline's schedule takes beside its blocks."""
+    weight_action_s: float | None = None
+    """The same of gradients of weights where these are actions of their own; None: not known."""
     few_action_s: float | None = None
     """The same in steps of no more than `few` micro-batches, which then cost nothing beside it; None: `action_s`."""
     few: int = Field(default=0, ge=0)

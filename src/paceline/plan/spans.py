@@ -174,7 +174,7 @@ def _pipeline(layout: Layout, parts: Parts, data_s: float) -> list[list[StepSpan
         ):
             row += _waiting(data_s + now_s, data_s + span.begin_s, delay_s - before_s)
             action = span.action
-            pieces = _pieces(parts.stages[action.stage], action.kind, in_parts=schedule.in_parts)
+            pieces = _pieces(parts.stages[action.stage], action.kind)
             row += _cut(data_s + span.begin_s, data_s + span.end_s, pieces, action.stage, action.micro)
             now_s = span.end_s
         end_s = data_s + played.makespan_s + parts.sending.behind_s
@@ -215,10 +215,10 @@ def _with_unexplained(row: list[StepSpan], step_s: float, unexplained_s: float) 
     ]
 
 
-def _pieces(stage: Stage, kind: str, *, in_parts: bool = False) -> _Pieces:
+def _pieces(stage: Stage, kind: str) -> _Pieces:
     """What an action is made of. Its exchanges come last, though each follows its own block."""
     backward_tensor_s = stage.tensor_s - stage.forward_tensor_s
-    overhead_s = stage.overhead_s / (3 if in_parts else 2)
+    overhead_s = (stage.overhead_s - stage.weight_overhead_s) / 2
     overhead = ("overhead", overhead_s)
     input_s = stage.input_s - stage.again_s - backward_tensor_s - overhead_s
     match kind:
@@ -226,7 +226,8 @@ def _pieces(stage: Stage, kind: str, *, in_parts: bool = False) -> _Pieces:
             forward_s = stage.forward_s - stage.forward_tensor_s - overhead_s
             return [overhead, ("forward", forward_s), ("tensor", stage.forward_tensor_s)]
         case "W":
-            return [overhead, ("weights", stage.weight_s - overhead_s)]
+            overhead_s = stage.weight_overhead_s
+            return [("overhead", overhead_s), ("weights", stage.weight_s - overhead_s)]
         case "I":
             return [
                 overhead,

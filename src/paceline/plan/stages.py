@@ -33,18 +33,20 @@ class Stage:
     saved, of gradients, and of temporaries."""
     overhead_s: float = 0.0
     """Of the three together: what running them as actions of a schedule takes beside the blocks."""
+    weight_overhead_s: float = 0.0
+    """Of that: of `weight_s`; the other two have equal shares."""
 
     @property
     def busy_s(self) -> float:
         return self.forward_s + self.input_s + self.weight_s
 
 
-def join(pieces: Sequence[Stage], action_s: float = 0.0, *, in_parts: bool = False) -> Stage:
+def join(pieces: Sequence[Stage], action_s: float = 0.0, weight_action_s: float = 0.0) -> Stage:
     """Blocks one after the other.
 
     Args:
-        action_s: what each action takes beside them.
-        in_parts: the gradients of weights are an action of their own.
+        action_s: what a forward and a backward pass take beside them.
+        weight_action_s: what gradients of weights take, where they are actions of their own.
     """
 
     def total(name: str) -> float:
@@ -53,7 +55,7 @@ def join(pieces: Sequence[Stage], action_s: float = 0.0, *, in_parts: bool = Fal
     return Stage(
         forward_s=total("forward_s") + action_s,
         input_s=total("input_s") + action_s,
-        weight_s=total("weight_s") + action_s * in_parts,
+        weight_s=total("weight_s") + weight_action_s,
         tensor_s=total("tensor_s"),
         parameter_bytes=int(total("parameter_bytes")),
         trained_bytes=int(total("trained_bytes")),
@@ -65,7 +67,8 @@ def join(pieces: Sequence[Stage], action_s: float = 0.0, *, in_parts: bool = Fal
         num_blocks=len(pieces),
         largest_bytes=max(piece.largest_bytes for piece in pieces),
         worst=max(_moments(pieces), key=sum),
-        overhead_s=action_s * (3 if in_parts else 2),
+        overhead_s=2 * action_s + weight_action_s,
+        weight_overhead_s=weight_action_s,
     )
 
 

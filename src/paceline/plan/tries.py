@@ -80,7 +80,7 @@ def _in_one_way(n: int, batch_size: int, *, in_full: bool) -> list[tuple[Layout,
     return [
         *((way, way.model_copy(update={"micro": _SEVERAL})) for way in ways),
         *((pipeline,) for pipeline in pipelines),
-        *((pipeline.model_copy(update={"schedule": "zb-h1"}),) for pipeline in pipelines[:1]),
+        *((pipeline.model_copy(update={"schedule": "zb-h1"}),) for pipeline in pipelines),
     ]
 
 
@@ -97,6 +97,8 @@ def _in_two_ways(here: int, everyone: int, divided: int) -> list[tuple[Layout, .
     pipeline = Layout(pp=outer, micro=outer)
     found = [
         pipeline.model_copy(update={"dp_replicate": inner}),
+        # What each further micro-batch takes where pipelines share a cable.
+        pipeline.model_copy(update={"dp_replicate": inner, "micro": _MOST_TIMES * outer}),
         pipeline.model_copy(update={"dp_shard": inner, "zero": 1}),
         *(Layout(dp_replicate=outer, dp_shard=inner, zero=zero) for zero in (1, 3)),
     ]
