@@ -33,12 +33,12 @@ PAIRS = (
     *((job, "two-by-two") for job in ("driving", "gpt-small")),
     *((job, "unequal") for job in ("image", "driving")),
     *(
-        ("mixer", "here"),
-        ("autoencoder", "here"),
-        ("mixer", "two-1g"),
-        ("autoencoder", "two-1g"),
-        ("mixer", "two-100m"),
-        ("autoencoder", "unequal"),
+        ("tcn", "here"),
+        ("sets", "here"),
+        ("tcn", "two-1g"),
+        ("sets", "two-1g"),
+        ("tcn", "two-100m"),
+        ("sets", "unequal"),
     ),
 )
 """Ten jobs, of which two are held out; six clusters."""

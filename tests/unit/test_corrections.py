@@ -168,7 +168,7 @@ def test_two_of_them_tell_what_an_action_of_gradients_of_weights_takes(weight_s)
 
 
 def test_gradients_of_weights_are_not_sent():
-    """Where that was not tried: over a network an action of theirs takes nothing beside its blocks, as it sends none."""
+    """Where that was not tried: over a network an action of theirs takes nothing beside its blocks."""
     made = profile((1.0,) * 4, tps=())
     layout = Layout.parse("pp=2,micro=8,schedule=zb-h1")
     for over_network, shares in ((True, 2.0), (False, 3.0)):

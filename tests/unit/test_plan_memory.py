@@ -9,7 +9,7 @@ from planning_examples import GIB, linked, profile, random_linked, random_profil
 
 from paceline.plan.corrections import corrected
 from paceline.plan.forecast import Forecaster
-from paceline.plan.profile import Tried
+from paceline.plan.profile import Correction, Tried
 from paceline.plan.search import layouts, room_bytes, search
 from paceline.records import Cluster, Layout
 
@@ -166,3 +166,23 @@ def test_sharding_keeps_a_shard_and_what_is_whole_for_a_moment():
     assert (nothing.parameters, nothing.gradients) == (3 * b // 4, 3 * b // 4 + b)
     # Gathered, and its gradients end to end, beside the temporaries of four samples.
     assert nothing.temporary == 2 * b + 4_000_000
+
+
+@pytest.mark.parametrize(("spread", "micro"), [(0.0, 2), (0.01, 2), (0.02, 1)])
+def test_micro_batches_that_save_less_than_measurements_can_tell_are_not_taken(spread, micro):
+    job = profile((1.0,) * 3, 16, ()).model_copy(update={"spread": spread})
+    forecaster = Forecaster(job, linked(1, 1))
+    saved_s = 0.03 * forecaster.forecast(Layout(micro=1)).step_s
+    faster = Correction(ways=("alone",), micro_s=-saved_s, micro=2)
+    faster_in_two = job.model_copy(update={"corrections": (faster,)})
+    plain, two = (Forecaster(faster_in_two, linked(1, 1)).forecast(Layout(micro=m)).step_s for m in (1, 2))
+    assert 0.96 < two / plain < 0.99
+    found = search(Forecaster(faster_in_two, linked(1, 1)), number=5).fastest
+    assert found[0].layout.micro == micro
+    assert {1, 2} <= {x.layout.micro for x in found}
+    # Where memory asks for two, two it is.
+    most = Forecaster(faster_in_two, linked(1, 1)).forecast(Layout(micro=1)).memory.own - 1
+    tight = search(Forecaster(faster_in_two, linked(1, 1)), number=1, memory_bytes=most, margin=0.0).fastest[
+        0
+    ]
+    assert tight.layout.micro > 1

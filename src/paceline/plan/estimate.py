@@ -109,7 +109,7 @@ def _corrections(profile: Profile, first: DescribedHost, scale: Scale) -> dict[s
         return {"tried": (), **nothing, "past_error": error}
     corrections = []
     for one in profile.corrections:
-        names = ("step_s", "split_step_s", "micro_s", "action_s")
+        names = ("step_s", "split_step_s", "micro_s", "action_s", "few_action_s", "weight_action_s")
         found = {name: value for name in names if (value := getattr(one, name)) is not None}
         scaled = {name: value * scale.host for name, value in found.items()}
         # Other clusters have other delays: what was found is taken as it is.

@@ -21,6 +21,8 @@ MEMORY_MARGIN = 0.1
 """Share of a worker's memory that a plan leaves free: forecasts err, and allocators do not fill what they take."""
 FEW = 16
 """Up to this number of workers every size of every axis is tried; above, those that divide the number of workers."""
+_LEVEL_ERRORS = 2.0
+"""Standard errors of a measured step, within which two forecasts are level."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Found:
     """What a search has found."""
 
     fastest: tuple[Forecast, ...]
-    """Those that fit, the fastest first; of layouts that differ in `recompute` alone the fastest that fits."""
+    """Those that fit, the fastest first, or of layouts that are level with it, but for their number of micro-batches,
+    that with the fewest; of layouts that differ in `recompute` alone the fastest that fits."""
     num_forecast: int
     num_possible: int
     """Layouts with a bound, recomputation aside."""
@@ -105,8 +108,31 @@ def search(
             f"worker, and there are {smallest.room_bytes / 2**20:,.0f} MiB ({margin:.0%} left free)",
             next_step="use more workers, workers with more memory, or a smaller model or batch",
         )
-    told = tuple(forecaster.forecast(found.layout) for _, _, found in fastest[:number])
+    first = fastest[0][2].layout
+    chosen = _in_fewest_parts(forecaster, first, memory_bytes, margin)
+    order = dict.fromkeys([chosen, *(found.layout for _, _, found in fastest)])
+    told = tuple(map(forecaster.forecast, list(order)[:number]))
     return Found(told, num_forecast, len(possible), smallest)
+
+
+def _in_fewest_parts(
+    forecaster: Forecaster, fastest: Layout, memory_bytes: int | None, margin: float
+) -> Layout:
+    """The fastest layout; or, without a pipeline, the same with the fewest micro-batches with which it fits and is as
+    fast, as far as the measurements can tell: more of them seem to save a little where nothing is gained.
+    """
+    if fastest.pp > 1:
+        return fastest
+    level_s = forecaster.forecast(fastest).step_s * (1 + _LEVEL_ERRORS * forecaster.profile.spread)
+    for micro in range(1, fastest.micro):
+        layout = fastest.model_copy(update={"micro": micro})
+        if forecaster.profile.batch_size % (layout.data_parallel * micro):
+            continue
+        found = forecaster.forecast(layout)
+        needed = forecaster.needed_bytes(layout) if memory_bytes is None else found.memory.own
+        if found.step_s <= level_s and needed <= room_bytes(forecaster.linked, layout, memory_bytes, margin):
+            return layout
+    return fastest
 
 
 def room_bytes(linked: LinkedCluster, layout: Layout, memory_bytes: int | None, margin: float) -> int:
