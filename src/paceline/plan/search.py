@@ -126,9 +126,10 @@ def _in_fewest_parts(
     level_s = forecaster.forecast(fastest).step_s * (1 + _LEVEL_ERRORS * forecaster.profile.spread)
     for micro in range(1, fastest.micro):
         layout = fastest.model_copy(update={"micro": micro})
-        if forecaster.profile.batch_size % (layout.data_parallel * micro):
+        try:
+            found = forecaster.forecast(layout)
+        except LayoutError:
             continue
-        found = forecaster.forecast(layout)
         needed = forecaster.needed_bytes(layout) if memory_bytes is None else found.memory.own
         if found.step_s <= level_s and needed <= room_bytes(forecaster.linked, layout, memory_bytes, margin):
             return layout

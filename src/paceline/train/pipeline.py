@@ -17,7 +17,7 @@ from paceline.split.flight import Flight, backward, backward_of_inputs
 from paceline.split.pieces import Piece
 from paceline.split.pipeline import PipelineStage
 from paceline.train.data import GlobalBatch, Part
-from paceline.train.seeds import derive, seed_torch
+from paceline.train.seeds import derive, generators_kept, seed_torch
 
 Call = Callable[[Any], Any]
 
@@ -165,13 +165,10 @@ class Pipeline:
 
     def _compute(self, piece: Piece, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run a piece with random numbers of its own: the code between the pieces draws the same on all stages."""
-        state = torch.default_generator.get_state()
         self._calls_seen += 1
-        seed_torch(derive(self._seed, piece.name, self._calls_seen), self._device)
-        try:
+        with generators_kept(self._device):
+            seed_torch(derive(self._seed, piece.name, self._calls_seen), self._device)
             return self._split.compute(piece, forward, args, kwargs)
-        finally:
-            torch.default_generator.set_state(state)
 
 
 def schedule_of(layout: Layout) -> Schedule | None:
