@@ -332,8 +332,13 @@ class Group:
     def _take_wire(self) -> Wire:
         if self._wire is None:
             about = self._process_group, self.ranks, self.device, self._patience
-            self._wire = NcclWire(*about, self._num_wires) if self.device.type == "cuda" else Wire(*about)
+            self._wire = NcclWire(*about, self.wire_name) if self.device.type == "cuda" else Wire(*about)
         return self._wire
+
+    @property
+    def wire_name(self) -> str:
+        """Of what carries its messages: the same on all its workers, and no other's before or after."""
+        return f"{self._process_group.group_name}/{self._num_wires}"
 
 
 class _Posted:

@@ -199,15 +199,16 @@ class NcclWire(Wire):
         ranks: tuple[int, ...],
         device: torch.device,
         patience: Patience,
-        number: int = 0,
+        name: str,
     ):
         """
         Args:
-            number: of the wires that this group has had; the same on all its workers.
+            name: the same on all workers of the group, and no other wire's before or after: a name that was used tells
+                an end where the other one was then.
         """
         super().__init__(process_group, ranks, device, patience)
         self._own = ranks.index(patience.rank)
-        self._number = number
+        self._name = name
         self._links: dict[tuple[int, int], Any] = {}
         self._kept: dict[tuple[int, int], collections.deque[torch.Tensor]] = collections.defaultdict(
             collections.deque
@@ -273,8 +274,7 @@ class NcclWire(Wire):
     def _link(self, source: int, to: int) -> Any:
         """The process group of one direction, in which `source` is rank 0."""
         if (source, to) not in self._links:
-            members = "-".join(map(str, self._ranks))
-            name = f"{members}/{self._number}/{source}-{to}"
+            name = f"{self._name}/{source}-{to}"
             self._links[source, to] = nccl_link(name, int(to == self._own), self._patience.timeout_s)
         return self._links[source, to]
 

@@ -72,15 +72,16 @@ class World:
     def group_for_a_while(
         self, ranks: tuple[int, ...], *, busy: int, mailbox: bool = False
     ) -> Iterator[Group | None]:
-        """`group_of`, with a group that is gone afterwards, and with it what was awaited ahead, however large."""
+        """`group_of`, with a group that is gone afterwards, and with it what was awaited ahead, however large.
+
+        After an error it stays: others may be dead, and leaving in good order needs them.
+        """
         group = self._make_group(ranks, busy, anew=True)
-        try:
-            if group is not None and mailbox:
-                self._let_send(group, busy)
-            yield group
-        finally:
-            if group is not None:
-                group.leave()
+        if group is not None and mailbox:
+            self._let_send(group, busy)
+        yield group
+        if group is not None:
+            group.leave()
 
     def _let_send(self, group: Group, busy: int) -> None:
         """Have its workers send each other messages."""
