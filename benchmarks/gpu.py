@@ -4,7 +4,7 @@
     python benchmarks/gpu.py --from DIR         # the tables again
 
 A job is measured as by `paceline plan`. Then each layout of one worker (numbers of micro-batches, what is computed
-again in the backward pass) is trained by itself, in two rounds, its fastest first. Memory is what torch has allocated
+again in the backward pass) is trained by itself, in two rounds, one after the other. Memory is what torch has allocated
 on the device at most, and what the driver takes. The peers are a loop of plain PyTorch over the same batches, as it is
 and compiled.
 """
