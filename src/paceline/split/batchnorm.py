@@ -139,27 +139,18 @@ class _GlobalBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        x, weight, mean, variance = ctx.saved_tensors
-        inverse = torch.rsqrt(variance + ctx.eps)
-        backward = _backward_on_gpu if x.is_cuda else _backward_on_cpu
-        dx, d_weight, d_bias = backward(dy, x, weight, mean, variance, inverse, ctx)
+        dx, d_weight, d_bias = (_backward_on_gpu if dy.is_cuda else _backward_on_cpu)(ctx, dy)
         if not ctx.counts:
             # A borrowed sample is no part of the statistics, which do not depend on it.
             dx.zero_()
-        if weight is None:
+        if ctx.saved_tensors[1] is None:
             return dx, None, None, None, None, None
         return dx, d_weight, d_bias, None, None, None
 
 
-def _backward_on_cpu(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    mean: torch.Tensor,
-    variance: torch.Tensor,
-    inverse: torch.Tensor,
-    ctx: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _backward_on_cpu(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x, weight, mean, variance = ctx.saved_tensors
+    inverse = torch.rsqrt(variance + ctx.eps)
     # With mean and variance held fixed the fused kernel gives dy·scale, Σ dy·x̂ and Σ dy ...
     dx, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
         dy, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
@@ -176,15 +167,11 @@ def _backward_on_cpu(
 
 
 def _backward_on_gpu(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    mean: torch.Tensor,
-    variance: torch.Tensor,
-    inverse: torch.Tensor,
-    ctx: Any,
+    ctx: Any, dy: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """By the kernels of torch's SyncBatchNorm, the same for all orders of the dimensions in memory."""
+    x, weight, mean, variance = ctx.saved_tensors
+    inverse = torch.rsqrt(variance + ctx.eps)
     x = _dense(x)
     if dy.stride() != x.stride():
         dy = torch.empty_like(x, dtype=dy.dtype).copy_(dy)

@@ -25,6 +25,7 @@ from paceline.plan.curves import Curve
 from paceline.plan.profile import Costs
 from paceline.split.trees import flatten, tensors_in
 from paceline.train.data import ShareLoader
+from paceline.train.device_clock import done_s
 from paceline.train.device_speeds import MOVED_BYTES, addition_s, product_flops_per_s
 from paceline.train.held_memory import Growth
 from paceline.train.passes import FEWEST, GoOn, Passes, Timing, wants_more
@@ -221,15 +222,15 @@ class BlockCosts:
         given = {id(leaf) for leaf in flatten((args, kwargs))[0]}
         try:
             with self._replica.forward_context():
-                begin_s = self._now_s()
+                begin_s = done_s(self._device)
                 outputs = unit.forward(*args, **kwargs)
-                forward_s = self._now_s() - begin_s
+                forward_s = done_s(self._device) - begin_s
             ends = [t for t in tensors_in(outputs) if t.requires_grad and id(t) not in given]
             gradients = [torch.full_like(t, 1e-3) for t in ends]
-            begin_s = self._now_s()
+            begin_s = done_s(self._device)
             if ends:
                 torch.autograd.backward(ends, gradients)
-            return forward_s, self._now_s() - begin_s
+            return forward_s, done_s(self._device) - begin_s
         finally:
             for parameter in unit.read:
                 parameter.grad = None
@@ -245,11 +246,11 @@ class BlockCosts:
                 p.grad = torch.full_like(p, 1e-3)
             for _ in range(_UPDATES):
                 go_on(True)
-                begin_s = self._now_s()
+                begin_s = done_s(self._device)
                 if self._job.clip_norm is not None:
                     nn.utils.clip_grad_norm_(trained, self._job.clip_norm)
                 optimizer.step()
-                found_s.append(self._now_s() - begin_s)
+                found_s.append(done_s(self._device) - begin_s)
             return median(found_s[1:]), _state_bytes(optimizer, trained)
 
     def _together(self, around: Timing, alone: dict[int, dict[int, _Passes]], samples: int) -> Timing:
@@ -273,11 +274,6 @@ class BlockCosts:
         )
         batches = loader.endless()
         return mean(next(batches).data_s for _ in range(1 + FEWEST))
-
-    def _now_s(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
 
 
 def state_per_byte(replica: Replica) -> float:

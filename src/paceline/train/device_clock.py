@@ -11,6 +11,13 @@ Mark = float | torch.cuda.Event
 """A moment in a device's work; on a CPU as the caller's clock tells it."""
 
 
+def done_s(device: torch.device) -> float:
+    """The time, when the device has done all that it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 class DeviceClock:
     """Tells moments of a device's work apart without waiting for any.
 

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import gc
 import itertools
-import time
 from collections.abc import Mapping
 
 import torch
@@ -24,6 +23,7 @@ from paceline.measure.machine import (
 from paceline.records import RECOMPUTE, Layout
 from paceline.train.allocator import give_back_freed_memory
 from paceline.train.data import ShareLoader, few_samples, first_samples, num_samples
+from paceline.train.device_clock import done_s
 from paceline.train.session import Datasets
 from paceline.train.thrown_away import replica_to_measure
 
@@ -121,9 +121,9 @@ def measure_held_memory(
                 job, datasets["train"], seed=seed, micro=number, size=1, rank=0, device=device
             )
             for batch in itertools.islice(loader.endless(), _STEPS):
-                begin_s = _done_s(device)
+                begin_s = done_s(device)
                 replica.step(batch)
-                last_s = _done_s(device) - begin_s
+                last_s = done_s(device) - begin_s
             found.append(peak_memory_bytes(kind))
             step_s.append(last_s)
         for number in evaluated:
@@ -159,10 +159,3 @@ def measure_held_memory(
         files=files,
         splitting=max(0, held() - empty),
     )
-
-
-def _done_s(device: torch.device) -> float:
-    """The time, when all that the device was told is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

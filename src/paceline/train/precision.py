@@ -16,6 +16,7 @@ from paceline.comm.mesh import data_mesh
 from paceline.errors import RunError
 from paceline.job import Job
 from paceline.train.data import GlobalBatch, ShareLoader
+from paceline.train.device_clock import done_s
 from paceline.train.replica import Replica
 from paceline.train.session import Datasets
 
@@ -84,8 +85,6 @@ def _step_s(replica: Replica, batch: GlobalBatch, device: torch.device) -> float
         begin_s = time.process_time()
         replica.step(batch)
         return time.process_time() - begin_s
-    torch.cuda.synchronize(device)
-    begin_s = time.perf_counter()
+    begin_s = done_s(device)
     replica.step(batch)
-    torch.cuda.synchronize(device)
-    return time.perf_counter() - begin_s
+    return done_s(device) - begin_s
