@@ -143,13 +143,13 @@ class _GlobalBatchNorm(torch.autograd.Function):
         if not ctx.counts:
             # A borrowed sample is no part of the statistics, which do not depend on it.
             dx.zero_()
-        if ctx.saved_tensors[1] is None:
-            return dx, None, None, None, None, None
         return dx, d_weight, d_bias, None, None, None
 
 
-def _backward_on_cpu(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    x, weight, mean, variance = ctx.saved_tensors
+def _backward_on_cpu(
+    ctx: Any, dy: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    x, weight, mean, variance = ctx.saved_tensors  # once: what is computed again can be taken no second time
     inverse = torch.rsqrt(variance + ctx.eps)
     # With mean and variance held fixed the fused kernel gives dy·scale, Σ dy·x̂ and Σ dy ...
     dx, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
@@ -163,7 +163,7 @@ def _backward_on_cpu(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     offset = -scale * mean_dy - slope * mean
     shape = [1, -1, *[1] * (x.dim() - 2)]
     dx.addcmul_(x, slope.view(shape).to(x.dtype)).add_(offset.view(shape).to(x.dtype))
-    return dx, d_weight, d_bias
+    return (dx, None, None) if weight is None else (dx, d_weight, d_bias)
 
 
 def _backward_on_gpu(
@@ -182,7 +182,7 @@ def _backward_on_gpu(
     sums = ctx.group.sum_(torch.stack([sum_dy, sum_dy_deviation]), _GRADIENTS)
     count = ctx.total.to(torch.int32).view(1)
     dx = torch.batch_norm_backward_elemt(dy, x, mean, inverse, weight, sums[0], sums[1], count)
-    return dx, d_weight, d_bias
+    return (dx, d_weight, d_bias) if scales else (dx, None, None)
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
