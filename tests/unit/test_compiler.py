@@ -8,6 +8,7 @@ import sys
 TRAIN = """
 import importlib.util, inspect, os, sys
 import torch
+import torch.utils.checkpoint
 from torch import distributed
 from paceline.train.compiler import put_off_compiler
 
@@ -20,6 +21,10 @@ for kind in (torch.optim.SGD, torch.optim.AdamW):
     optimizer.step()
     optimizer.zero_grad()
     optimizer.load_state_dict(optimizer.state_dict())
+x = torch.ones(3, 4, requires_grad=True)
+torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False).sum().backward()
+torch._subclasses.FakeTensorMode()  # as models are built without memory
+config = torch._dynamo.config
 inspect.stack()  # torch's elastic agent calls it, and it looks at all modules
 assert importlib.util.find_spec("torch._dynamo").origin.endswith("__init__.py")
 assert "torch._dynamo.eval_frame" not in sys.modules, "the compiler was loaded"
@@ -38,6 +43,7 @@ for use in USES:
         try:
             exec(use)
             assert torch._dynamo.eval_frame and torch._dynamo.__file__
+            assert torch._dynamo.config is config is sys.modules["torch._dynamo.config"]
         except BaseException as error:
             print(repr(error), file=sys.stderr)
             os._exit(1)

@@ -64,6 +64,20 @@ def test_what_tried_layouts_held_is_in_the_forecasts_of_their_way():
     assert Forecaster(found, there).forecast(Layout()).memory.unexplained == 0
 
 
+def test_a_pipeline_holds_what_one_of_its_kind_held():
+    """That which keeps what gradients of weights need, and that which does not."""
+    job, there = profile(), linked()
+    whole = Layout(pp=2, micro=4)
+    apart = whole.model_copy(update={"schedule": "zb-h1"})
+    held = {x: Forecaster(job, there).forecast(x).memory.total + n * MIB for x, n in ((whole, 1), (apart, 5))}
+    tried = [Tried(layout=x, step_s=1.0, peak_bytes=num_bytes) for x, num_bytes in held.items()]
+    found = Forecaster(corrected(job, there, tried), there)
+    assert {x: found.forecast(x).memory.total for x in held} == held
+    # Of a kind that was not tried as much as of the other.
+    one = Forecaster(corrected(job, there, tried[1:]), there)
+    assert one.forecast(whole).memory.unexplained == one.forecast(apart).memory.unexplained == 5 * MIB
+
+
 def test_the_worst_moment_may_be_an_evaluation():
     """Of 64 samples that hold 50 MB each, beside 10 MB whatever their number."""
     job, there = profile((1.0,) * 3, 16), linked()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from paceline.plan.forecast import Forecaster
+from paceline.plan.memory import held_as
 from paceline.plan.places import Places
 from paceline.plan.profile import (
     ALONE,
@@ -78,7 +79,7 @@ def _bytes(profile: Profile, linked: LinkedCluster, tried: Iterable[Tried]) -> d
     evaluations: dict[str, float] = {}
     forecaster = Forecaster(profile, linked)
     for one in tried:
-        ways = ways_of(one.layout)
+        ways = held_as(one.layout)
         if len(ways) != 1 or ways == (ALONE,):
             continue
         peaks_bytes = one.peak_bytes, one.evaluation_peak_bytes

@@ -24,7 +24,8 @@ def why_not(forecaster: Forecaster, layout: Layout) -> str:
     here = min(layout.workers, linked.per_host)
     if linked.cluster.device == "cpu":
         room -= (linked.per_host - here) * memory.base // here
-    needed = forecaster.needed_bytes(layout)
+    # Workers that have measured have all code loaded.
+    needed = forecaster.needed_bytes(layout) + forecaster.profile.splitting_bytes * (not layout.splits_model)
     if needed <= room:
         return ""
     return (

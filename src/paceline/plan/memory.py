@@ -12,12 +12,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from paceline.plan.profile import Profile
+from paceline.plan.profile import PIPELINE, Profile
+from paceline.plan.schedules import SCHEDULES
 from paceline.plan.stages import Stage
 from paceline.plan.terms import Memory
 from paceline.plan.ways import ways_of
 from paceline.records import Layout
 
+WEIGHTS_APART = "pipeline, gradients of weights apart"
 _LEAST_SHARE = 0.5
 """Of a forecast that is left, however much the tried layouts take off it."""
 
@@ -113,8 +115,21 @@ def _memory(profile: Profile, layout: Layout, kept: _Kept) -> Memory:
     )
 
 
+def held_as(layout: Layout) -> tuple[str, ...]:
+    """The layout's ways of splitting, of which each holds something of its own beyond what is foreseen.
+
+    A pipeline with gradients of weights as actions of their own is another way than one without: until their turn comes
+    it keeps what they need.
+    """
+    is_apart = SCHEDULES[layout.schedule].in_parts
+    return tuple(WEIGHTS_APART if way == PIPELINE and is_apart else way for way in ways_of(layout))
+
+
 def _with_unexplained(found: Memory, layout: Layout, unexplained_bytes: Mapping[str, float]) -> Memory:
-    more = sum(unexplained_bytes.get(way, 0.0) for way in ways_of(layout))
+    more = 0.0
+    for way in held_as(layout):
+        other = {WEIGHTS_APART: PIPELINE, PIPELINE: WEIGHTS_APART}.get(way, way)
+        more += unexplained_bytes.get(way, unexplained_bytes.get(other, 0.0))
     least = round(_LEAST_SHARE * found.own) - found.own
     return found.model_copy(update={"unexplained": max(round(more), least)})
 

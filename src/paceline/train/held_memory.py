@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Mapping
 
 import torch
+from torch import nn
 
 from paceline.comm.group import Group
 from paceline.comm.mesh import data_mesh
@@ -21,14 +22,16 @@ from paceline.measure.machine import (
     peak_memory_bytes,
 )
 from paceline.records import RECOMPUTE, Layout
-from paceline.train.allocator import give_back_freed_memory
+from paceline.split.deferred import build_deferred
+from paceline.train.allocator import give_back_freed_memory, heap_without_holes
 from paceline.train.data import ShareLoader, few_samples, first_samples, num_samples
 from paceline.train.device_clock import done_s
 from paceline.train.session import Datasets
 from paceline.train.thrown_away import replica_to_measure
 
-_STEPS = 2
-"""The first makes the optimizer's state; the second has it beside its activations."""
+FEWEST_STEPS, MOST_STEPS, ENOUGH_S = 3, 8, 2.0
+"""The first makes the optimizer's state; the second has it beside its activations. Some more, where they are short,
+find gaps in the heap that nothing fits into; then a process holds about what it will."""
 _FEWER = 4
 """Micro-batches of the smaller size, or the next number that divides the batch."""
 
@@ -68,7 +71,7 @@ class Recomputed:
 
 @dataclasses.dataclass(frozen=True)
 class HeldMemory:
-    """Bytes that one process, which trains alone, holds."""
+    """Bytes that one process, which trains alone, holds; without what splits models, where nothing is split."""
 
     peak: int
     """At most, with whole batches."""
@@ -90,13 +93,36 @@ class HeldMemory:
     files: int
     """Pages of files among that."""
     splitting: int
-    """What the code that splits models adds to it."""
+    """What the code that splits models adds to it, or computes again."""
+
+
+def load_splitting(device: torch.device) -> int:
+    """Have what splits models, and looks through them, in memory; by how many bytes the process grows for it, if at all.
+
+    torch imports tens of MiB when it first computes without memory. A process that trains a whole model does not.
+    """
+    give_back_freed_memory()
+    before = held_memory_bytes(device.type)
+    build_deferred(lambda: nn.Linear(4, 4), device, None, least_bytes=0)
+    torch.ones(1, device="meta").add(1)
+    give_back_freed_memory()
+    return max(0, held_memory_bytes(device.type) - before)
 
 
 def measure_held_memory(
-    job: Job, datasets: Datasets, *, seed: int, device: torch.device, precision: str
+    job: Job,
+    datasets: Datasets,
+    *,
+    seed: int,
+    device: torch.device,
+    precision: str,
+    splitting: int = 0,
 ) -> HeldMemory:
-    """A few steps, and evaluations of a few batches, in this process, which has not trained anything yet."""
+    """A few steps, and evaluations of a few batches, in this process, which has not trained anything yet.
+
+    Args:
+        splitting: bytes that `load_splitting` has told.
+    """
     kind, micro = device.type, next(m for m in range(_FEWER, 0, -1) if job.batch_size % m == 0)
 
     together = job.evaluation_batch_size or job.batch_size
@@ -120,12 +146,15 @@ def measure_held_memory(
             loader = ShareLoader(
                 job, datasets["train"], seed=seed, micro=number, size=1, rank=0, device=device
             )
-            for batch in itertools.islice(loader.endless(), _STEPS):
+            first_s = done_s(device)
+            for count, batch in enumerate(itertools.islice(loader.endless(), MOST_STEPS), start=1):
                 begin_s = done_s(device)
                 replica.step(batch)
-                last_s = done_s(device) - begin_s
+                end_s = done_s(device)
+                if count >= FEWEST_STEPS and end_s - first_s > ENOUGH_S:
+                    break
             found.append(peak_memory_bytes(kind))
-            step_s.append(last_s)
+            step_s.append(end_s - begin_s)
         for number in evaluated:
             give_back_freed_memory()
             forget_peak_memory(kind)
@@ -142,20 +171,24 @@ def measure_held_memory(
     empty, files = held(), file_memory_bytes(kind)
     recomputed = {}
     for how in RECOMPUTE[1:]:
-        with contextlib.suppress(LayoutError):
+        with contextlib.suppress(LayoutError), heap_without_holes():
             (most, _), took_s = peak(Layout().model_copy(update={"recompute": how}))
             recomputed[how] = Recomputed(most, took_s)
+    more = max(0, held() - empty)
+    whole, in_parts, fewer_evaluated, evaluated, empty = (
+        n - splitting for n in (whole, in_parts, *evaluation, empty)
+    )
     return HeldMemory(
         peak=whole,
         peak_in_parts=in_parts,
         micro=micro,
         recomputed=recomputed,
         step_s=step_s,
-        evaluation=evaluation[1],
+        evaluation=evaluated,
         evaluation_samples=together,
-        evaluation_in_parts=evaluation[0],
+        evaluation_in_parts=fewer_evaluated,
         fewer_samples=fewer,
         empty=empty,
         files=files,
-        splitting=max(0, held() - empty),
+        splitting=splitting + more,
     )

@@ -29,7 +29,7 @@ from paceline.train.block_costs import BlockCosts
 from paceline.train.block_memory import can_hold_divided, with_memory_of_blocks
 from paceline.train.build import build_model, build_optimizer
 from paceline.train.conditions import as_rank_0, conditions_of, under_conditions
-from paceline.train.held_memory import HeldMemory, measure_held_memory
+from paceline.train.held_memory import HeldMemory, load_splitting, measure_held_memory
 from paceline.train.link_speeds import measure_links
 from paceline.train.profiling import Measured, measure_costs, measure_division
 from paceline.train.session import Datasets
@@ -80,6 +80,7 @@ def measure_all(
     # What a run reads is there, of both splits, when memory is measured.
     _ = datasets["train"], datasets["test"]
     about: dict[str, Any] = {"seed": seed, "precision": precision}
+    splitting = load_splitting(world.device)
     if why_in_blocks is None:
         why_in_blocks = why_block_by_block(job, datasets, world, everyone, **about)
     conditions = list(conditions_of(cluster.hosts[0], threads))
@@ -91,7 +92,7 @@ def measure_all(
         blocks = BlockCosts(job, datasets, device=world.device, sizes=sizes, **about)
     elif world.rank == 0:
         take_cores(0, 1, threads or 1)
-        held = measure_held_memory(job, datasets, device=world.device, **about)
+        held = measure_held_memory(job, datasets, device=world.device, splitting=splitting, **about)
     everyone.barrier("after memory was measured")
 
     def measure(group: Group, count: int) -> Measured:

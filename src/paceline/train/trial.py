@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import time
@@ -15,9 +16,9 @@ from paceline.comm.world import World
 from paceline.errors import LayoutError
 from paceline.job import Job
 from paceline.records import Layout, Trial, describe_layout
-from paceline.train.allocator import give_back_freed_memory
+from paceline.train.allocator import give_back_freed_memory, heap_without_holes
 from paceline.train.data import GlobalBatch, ShareLoader, few_samples, first_samples
-from paceline.train.held_memory import EVALUATED_BATCHES, Growth
+from paceline.train.held_memory import ENOUGH_S, EVALUATED_BATCHES, FEWEST_STEPS, MOST_STEPS, Growth
 from paceline.train.replica import Replica
 from paceline.train.session import Datasets
 from paceline.train.step import StepResult
@@ -42,11 +43,9 @@ class _Candidate:
     steps_per_round: int = 1
     round_s: list[float] = dataclasses.field(default_factory=list)
     results: list[StepResult] = dataclasses.field(default_factory=list)
-    growth: Growth | None = None
-    """Of this worker's memory, where this candidate was the first of its replica."""
     grown_bytes: int | None = None
-    """By which the memory of this worker grew at most, when it built the model and took its steps; where replicas take
-    turns, its first ones."""
+    """By which the memory of this worker grew at most, when it built the model and took its first steps, where this
+    candidate was the first of its replica."""
     evaluation_grown_bytes: int | None = None
     """By which it grew then until it had evaluated a few batches."""
 
@@ -124,7 +123,7 @@ class LayoutTimer:
     ) -> None:
         """
         Args:
-            evaluates: find out what an evaluation holds, as well.
+            evaluates: find out what steps and an evaluation hold, before the first round.
             budget_s: about what all of it may take, once each layout has run its first steps.
             rounds: how many at least, and at most.
         """
@@ -139,12 +138,12 @@ class LayoutTimer:
 
     def run(self) -> list[Trial]:
         """Time all candidates; the same list on every worker, rank 0's measurements."""
-        self._time()
-        self._grow_on()
-        self._take_worst()
-        trials = [self._trial(candidate) for candidate in self._candidates]
-        self._replicas.clear()
-        gc.collect()  # models and their hooks refer to each other
+        with heap_without_holes() if self._evaluates else contextlib.nullcontext():
+            self._time()
+            self._take_worst()
+            trials = [self._trial(candidate) for candidate in self._candidates]
+            self._replicas.clear()
+            gc.collect()  # models and their hooks refer to each other
         return trials
 
     def _time(self) -> None:
@@ -189,26 +188,42 @@ class LayoutTimer:
     def _steps(self, candidate: _Candidate, mesh: Mesh) -> float:
         layout, group = candidate.layout, mesh.everyone
         take_cores(self._world.local_rank, min(self._world.local_size, layout.workers), layout.threads)
-        growth = None if self._key(layout) in self._replicas else Growth(self._world.device)
+        growth = Growth(self._world.device) if self._is_first(layout) else None
         replica = self._replica_of(layout, mesh)
         if candidate.batches is None:
             candidate.batches = self._endless(layout, mesh.data)
+        steps = candidate.steps_per_round
+        if growth is not None:
+            self._hold(candidate, replica, group, growth)
+            steps = 1  # it has warmed up
         group.barrier("before a trial")
         begin_s = time.perf_counter()
-        results = [replica.step(next(candidate.batches)) for _ in range(candidate.steps_per_round)]
+        results = [replica.step(next(candidate.batches)) for _ in range(steps)]
         group.barrier("after a trial")
         seconds = time.perf_counter() - begin_s
-        if growth is not None:
-            candidate.growth, candidate.grown_bytes = growth, growth.most_bytes()
-            if self._evaluates:
-                growth.begin_anew()
-                self._evaluate(replica, max(EVALUATED_BATCHES, 2 * layout.pp))
-                candidate.evaluation_grown_bytes = growth.most_bytes()
-                growth.begin_anew()
         candidate.results += results
         # Only whole batches are compared: an epoch's last one may be smaller.
         samples = sum(result.samples for result in results)
         return seconds * self._job.batch_size / samples
+
+    def _is_first(self, layout: Layout) -> bool:
+        """Whether its replica is to be built, and what that holds to be found out."""
+        return self._evaluates and self._key(layout) not in self._replicas
+
+    def _hold(self, candidate: _Candidate, replica: Replica, group: Group, growth: Growth) -> None:
+        """Find out what steps hold, then an evaluation, as of a training that begins."""
+        assert candidate.batches is not None
+        begin_s = time.perf_counter()
+        for count in range(1, MOST_STEPS + 1):
+            replica.step(next(candidate.batches))
+            late = count >= FEWEST_STEPS and time.perf_counter() - begin_s > ENOUGH_S
+            if group.gather_json(late, "steps of a trial")[0]:
+                break
+        candidate.grown_bytes = growth.most_bytes()
+        growth.begin_anew()
+        self._evaluate(replica, max(EVALUATED_BATCHES, 2 * candidate.layout.pp))
+        candidate.evaluation_grown_bytes = growth.most_bytes()
+        growth.begin_anew()
 
     def _evaluate(self, replica: Replica, batches: int) -> None:
         together = self._job.evaluation_batch_size or self._job.batch_size
@@ -235,14 +250,6 @@ class LayoutTimer:
     def _key(self, layout: Layout) -> Layout:
         """Layouts that differ in their threads alone have one replica, or, without a pipeline, in micro-batches."""
         return layout.model_copy(update={"threads": None, "micro": layout.micro if layout.pp > 1 else 1})
-
-    def _grow_on(self) -> None:
-        """What the steps after the first ones have added: freed memory has gaps that nothing fits into."""
-        if len(self._replicas) != 1:
-            return
-        for candidate in self._candidates:
-            if candidate.growth is not None and candidate.grown_bytes is not None:
-                candidate.grown_bytes = max(candidate.grown_bytes, candidate.growth.most_bytes() or 0)
 
     def _take_worst(self) -> None:
         """Of each candidate the growth of the worker whose memory grew most, on all workers."""
