@@ -13,8 +13,9 @@ import itertools
 from collections.abc import Iterator
 
 from paceline.errors import LayoutError
-from paceline.plan.forecast import Forecaster, ways_of
+from paceline.plan.forecast import Forecaster
 from paceline.plan.search import search
+from paceline.plan.ways import ways_of
 from paceline.records import Cluster, Layout
 
 SCHEDULES = ("1f1b", "zb-h1")

@@ -91,7 +91,9 @@ def test_what_the_user_has_set_stays():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
 def test_a_heap_grows_as_in_a_new_process_and_then_fills_its_holes_again():
-    out = subprocess.run([sys.executable, "-c", LEAVE_HOLES], capture_output=True, text=True, check=True, timeout=120)
+    out = subprocess.run(
+        [sys.executable, "-c", LEAVE_HOLES], capture_output=True, text=True, check=True, timeout=120
+    )
     told, is_apart, is_between, taken, grown, left = map(int, out.stdout.split())
     if not told:
         pytest.skip("no glibc, or its settings were chosen in the environment")

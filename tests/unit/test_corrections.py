@@ -199,6 +199,48 @@ def test_pipelines_that_share_a_cable_pay_for_micro_batches_as_two_have_shown():
             assert more_s == pytest.approx(first_s + (micro - 2) * 2e-3, rel=1e-6), (data, micro)
 
 
+def test_pipelines_beside_copies_pay_for_gradients_of_weights_by_themselves():
+    """As much for each micro-batch, with copies and with shards."""
+    made, cluster = profile((1.0,) * 4, tps=()), linked(4, 1)
+    before = Forecaster(made, cluster)
+    texts = [f"pp=2,dp_replicate=2,micro={n}{s}" for n, s in ((2, ""), (8, ""), (8, ",schedule=zb-h1"))]
+    tried = [
+        Tried(layout=x, step_s=before.forecast(x).step_s + more_s)
+        for x, more_s in zip(map(Layout.parse, texts), (4e-3, 4e-3, 20e-3), strict=True)
+    ]
+    after = Forecaster(corrected(made, cluster, tried), cluster)
+    for one in tried:
+        assert after.forecast(one.layout).step_s == pytest.approx(one.step_s, rel=1e-6)
+    fewer = Layout.parse("pp=2,dp_replicate=2,micro=4,schedule=zb-h1")
+    assert after.forecast(fewer).step_s == pytest.approx(before.forecast(fewer).step_s + 12e-3, rel=1e-6)
+
+
+def test_one_with_many_micro_batches_tells_what_an_action_of_gradients_of_weights_takes():
+    made, cluster = profile((1.0,) * 4, tps=()), linked(2, 1)
+    slowly = Correction(ways=("pipeline",), action_s=2e-3, weight_action_s=1e-3)
+    slow = Forecaster(made.model_copy(update={"corrections": (slowly,)}), cluster)
+    layouts = [Layout.parse(f"pp=2,micro={m}{s}") for m, s in ((2, ""), (8, ""), (8, ",schedule=zb-h1"))]
+    tried = [Tried(layout=x, step_s=slow.forecast(x).step_s) for x in layouts]
+    (correction,) = corrected(made, cluster, tried).corrections
+    assert correction.weight_action_s == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+def test_between_two_pipelines_a_third_takes_no_more_than_a_line_between_them(schedule):
+    """Also where messages, which were measured by themselves, were forecast to take far longer than they do."""
+    made, cluster = profile((1e-3,) * 4, tps=()), linked(2, 1)
+    bare = Forecaster(made, cluster)
+    few, between, many, more = (Layout.parse(f"pp=2,micro={m},schedule={schedule}") for m in (2, 4, 8, 16))
+    taken_s = 0.2 * bare.forecast(few).step_s
+    tried = [Tried(layout=few, step_s=taken_s), Tried(layout=many, step_s=1.6 * taken_s)]
+    after = Forecaster(corrected(made, cluster, tried), cluster)
+    found_s = after.forecast(between).step_s
+    assert found_s == pytest.approx(1.2 * taken_s)
+    assert found_s < 0.5 * bare.forecast(between).step_s
+    assert after.least_s(between) <= found_s
+    assert after.forecast(more).step_s > 1.6 * taken_s
+
+
 def test_what_two_ways_take_together_is_added_to_what_each_takes():
     made, cluster = profile((1.0,) * 4, tps=()), linked(4, 1)
     before = Forecaster(made, cluster)

@@ -37,6 +37,7 @@ def test_each_way_is_tried_and_two_together_where_that_is_possible(workers):
     assert max(layout.workers for layout in layouts) == sum(workers)
     for group in groups:
         assert len({(x.workers, ways_of(x), x.schedule, x.threads) for x in group}) == 1
+        assert len({x.micro for x in group}) == 1 or all(x.pp == 1 for x in group)
         assert [x.micro for x in group] == sorted(x.micro for x in group)
 
 
@@ -87,6 +88,13 @@ def test_of_many_hosts_of_one_worker_two_are_tried_by_themselves(hosts):
         of_all = [x for x in layouts if ways_of(x) == (way,) and x.workers == hosts]
         assert len({x.micro for x in of_all}) == 2
     assert not any(x.workers == 2 for group in tried(4, 4) for x in group)
+
+
+def test_of_pipelines_beside_another_way_several_are_tried():
+    layouts = [x for group in tried(2, 2, can_divide=True) for x in group if x.pp == 2]
+    found = {(x.micro, x.schedule) for x in layouts if x.dp_replicate == 2}
+    assert found == {(2, "1f1b"), (8, "1f1b"), (8, "zb-h1")}
+    assert {x.micro for x in layouts if x.dp_shard == 2} == {2, 8}
 
 
 def test_hosts_that_cannot_be_paired_are_not():

@@ -109,7 +109,9 @@ def _of_a_step(
         """In seconds of the device that was measured: slower hosts pay more."""
         return (one.step_s - forecaster.forecast(one.layout).step_s) * linked.slowest(one.layout.workers)
 
-    few, many = _ends(tried)
+    in_whole = _in_whole(tried)
+    in_parts = [one for one in tried if one not in in_whole]
+    few, many = _ends(in_whole or in_parts)
     micro_s = 0.0
     if many.layout.micro > few.layout.micro:
         micro_s = (missing_s(many) - missing_s(few)) / (many.layout.micro - few.layout.micro)
@@ -122,7 +124,7 @@ def _of_a_step(
         step_s = missing_s(few) - (few.layout.micro - 1) * micro_s
     else:
         step_s = missing_s(few)
-    return Correction(
+    found = Correction(
         ways=ways,
         workers=workers,
         over_network=over_network,
@@ -131,6 +133,13 @@ def _of_a_step(
         micro_s=micro_s,
         micro=many.layout.micro,
     )
+    if not in_whole or not in_parts:
+        return found
+    # Each of their micro-batches has an action more.
+    _, last = _ends(in_parts)
+    told = Forecaster(profile.model_copy(update={"corrections": (*profile.corrections, found)}), linked)
+    more_s = (last.step_s - told.forecast(last.layout).step_s) * linked.slowest(last.layout.workers)
+    return found.model_copy(update={"split_micro_s": more_s / last.layout.micro})
 
 
 def _of_pipelines(
@@ -174,15 +183,18 @@ def _of_pipelines(
         action_s = _root(lambda a: missing_s(few, a), few.step_s)
         update |= {"few_action_s": action_s, "few": few.layout.micro}
     found = none.model_copy(update=update)
-    return _in_parts(profile, linked, found, in_parts) if in_parts and few not in in_parts else found
+    if not in_parts or few in in_parts:
+        return found
+    return _in_parts(profile, linked, found, in_parts, few.layout.micro)
 
 
 def _in_parts(
-    profile: Profile, linked: LinkedCluster, found: Correction, tried: Sequence[Tried]
+    profile: Profile, linked: LinkedCluster, found: Correction, tried: Sequence[Tried], fewest: int
 ) -> Correction:
     """What is found of pipelines with what those take whose gradients of weights are actions of their own.
 
-    Two of them tell what such an action takes; one cannot tell actions from steps.
+    Two of them tell what such an action takes and what a step; of one with many micro-batches it is taken to be all the
+    actions'; one with few cannot tell.
     """
     few, many = _ends(tried)
     slowest = linked.slowest(few.layout.workers)
@@ -195,6 +207,8 @@ def _in_parts(
     weight_s = None
     if many is not few:
         weight_s = _root(lambda w: missing_s(many, w) - missing_s(few, w), many.step_s)
+    elif many.layout.micro > fewest:
+        weight_s = _root(lambda w: missing_s(many, w), many.step_s)
     step_s = missing_s(few, weight_s)
     if many is not few:
         step_s = (step_s + missing_s(many, weight_s)) / 2

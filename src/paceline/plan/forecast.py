@@ -20,11 +20,7 @@ from paceline.plan.memory import evaluation_memory, training_memory
 from paceline.plan.orders import orders, peak_stored, stages_of_workers, workers_of_stages
 from paceline.plan.places import Places
 from paceline.plan.profile import (
-    GATHERED,
-    PIPELINE,
-    TENSOR,
     Block,
-    Correction,
     Costs,
     Division,
     LinkedCluster,
@@ -36,14 +32,10 @@ from paceline.plan.sending import Sending, sending
 from paceline.plan.stages import Stage, join
 from paceline.plan.terms import Forecast, Memory, Terms
 from paceline.plan.timeline import makespan_s
+from paceline.plan.unexplained import Unexplained
 from paceline.plan.updates import one_copy, updating
-from paceline.plan.ways import corrections_of, size_of, ways_of
 from paceline.records import Layout
 
-_MOST_TAKEN_OFF = 0.5
-"""Share of a forecast that what is unexplained may take off it, where the layout itself was not tried."""
-_MOST_COMPUTATION_TAKEN_OFF = 0.1
-"""The same of all in it but exchanges."""
 _UNTRIED = 1.4
 """By how much more forecasts of layouts err that were not tried (docs/forecasts.md)."""
 
@@ -71,12 +63,7 @@ class Forecaster:
         self._played: dict[Any, float] = {}
         self._sent: dict[Any, Sending] = {}
         self._places = Places(linked)
-        self._tried_s = {one.layout: one.step_s for one in profile.tried}
-        self._most_micro: dict[Any, int] = {}
-        """Micro-batches of layouts that were tried, by their workers and ways."""
-        for layout in self._tried_s:
-            place = layout.workers, ways_of(layout)
-            self._most_micro[place] = max(layout.micro, self._most_micro.get(place, 0))
+        self._unexplained = Unexplained(profile, linked, self._places)
         self._costs: dict[Any, Costs] = {}
 
     def forecast(self, layout: Layout, *, apart: bool = True) -> Forecast:
@@ -99,10 +86,11 @@ class Forecaster:
         slowest = max(updating, key=lambda terms: sum(terms.values()))
         data_s = costs.data_s(self.profile.batch_size / layout.data_parallel)
         terms = computing.model_copy(update={**slowest, "data_s": data_s})
-        unexplained_s = self._with_unexplained(layout, terms.step_s) - terms.step_s
-        if not self._is_like_what_was_tried(layout):
-            unexplained_s = max(unexplained_s, self._kept_s(terms) - terms.step_s)
-        terms = terms.model_copy(update={"unexplained_s": unexplained_s})
+        step_s = self._unexplained.step_s(layout, terms)
+        neighbours = self._unexplained.neighbours(layout)
+        if neighbours is not None:
+            step_s = min(step_s, neighbours.chord_s(lambda one: self.forecast(one).step_s))
+        terms = terms.model_copy(update={"unexplained_s": step_s - terms.step_s})
         return Forecast(
             layout=layout,
             terms=terms,
@@ -116,7 +104,7 @@ class Forecaster:
 
         Past forecasts are those of runs, in layouts that had been tried: others err by more.
         """
-        times = 1.0 if layout in self._tried_s else _UNTRIED
+        times = 1.0 if self._unexplained.was_tried(layout) else _UNTRIED
         return math.hypot(self.profile.past_error * times, self.profile.spread)
 
     def least_s(self, layout: Layout) -> float:
@@ -129,57 +117,9 @@ class Forecaster:
         updating = self._updating(layout, costs, self._heaviest(layout, stages))
         data_s = costs.data_s(self.profile.batch_size / layout.data_parallel)
         least_s = self._least_computing_s(layout, stages) + sum(updating.values()) + data_s
-        return self._with_unexplained(layout, least_s)
-
-    def _with_unexplained(self, layout: Layout, step_s: float) -> float:
-        """A step with what its ways of splitting took beyond the sum of the terms, when they were tried."""
-        more_s = 0.0
-        ways = ways_of(layout)
-        for some in dict.fromkeys([*((way,) for way in ways), *([ways] if ways else [])]):
-            for one, weight in self._corrections(layout, some):
-                each_step_s = _step_of(one, layout)
-                micro = layout.micro if one.micro_s > 0 else min(layout.micro, one.micro)
-                if layout.pp > 1 and len(some) == 1 and some not in ((GATHERED,), (TENSOR,)):
-                    # What micro-batches take in a pipeline its actions tell.
-                    micro = 1
-                found_s = each_step_s + (micro - 1) * one.micro_s
-                if found_s < 0 and one.workers and (weight > 1 or size_of(layout, some) < layout.workers):
-                    # What few did not wait for passed while they computed; each of more computes as much less.
-                    weight = min(weight, 1.0, one.workers / layout.workers)
-                more_s += found_s * weight
-        more_s /= self.linked.slowest(layout.workers)
-        # What was tried is believed; on other hosts and links, too, nothing takes no time.
-        least_s = min(step_s * (1 - _MOST_TAKEN_OFF), self._tried_s.get(layout, math.inf))
-        return max(step_s + more_s, least_s)
-
-    def _is_like_what_was_tried(self, layout: Layout) -> bool:
-        """Whether it was, or others that split in the same one way over as many workers, in no fewer micro-batches."""
-        ways = ways_of(layout)
-        most = self._most_micro.get((layout.workers, ways), 0) if len(ways) == 1 else 0
-        return layout in self._tried_s or layout.micro <= most
-
-    def _kept_s(self, terms: Terms) -> float:
-        """What a step takes at least, whatever layouts that were tried took less than their terms.
-
-        Nearly all of that was waiting: exchanges measured by themselves meet in other ways within a step. This layout
-        may have less of it.
-        """
-        exchanging_s = terms.gather_s + terms.gradients_s + terms.messages_s + terms.tensor_s
-        return (1 - _MOST_COMPUTATION_TAKEN_OFF) * (terms.step_s - exchanging_s)
-
-    def _corrections(self, layout: Layout, ways: tuple[str, ...]) -> list[tuple[Correction, float]]:
-        return corrections_of(self.profile.corrections, layout, ways, self._places)
-
-    def _actions_s(self, layout: Layout) -> tuple[float, float]:
-        """What actions of a pipeline take beside their blocks: forward and backward passes, and gradients of weights
-        where these are actions of their own."""
-        action_s = weight_s = 0.0
-        for one, weight in self._corrections(layout, (PIPELINE,)):
-            each_s = one.few_action_s if _is_of_few(one, layout) else one.action_s
-            action_s += (each_s or 0.0) * weight
-            weight_s += _weight_action_s(one, each_s or 0.0) * weight
-        speed, in_parts = self.linked.slowest(layout.workers), SCHEDULES[layout.schedule].in_parts
-        return action_s / speed, weight_s / speed * in_parts
+        least_s = self._unexplained.corrected_s(layout, least_s)
+        neighbours = self._unexplained.neighbours(layout)
+        return least_s if neighbours is None else min(least_s, neighbours.chord_s(self.least_s))
 
     def _heaviest(self, layout: Layout, stages: Sequence[Stage]) -> list[Stage]:
         """The stages of the worker that has most parameters to update."""
@@ -254,7 +194,7 @@ class Forecaster:
             layout.recompute,
         )
         key += (self.linked.slowest(layout.workers), self.place(layout, "tp"), self.place(layout, "data"))
-        actions_s = self._actions_s(layout) if layout.pp > 1 else (0.0, 0.0)
+        actions_s = self._unexplained.actions_s(layout) if layout.pp > 1 else (0.0, 0.0)
         key += actions_s
         if key not in self._stages:
             row = self._row(layout)
@@ -434,36 +374,6 @@ class Forecaster:
             )
             for mine, number in zip(held, stored, strict=True)
         ]
-
-
-def _step_of(one: Correction, layout: Layout) -> float:
-    """What a correction adds to a step of one micro-batch; of a pipeline to one of any number."""
-    in_parts = SCHEDULES[layout.schedule].in_parts and one.split_step_s is not None
-    if one.few_action_s is None:
-        return (one.split_step_s or 0.0) if in_parts else one.step_s
-    # Where actions cost more from some number on, a step is that much shorter, so that both lines meet there. With
-    # a third action for two it is so by as much more.
-    meets_s = 0.0 if _is_of_few(one, layout) else one.step_s
-    if not in_parts:
-        return meets_s
-    if one.weight_action_s is None and one.action_s:
-        meets_s *= (2 + _weight_action_s(one, one.action_s) / one.action_s) / 2
-    return (one.split_step_s or 0.0) + meets_s
-
-
-def _weight_action_s(one: Correction, action_s: float) -> float:
-    """What an action of gradients of weights takes beside its blocks, where others take `action_s`.
-
-    Over a network that is what sending takes, and these send nothing.
-    """
-    if one.weight_action_s is not None:
-        return one.weight_action_s
-    return 0.0 if one.over_network else action_s
-
-
-def _is_of_few(one: Correction, layout: Layout) -> bool:
-    """Whether a pipeline has so few micro-batches that its actions take what they took in the one that had fewest."""
-    return one.few_action_s is not None and layout.micro <= one.few
 
 
 def _total(memory: Memory) -> int:

@@ -183,6 +183,8 @@ class Correction(Record):
     few: int = Field(default=0, ge=0)
     split_step_s: float | None = None
     """In a step of a schedule in which gradients of weights are actions of their own; None: `step_s`."""
+    split_micro_s: float = 0.0
+    """Of several ways: for each micro-batch of such a schedule, on top."""
 
 
 class Profile(Record):

@@ -65,23 +65,26 @@ def _alone(cluster: Cluster) -> list[Iterable[Layout]]:
 
 
 def _in_one_way(n: int, batch_size: int, *, in_full: bool) -> list[tuple[Layout, ...]]:
-    """Over `n` workers, those with a pipeline with numbers of micro-batches that the batch allows.
+    """Over `n` workers, with one and with several micro-batches; pipelines with numbers of them that the batch allows.
 
     Args:
-        in_full: with several micro-batches, too, and a pipeline with gradients of weights as actions of their own; else
-            of several micro-batches pipelines only: what their actions take depends on how many there are of them.
+        in_full: pipelines with gradients of weights as actions of their own with few micro-batches, too; else with many
+            only.
     """
     ways = (Layout(dp_replicate=n), Layout(dp_shard=n, zero=1), Layout(dp_shard=n, zero=3))
     numbers = [m for m in range(n, _MOST_TIMES * n + 1) if batch_size % m == 0]
     pipelines = [Layout(pp=n, micro=m) for m in dict.fromkeys((*numbers[:1], *numbers[-1:]))]
-    if not in_full:
-        return [(way,) for way in (*ways, *pipelines)]
     # What each action of a pipeline takes, and what each step, is told apart by two numbers of micro-batches.
     return [
         *((way, way.model_copy(update={"micro": _SEVERAL})) for way in ways),
         *((pipeline,) for pipeline in pipelines),
-        *((pipeline.model_copy(update={"schedule": "zb-h1"}),) for pipeline in pipelines),
+        *((_apart(pipeline),) for pipeline in (pipelines if in_full else pipelines[-1:])),
     ]
+
+
+def _apart(pipeline: Layout) -> Layout:
+    """With gradients of weights as actions of their own."""
+    return pipeline.model_copy(update={"schedule": "zb-h1"})
 
 
 def _in_two_ways(here: int, everyone: int, divided: int) -> list[tuple[Layout, ...]]:
@@ -95,15 +98,19 @@ def _in_two_ways(here: int, everyone: int, divided: int) -> list[tuple[Layout, .
     if everyone < 4 or outer * inner != everyone:
         return []
     pipeline = Layout(pp=outer, micro=outer)
+    # What each further micro-batch takes where pipelines share a cable.
+    long = Layout(pp=outer, micro=_MOST_TIMES * outer)
     found = [
-        pipeline.model_copy(update={"dp_replicate": inner}),
-        # What each further micro-batch takes where pipelines share a cable.
-        pipeline.model_copy(update={"dp_replicate": inner, "micro": _MOST_TIMES * outer}),
-        pipeline.model_copy(update={"dp_shard": inner, "zero": 1}),
+        *(x.model_copy(update={"dp_replicate": inner}) for x in (pipeline, long, _apart(long))),
+        *(x.model_copy(update={"dp_shard": inner, "zero": 1}) for x in (pipeline, long)),
         *(Layout(dp_replicate=outer, dp_shard=inner, zero=zero) for zero in (1, 3)),
     ]
     if divided > 1 and inner == here:
-        found += [pipeline.model_copy(update={"tp": inner}), Layout(dp_replicate=outer, tp=inner)]
+        found += [
+            pipeline.model_copy(update={"tp": inner}),
+            Layout(dp_replicate=outer, tp=inner),
+            Layout(dp_shard=outer, tp=inner, zero=1),
+        ]
     elif divided > 1 and here == 1 and everyone % divided == 0:
         found.append(Layout(dp_replicate=everyone // divided, tp=divided))
     return [(layout,) for layout in found]

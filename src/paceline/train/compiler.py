@@ -61,7 +61,8 @@ def _config_alone(package: Any) -> types.ModuleType:
     """`torch._dynamo.config` without the package that it is in: tensors without memory (`FakeTensorMode`) read it."""
     file = Path(package.submodule_search_locations[0]) / "config.py"
     spec = importlib.util.spec_from_file_location(_CONFIG, file)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[_CONFIG] = module
     spec.loader.exec_module(module)
@@ -85,8 +86,8 @@ def put_off_compiler() -> None:
     """From now on this process loads torch's compiler only when something uses it.
 
     torch (2.13) loads it in the first `Optimizer.__init__`: 1.2 s of a core in each worker and in the launcher,
-    two fifths of their start, and 60 MiB of each. It is for processes of our own: it changes what `import torch._dynamo` gives until
-    that is used.
+    two fifths of their start, and 60 MiB of each. It is for processes of our own: it changes what
+    `import torch._dynamo` gives until that is used.
     """
     if _NAME not in sys.modules:
         sys.modules[_NAME] = _NotLoaded()

@@ -97,7 +97,7 @@ class HeldMemory:
 
 
 def load_splitting(device: torch.device) -> int:
-    """Have what splits models, and looks through them, in memory; by how many bytes the process grows for it, if at all.
+    """Have what splits models, and looks through them, in memory; by how many bytes the process grows for it.
 
     torch imports tens of MiB when it first computes without memory. A process that trains a whole model does not.
     """

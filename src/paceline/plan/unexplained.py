@@ -1,0 +1,159 @@
+"""What steps take beyond the sum of their terms, as layouts that were timed have shown (`corrections.py`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+from paceline.plan.places import Places
+from paceline.plan.profile import GATHERED, PIPELINE, TENSOR, Correction, LinkedCluster, Profile
+from paceline.plan.schedules import SCHEDULES
+from paceline.plan.terms import Terms
+from paceline.plan.ways import corrections_of, size_of, ways_of
+from paceline.records import Layout
+
+_MOST_TAKEN_OFF = 0.5
+"""Share of a forecast that what is unexplained may take off it, where the layout itself was not tried."""
+_MOST_COMPUTATION_TAKEN_OFF = 0.1
+"""The same of all in it but exchanges."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Neighbours:
+    """Of a pipeline: the same with fewer and with more micro-batches, which were both timed."""
+
+    few: Layout
+    many: Layout
+    share: float
+    """Of the way from few to many."""
+
+    def chord_s(self, step_s: Callable[[Layout], float]) -> float:
+        """What a step takes at most: less waiting is saved by each further micro-batch than by the one before it, and
+        each takes as much as the others."""
+        return (1 - self.share) * step_s(self.few) + self.share * step_s(self.many)
+
+
+class Unexplained:
+    """What is added to the forecasts of one job on one cluster."""
+
+    def __init__(self, profile: Profile, linked: LinkedCluster, places: Places) -> None:
+        self._profile, self._linked, self._places = profile, linked, places
+        self._tried_s = {one.layout: one.step_s for one in profile.tried}
+        self._most_micro: dict[Any, int] = {}
+        """Micro-batches of layouts that were tried, by their workers and ways."""
+        for layout in self._tried_s:
+            place = layout.workers, ways_of(layout)
+            self._most_micro[place] = max(layout.micro, self._most_micro.get(place, 0))
+        self._pipelines: dict[Layout, list[Layout]] = {}
+        """Those that were tried, by what they are with one micro-batch."""
+        for layout in self._tried_s:
+            if layout.pp > 1:
+                self._pipelines.setdefault(layout.model_copy(update={"micro": 1}), []).append(layout)
+
+    def was_tried(self, layout: Layout) -> bool:
+        return layout in self._tried_s
+
+    def step_s(self, layout: Layout, terms: Terms) -> float:
+        """Seconds of a step with these terms and what is unexplained."""
+        step_s = self.corrected_s(layout, terms.step_s)
+        return step_s if self._is_like_what_was_tried(layout) else max(step_s, _kept_s(terms))
+
+    def corrected_s(self, layout: Layout, step_s: float) -> float:
+        """A step with what its ways of splitting took beyond the sum of the terms, when they were tried."""
+        more_s = 0.0
+        ways = ways_of(layout)
+        for some in dict.fromkeys([*((way,) for way in ways), *([ways] if ways else [])]):
+            for one, weight in self._corrections(layout, some):
+                each_step_s = _step_of(one, layout)
+                micro = layout.micro if one.micro_s > 0 else min(layout.micro, one.micro)
+                if layout.pp > 1 and len(some) == 1 and some not in ((GATHERED,), (TENSOR,)):
+                    # What micro-batches take in a pipeline its actions tell.
+                    micro = 1
+                found_s = each_step_s + (micro - 1) * one.micro_s
+                if SCHEDULES[layout.schedule].in_parts:
+                    found_s += min(layout.micro, one.micro) * one.split_micro_s
+                if found_s < 0 and one.workers and (weight > 1 or size_of(layout, some) < layout.workers):
+                    # What few did not wait for passed while they computed; each of more computes as much less.
+                    weight = min(weight, 1.0, one.workers / layout.workers)
+                more_s += found_s * weight
+        more_s /= self._linked.slowest(layout.workers)
+        # What was tried is believed; on other hosts and links, too, nothing takes no time.
+        least_s = min(step_s * (1 - _MOST_TAKEN_OFF), self._tried_s.get(layout, math.inf))
+        return max(step_s + more_s, least_s)
+
+    def actions_s(self, layout: Layout) -> tuple[float, float]:
+        """What actions of a pipeline take beside their blocks: forward and backward passes, and gradients of weights
+        where these are actions of their own."""
+        action_s = weight_s = 0.0
+        for one, weight in self._corrections(layout, (PIPELINE,)):
+            each_s = one.few_action_s if _is_of_few(one, layout) else one.action_s
+            action_s += (each_s or 0.0) * weight
+            weight_s += _weight_action_s(one, each_s or 0.0) * weight
+        speed, in_parts = self._linked.slowest(layout.workers), SCHEDULES[layout.schedule].in_parts
+        return action_s / speed, weight_s / speed * in_parts
+
+    def neighbours(self, layout: Layout) -> Neighbours | None:
+        """None where it was timed itself, or not both fewer and more micro-batches were."""
+        if layout.pp == 1 or layout in self._tried_s:
+            return None
+        there = self._pipelines.get(layout.model_copy(update={"micro": 1}), ())
+        few = max((x for x in there if x.micro < layout.micro), key=_micro, default=None)
+        many = min((x for x in there if x.micro > layout.micro), key=_micro, default=None)
+        if few is None or many is None:
+            return None
+        return Neighbours(few, many, (layout.micro - few.micro) / (many.micro - few.micro))
+
+    def _is_like_what_was_tried(self, layout: Layout) -> bool:
+        """Whether it was, or others that split in the same one way over as many workers, in no fewer micro-batches."""
+        ways = ways_of(layout)
+        most = self._most_micro.get((layout.workers, ways), 0) if len(ways) == 1 else 0
+        return layout in self._tried_s or layout.micro <= most
+
+    def _corrections(self, layout: Layout, ways: tuple[str, ...]) -> list[tuple[Correction, float]]:
+        return corrections_of(self._profile.corrections, layout, ways, self._places)
+
+
+def _kept_s(terms: Terms) -> float:
+    """What a step takes at least, whatever layouts that were tried took less than their terms.
+
+    Nearly all of that was waiting: exchanges measured by themselves meet in other ways within a step. This layout
+    may have less of it.
+    """
+    exchanging_s = terms.gather_s + terms.gradients_s + terms.messages_s + terms.tensor_s
+    return (1 - _MOST_COMPUTATION_TAKEN_OFF) * (terms.step_s - exchanging_s)
+
+
+def _step_of(one: Correction, layout: Layout) -> float:
+    """What a correction adds to a step of one micro-batch; of a pipeline to one of any number."""
+    in_parts = SCHEDULES[layout.schedule].in_parts and one.split_step_s is not None
+    if one.few_action_s is None:
+        return (one.split_step_s or 0.0) if in_parts else one.step_s
+    # Where actions cost more from some number on, a step is that much shorter, so that both lines meet there. With
+    # a third action for two it is so by as much more.
+    meets_s = 0.0 if _is_of_few(one, layout) else one.step_s
+    if not in_parts:
+        return meets_s
+    if one.weight_action_s is None and one.action_s:
+        meets_s *= (2 + _weight_action_s(one, one.action_s) / one.action_s) / 2
+    return (one.split_step_s or 0.0) + meets_s
+
+
+def _weight_action_s(one: Correction, action_s: float) -> float:
+    """What an action of gradients of weights takes beside its blocks, where others take `action_s`.
+
+    Over a network that is what sending takes, and these send nothing.
+    """
+    if one.weight_action_s is not None:
+        return one.weight_action_s
+    return 0.0 if one.over_network else action_s
+
+
+def _is_of_few(one: Correction, layout: Layout) -> bool:
+    """Whether a pipeline has so few micro-batches that its actions take what they took in the one that had fewest."""
+    return one.few_action_s is not None and layout.micro <= one.few
+
+
+def _micro(layout: Layout) -> int:
+    return layout.micro
