@@ -39,7 +39,7 @@ from paceline.train.whole_model import why_block_by_block
 
 BUDGET_S = 12.0
 """What measuring a job takes, about."""
-_TRY = 0.05
+_TRY = 0.08
 """Share of that which is for each layout that is tried, on top of the rest."""
 _TRY_ROUNDS = (4, 6)
 """At least, and at most: two steps of a slow layout say little on a machine that others use."""
