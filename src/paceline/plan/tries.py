@@ -107,7 +107,7 @@ def _in_two_ways(here: int, everyone: int, divided: int) -> list[tuple[Layout, .
     ]
     if divided > 1 and inner == here:
         found += [
-            pipeline.model_copy(update={"tp": inner}),
+            *(x.model_copy(update={"tp": inner}) for x in (pipeline, long)),
             Layout(dp_replicate=outer, tp=inner),
             Layout(dp_shard=outer, tp=inner, zero=1),
         ]

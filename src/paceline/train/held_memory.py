@@ -29,7 +29,7 @@ from paceline.train.device_clock import done_s
 from paceline.train.session import Datasets
 from paceline.train.thrown_away import replica_to_measure
 
-FEWEST_STEPS, MOST_STEPS, ENOUGH_S = 3, 8, 2.0
+FEWEST_STEPS, MOST_STEPS, ENOUGH_S = 3, 8, 1.0
 """The first makes the optimizer's state; the second has it beside its activations. Some more, where they are short,
 find gaps in the heap that nothing fits into; then a process holds about what it will."""
 _FEWER = 4
