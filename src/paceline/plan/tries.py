@@ -113,4 +113,5 @@ def _in_two_ways(here: int, everyone: int, divided: int) -> list[tuple[Layout, .
         ]
     elif divided > 1 and here == 1 and everyone % divided == 0:
         found.append(Layout(dp_replicate=everyone // divided, tp=divided))
-    return [(layout,) for layout in found]
+    # Without a pipeline one replica serves several micro-batches, too.
+    return [(x,) if x.pp > 1 else (x, x.model_copy(update={"micro": _SEVERAL})) for x in found]
