@@ -49,6 +49,24 @@ def test_a_layout_needs_room_beside_the_workers_that_wait():
     assert why_not(with_room((alone + 90 * MIB) / 2), ONE) != ""
 
 
+def test_who_has_measured_has_what_splits_models_in_memory():
+    """Also where a layout does without it, and while a worker waits."""
+    needed = own_bytes(DATA)
+    room = Forecaster(job(), with_room(needed + 30 * MIB).linked)
+    for splitting, layout, fits in ((30, DATA, True), (31, DATA, False), (30, SHARDED, True)):
+        loaded = room.profile.model_copy(update={"splitting_bytes": splitting * MIB})
+        own = Forecaster(loaded, room.linked).forecast(layout).memory.own
+        there = linked(
+            per_host=2, worker_bytes=round(max(needed + 30 * MIB, own * (layout == SHARDED)) / 0.9) + 1
+        )
+        assert (why_not(Forecaster(loaded, there), layout) == "") == fits
+    alone = own_bytes(ONE)
+    loaded = job().model_copy(update={"splitting_bytes": 30 * MIB})
+    for more, fits in ((160, True), (150, False)):
+        there = linked(per_host=2, worker_bytes=round((alone + more * MIB) / 2 / 0.9) + 1)
+        assert (why_not(Forecaster(loaded, there), ONE) == "") == fits
+
+
 def test_models_that_do_not_fit_together_are_timed_one_after_the_other():
     every = [ONE, DATA, SHARDED, PIPELINE]
     assert by_turns(with_room(20 * own_bytes(DATA)), every) == [every]

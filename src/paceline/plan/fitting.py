@@ -23,9 +23,8 @@ def why_not(forecaster: Forecaster, layout: Layout) -> str:
     room = room_bytes(linked, layout, None, MEMORY_MARGIN)
     here = min(layout.workers, linked.per_host)
     if linked.cluster.device == "cpu":
-        room -= (linked.per_host - here) * memory.base // here
-    # Workers that have measured have all code loaded.
-    needed = forecaster.needed_bytes(layout) + forecaster.profile.splitting_bytes * (not layout.splits_model)
+        room -= (linked.per_host - here) * (memory.base + _loaded_bytes(forecaster, layout)) // here
+    needed = forecaster.needed_bytes(layout) + _loaded_bytes(forecaster, layout)
     if needed <= room:
         return ""
     return (
@@ -52,9 +51,15 @@ def by_turns(forecaster: Forecaster, layouts: Sequence[Layout]) -> list[list[Lay
             share = min(layout.workers, linked.per_host) / linked.per_host
         key = layout.model_copy(update={"threads": None})
         more = {key: (memory.own - memory.base) * share}
-        if not groups or memory.base + sum((held | more).values()) > room:
+        base = memory.base + _loaded_bytes(forecaster, layout)
+        if not groups or base + sum((held | more).values()) > room:
             groups.append([])
             held = {}
         held |= more
         groups[-1].append(layout)
     return groups
+
+
+def _loaded_bytes(forecaster: Forecaster, layout: Layout) -> int:
+    """What workers hold in addition that have measured: the code that splits models, where a layout does without."""
+    return 0 if layout.splits_model else forecaster.profile.splitting_bytes

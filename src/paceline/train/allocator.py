@@ -69,15 +69,15 @@ def heap_without_holes() -> Iterator[None]:
 
     Nothing is done where freed memory is not kept, or glibc does not tell where it takes memory from.
     """
-    libc = ctypes.CDLL(None)
-    taken: list[int] = []
-    if _keeps and hasattr(libc, "mallinfo2"):
-        libc.mallinfo2.restype = _MallInfo
-        libc.malloc.argtypes, libc.malloc.restype = (ctypes.c_size_t,), ctypes.c_void_p
-        libc.free.argtypes, libc.free.restype = (ctypes.c_void_p,), None
-        give_back_freed_memory()
-        taken = _take_holes(libc)
-        give_back_freed_memory()
+    if not _keeps or not hasattr(libc := ctypes.CDLL(None), "mallinfo2"):
+        yield
+        return
+    libc.mallinfo2.restype = _MallInfo
+    libc.malloc.argtypes, libc.malloc.restype = (ctypes.c_size_t,), ctypes.c_void_p
+    libc.free.argtypes, libc.free.restype = (ctypes.c_void_p,), None
+    give_back_freed_memory()
+    taken = _take_holes(libc)
+    give_back_freed_memory()
     try:
         yield
     finally:
@@ -87,7 +87,13 @@ def heap_without_holes() -> Iterator[None]:
 
 
 def _take_holes(libc: ctypes.CDLL) -> list[int]:
-    """Addresses that malloc gave without growing its heap, from large to small until there are none."""
+    """Addresses that malloc gave without asking the system for more, from large to small until there are none."""
+
+    def asked_for() -> tuple[int, int]:
+        """Bytes of the heap, and mappings beside it."""
+        told = libc.mallinfo2()
+        return told.arena, told.hblks
+
     taken = []
     # What does not fit into a hole gets a mapping of its own, and so is told from what does.
     libc.mallopt(_M_MMAP_THRESHOLD, _LEAST_HOLE_BYTES)
@@ -95,9 +101,9 @@ def _take_holes(libc: ctypes.CDLL) -> list[int]:
     try:
         size = 1 << max(libc.mallinfo2().fordblks.bit_length() - 1, 0)
         while size >= _LEAST_HOLE_BYTES:
-            mapped = libc.mallinfo2().hblks
+            before = asked_for()
             address = libc.malloc(size)
-            if libc.mallinfo2().hblks == mapped and address:
+            if address and asked_for() == before:
                 taken.append(address)
                 continue
             libc.free(address)

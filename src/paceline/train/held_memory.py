@@ -97,16 +97,16 @@ class HeldMemory:
 
 
 def load_splitting(device: torch.device) -> int:
-    """Have what splits models, and looks through them, in memory; by how many bytes the process grows for it.
+    """Have what splits models, and looks through them, in memory; by how many bytes a worker on CPUs grows for it.
 
     torch imports tens of MiB when it first computes without memory. A process that trains a whole model does not.
     """
     give_back_freed_memory()
-    before = held_memory_bytes(device.type)
-    build_deferred(lambda: nn.Linear(4, 4), device, None, least_bytes=0)
+    before = held_memory_bytes("cpu")
+    build_deferred(lambda: nn.Linear(4, 4), torch.device("cpu"), None, least_bytes=0)
     torch.ones(1, device="meta").add(1)
     give_back_freed_memory()
-    return max(0, held_memory_bytes(device.type) - before)
+    return max(0, held_memory_bytes("cpu") - before) if device.type == "cpu" else 0
 
 
 def measure_held_memory(
