@@ -199,30 +199,27 @@ def test_pipelines_that_share_a_cable_pay_for_micro_batches_as_two_have_shown():
             assert more_s == pytest.approx(first_s + (micro - 2) * 2e-3, rel=1e-6), (data, micro)
 
 
-def test_pipelines_beside_copies_pay_for_gradients_of_weights_by_themselves():
-    """As much for each micro-batch, with copies and with shards."""
+@pytest.mark.parametrize(("few_s", "between_s"), [(None, 12e-3), (8e-3, 12e-3), (2e-3, 8e-3)])
+def test_pipelines_beside_copies_pay_for_gradients_of_weights_by_themselves(few_s, between_s):
+    """A straight line, or as much for each micro-batch; and the same beside shards, where that was not tried."""
     made, cluster = profile((1.0,) * 4, tps=()), linked(4, 1)
     before = Forecaster(made, cluster)
-    texts = [f"pp=2,dp_replicate=2,micro={n}{s}" for n, s in ((2, ""), (8, ""), (8, ",schedule=zb-h1"))]
-    tried = [
-        Tried(layout=x, step_s=before.forecast(x).step_s + more_s)
-        for x, more_s in zip(map(Layout.parse, texts), (4e-3, 4e-3, 20e-3), strict=True)
-    ]
+    more_s = {"micro=2": 4e-3, "micro=8": 4e-3, "micro=8,schedule=zb-h1": 20e-3}
+    if few_s is not None:
+        more_s["micro=2,schedule=zb-h1"] = few_s
+    tried = []
+    for text, seconds in more_s.items():
+        layout = Layout.parse(f"pp=2,dp_replicate=2,{text}")
+        tried.append(Tried(layout=layout, step_s=before.forecast(layout).step_s + seconds))
+    sharded = Layout.parse("pp=2,dp_shard=2,micro=2,zero=1")
+    tried.append(Tried(layout=sharded, step_s=before.forecast(sharded).step_s + 7e-3))
     after = Forecaster(corrected(made, cluster, tried), cluster)
     for one in tried:
         assert after.forecast(one.layout).step_s == pytest.approx(one.step_s, rel=1e-6)
-    fewer = Layout.parse("pp=2,dp_replicate=2,micro=4,schedule=zb-h1")
-    assert after.forecast(fewer).step_s == pytest.approx(before.forecast(fewer).step_s + 12e-3, rel=1e-6)
-
-
-def test_one_with_many_micro_batches_tells_what_an_action_of_gradients_of_weights_takes():
-    made, cluster = profile((1.0,) * 4, tps=()), linked(2, 1)
-    slowly = Correction(ways=("pipeline",), action_s=2e-3, weight_action_s=1e-3)
-    slow = Forecaster(made.model_copy(update={"corrections": (slowly,)}), cluster)
-    layouts = [Layout.parse(f"pp=2,micro={m}{s}") for m, s in ((2, ""), (8, ""), (8, ",schedule=zb-h1"))]
-    tried = [Tried(layout=x, step_s=slow.forecast(x).step_s) for x in layouts]
-    (correction,) = corrected(made, cluster, tried).corrections
-    assert correction.weight_action_s == pytest.approx(1e-3, rel=1e-3)
+    for data, first_s in (("dp_replicate=2", 4e-3), ("dp_shard=2,zero=1", 7e-3)):
+        layout = Layout.parse(f"pp=2,{data},micro=4,schedule=zb-h1")
+        found_s = after.forecast(layout).step_s - before.forecast(layout).step_s
+        assert found_s == pytest.approx(between_s + first_s - 4e-3, rel=1e-6)
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])

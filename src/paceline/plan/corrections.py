@@ -60,16 +60,15 @@ def corrected(profile: Profile, linked: LinkedCluster, tried: Sequence[Tried]) -
         elif len(place[0]) == 1:
             corrections.append(_of_a_step(bare, linked, place, of_place))
     each = bare.model_copy(update={"corrections": tuple(corrections)})
-    several = sorted(
-        (item for item in groups.items() if len(item[0][0]) > 1), key=lambda item: -_num_micro(item[1])
-    )
-    micro_s: dict[tuple[bool, bool], float] = {}
+    # Those of which most were tried come first.
+    several = sorted((item for item in groups.items() if len(item[0][0]) > 1), key=lambda item: -len(item[1]))
+    known: dict[tuple[bool, bool], Correction] = {}
     for place, of_place in several:
         # Of pipelines whose data are split: what a further micro-batch takes more there.
         kind = PIPELINE in place[0] and TENSOR not in place[0], place[2]
-        corrections.append(_of_a_step(each, linked, place, of_place, micro_s.get(kind)))
+        corrections.append(_of_a_step(each, linked, place, of_place, known.get(kind)))
         if _num_micro(of_place) > 1:
-            micro_s[kind] = corrections[-1].micro_s
+            known.setdefault(kind, corrections[-1])
     return bare.model_copy(update={"corrections": tuple(corrections), **_bytes(bare, linked, tried)})
 
 
@@ -96,11 +95,12 @@ def _of_a_step(
     linked: LinkedCluster,
     place: _Place,
     tried: Sequence[Tried],
-    known_micro_s: float | None = None,
+    known: Correction | None = None,
 ) -> Correction:
     """A straight line through what layouts with one and with several micro-batches took beyond their forecasts.
 
-    Where one was tried, its further micro-batches take what they do in pipelines that split otherwise, `known_micro_s`.
+    Where one was tried, its further micro-batches take what they do in pipelines that split otherwise, `known`; so do
+    gradients of weights as actions of their own where none was tried.
     """
     ways, workers, over_network, threads = place
     forecaster = Forecaster(profile, linked)
@@ -119,8 +119,8 @@ def _of_a_step(
     elif ways in ((GATHERED,), (TENSOR,)):
         # Each micro-batch gathers, or exchanges, anew.
         step_s = micro_s = missing_s(few) / few.layout.micro
-    elif known_micro_s is not None and PIPELINE in ways and TENSOR not in ways:
-        micro_s = known_micro_s
+    elif known is not None and PIPELINE in ways and TENSOR not in ways:
+        micro_s = known.micro_s
         step_s = missing_s(few) - (few.layout.micro - 1) * micro_s
     else:
         step_s = missing_s(few)
@@ -133,13 +133,30 @@ def _of_a_step(
         micro_s=micro_s,
         micro=many.layout.micro,
     )
-    if not in_whole or not in_parts:
+    if not in_whole or PIPELINE not in ways or TENSOR in ways:
         return found
-    # Each of their micro-batches has an action more.
-    _, last = _ends(in_parts)
+    if in_parts:
+        return _apart(profile, linked, found, in_parts)
+    if known is None or known.split_step_s is None:
+        return found
+    more_s = known.split_step_s - known.step_s
+    return found.model_copy(update={"split_step_s": step_s + more_s, "split_micro_s": known.split_micro_s})
+
+
+def _apart(profile: Profile, linked: LinkedCluster, found: Correction, tried: Sequence[Tried]) -> Correction:
+    """What is found of pipelines beside another way with what those take whose gradients of weights are actions of
+    their own: a straight line over their number, or so much for each micro-batch where one was tried."""
     told = Forecaster(profile.model_copy(update={"corrections": (*profile.corrections, found)}), linked)
-    more_s = (last.step_s - told.forecast(last.layout).step_s) * linked.slowest(last.layout.workers)
-    return found.model_copy(update={"split_micro_s": more_s / last.layout.micro})
+
+    def more_s(one: Tried) -> float:
+        return (one.step_s - told.forecast(one.layout).step_s) * linked.slowest(one.layout.workers)
+
+    few, many = _ends(tried)
+    split_micro_s = more_s(many) / many.layout.micro
+    if many is not few:
+        split_micro_s = (more_s(many) - more_s(few)) / (many.layout.micro - few.layout.micro)
+    split_step_s = found.step_s + more_s(many) - many.layout.micro * split_micro_s
+    return found.model_copy(update={"split_step_s": split_step_s, "split_micro_s": split_micro_s})
 
 
 def _of_pipelines(
@@ -183,18 +200,15 @@ def _of_pipelines(
         action_s = _root(lambda a: missing_s(few, a), few.step_s)
         update |= {"few_action_s": action_s, "few": few.layout.micro}
     found = none.model_copy(update=update)
-    if not in_parts or few in in_parts:
-        return found
-    return _in_parts(profile, linked, found, in_parts, few.layout.micro)
+    return _in_parts(profile, linked, found, in_parts) if in_parts and few not in in_parts else found
 
 
 def _in_parts(
-    profile: Profile, linked: LinkedCluster, found: Correction, tried: Sequence[Tried], fewest: int
+    profile: Profile, linked: LinkedCluster, found: Correction, tried: Sequence[Tried]
 ) -> Correction:
     """What is found of pipelines with what those take whose gradients of weights are actions of their own.
 
-    Two of them tell what such an action takes and what a step; of one with many micro-batches it is taken to be all the
-    actions'; one with few cannot tell.
+    Two of them tell what such an action takes; one cannot tell actions from steps.
     """
     few, many = _ends(tried)
     slowest = linked.slowest(few.layout.workers)
@@ -207,8 +221,6 @@ def _in_parts(
     weight_s = None
     if many is not few:
         weight_s = _root(lambda w: missing_s(many, w) - missing_s(few, w), many.step_s)
-    elif many.layout.micro > fewest:
-        weight_s = _root(lambda w: missing_s(many, w), many.step_s)
     step_s = missing_s(few, weight_s)
     if many is not few:
         step_s = (step_s + missing_s(many, weight_s)) / 2

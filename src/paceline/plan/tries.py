@@ -40,10 +40,9 @@ def layouts_to_try(
     here, everyone = cluster.hosts[0].workers, cluster.workers
     few = num_divided(cluster)
     sizes = [n for n in dict.fromkeys((few, everyone)) if n > 1]
-    in_full = here if here > 1 else everyone
     groups: list[Iterable[Layout]] = _alone(cluster) if sizes else []
     for n in sizes:
-        groups += _in_one_way(n, batch_size, in_full=n == in_full)
+        groups += _in_one_way(n, batch_size)
         if n == few and can_divide:
             groups.append((Layout(tp=n), Layout(tp=n, micro=_SEVERAL)))
     if sizes:
@@ -64,13 +63,9 @@ def _alone(cluster: Cluster) -> list[Iterable[Layout]]:
     return [(Layout(threads=count), Layout(threads=count, micro=_SEVERAL)) for count in counts]
 
 
-def _in_one_way(n: int, batch_size: int, *, in_full: bool) -> list[tuple[Layout, ...]]:
-    """Over `n` workers, with one and with several micro-batches; pipelines with numbers of them that the batch allows.
-
-    Args:
-        in_full: pipelines with gradients of weights as actions of their own with few micro-batches, too; else with many
-            only.
-    """
+def _in_one_way(n: int, batch_size: int) -> list[tuple[Layout, ...]]:
+    """Over `n` workers, with one and with several micro-batches; pipelines, also with gradients of weights as actions
+    of their own, with numbers of them that the batch allows."""
     ways = (Layout(dp_replicate=n), Layout(dp_shard=n, zero=1), Layout(dp_shard=n, zero=3))
     numbers = [m for m in range(n, _MOST_TIMES * n + 1) if batch_size % m == 0]
     pipelines = [Layout(pp=n, micro=m) for m in dict.fromkeys((*numbers[:1], *numbers[-1:]))]
@@ -78,7 +73,7 @@ def _in_one_way(n: int, batch_size: int, *, in_full: bool) -> list[tuple[Layout,
     return [
         *((way, way.model_copy(update={"micro": _SEVERAL})) for way in ways),
         *((pipeline,) for pipeline in pipelines),
-        *((_apart(pipeline),) for pipeline in (pipelines if in_full else pipelines[-1:])),
+        *((_apart(pipeline),) for pipeline in pipelines),
     ]
 
 
@@ -101,7 +96,10 @@ def _in_two_ways(here: int, everyone: int, divided: int) -> list[tuple[Layout, .
     # What each further micro-batch takes where pipelines share a cable.
     long = Layout(pp=outer, micro=_MOST_TIMES * outer)
     found = [
-        *(x.model_copy(update={"dp_replicate": inner}) for x in (pipeline, long, _apart(long))),
+        *(
+            x.model_copy(update={"dp_replicate": inner})
+            for x in (pipeline, long, _apart(pipeline), _apart(long))
+        ),
         *(x.model_copy(update={"dp_shard": inner, "zero": 1}) for x in (pipeline, long)),
         *(Layout(dp_replicate=outer, dp_shard=inner, zero=zero) for zero in (1, 3)),
     ]

@@ -73,7 +73,8 @@ class Unexplained:
                     micro = 1
                 found_s = each_step_s + (micro - 1) * one.micro_s
                 if SCHEDULES[layout.schedule].in_parts:
-                    found_s += min(layout.micro, one.micro) * one.split_micro_s
+                    more_micro = layout.micro if one.split_micro_s > 0 else min(layout.micro, one.micro)
+                    found_s += more_micro * one.split_micro_s
                 if found_s < 0 and one.workers and (weight > 1 or size_of(layout, some) < layout.workers):
                     # What few did not wait for passed while they computed; each of more computes as much less.
                     weight = min(weight, 1.0, one.workers / layout.workers)
