@@ -49,7 +49,7 @@ def test_a_job_that_only_one_process_fits_is_trained_by_one():
     """Each worker's share of the host is too little for any layout of all of them."""
     job = profile(shares_update=False)
     needed = Forecaster(job, linked()).forecast(Layout(recompute="full")).memory.own
-    tight = linked(worker_bytes=int(needed / 0.9 / 4) + 1)
+    tight = linked(worker_bytes=int(needed / 0.85 / 4) + 1)
     assert {f.layout.workers for f in search(Forecaster(job, tight)).fastest} == {1}
 
 

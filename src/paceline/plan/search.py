@@ -17,7 +17,7 @@ from paceline.plan.schedules import SCHEDULES
 from paceline.plan.terms import Forecast
 from paceline.records import RECOMPUTE, Layout
 
-MEMORY_MARGIN = 0.1
+MEMORY_MARGIN = 0.15
 """Share of a worker's memory that a plan leaves free: forecasts err, and allocators do not fill what they take."""
 FEW = 16
 """Up to this number of workers every size of every axis is tried; above, those that divide the number of workers."""

@@ -8,7 +8,9 @@ _MOST_SHARE = 0.75
 """Of a worker's memory that the divided model may take while it is measured."""
 
 
-def with_memory_of_blocks(profile: Profile, empty_bytes: int, file_bytes: int) -> Profile:
+def with_memory_of_blocks(
+    profile: Profile, empty_bytes: int, file_bytes: int, splitting_bytes: int
+) -> Profile:
     """The profile with what a process holds without a model, and the temporaries of divided blocks.
 
     Those of whole blocks were measured with each of them, alone; each part of a divided one is taken to have its share.
@@ -16,6 +18,7 @@ def with_memory_of_blocks(profile: Profile, empty_bytes: int, file_bytes: int) -
     Args:
         empty_bytes: when all blocks have been measured, and the model is gone.
         file_bytes: pages of files among that.
+        splitting_bytes: and what only layouts need that split the model.
     """
 
     def divided(block: Block) -> Block:
@@ -26,8 +29,9 @@ def with_memory_of_blocks(profile: Profile, empty_bytes: int, file_bytes: int) -
     return profile.model_copy(
         update={
             "costs": tuple(costs),
-            "base_bytes": max(0, empty_bytes - file_bytes),
+            "base_bytes": max(0, empty_bytes - file_bytes - splitting_bytes),
             "mapped_bytes": file_bytes,
+            "splitting_bytes": splitting_bytes,
         }
     )
 

@@ -26,6 +26,7 @@ from paceline.split.deferred import build_deferred
 from paceline.train.allocator import give_back_freed_memory, heap_without_holes
 from paceline.train.data import ShareLoader, few_samples, first_samples, num_samples
 from paceline.train.device_clock import done_s
+from paceline.train.replica import Replica
 from paceline.train.session import Datasets
 from paceline.train.thrown_away import replica_to_measure
 
@@ -36,8 +37,8 @@ _FEWER = 4
 """Micro-batches of the smaller size, or the next number that divides the batch."""
 
 
-EVALUATED_BATCHES = 4
-"""Of an evaluation: samples may be of several sizes."""
+EVALUATED_BATCHES, MOST_EVALUATED_BATCHES = 4, 16
+"""Of an evaluation: samples may be of several sizes. Up to so many if they are short: as `MOST_STEPS`."""
 
 
 class Growth:
@@ -130,8 +131,8 @@ def measure_held_memory(
     together = together if length is None else min(together, length)
     fewer = max(1, together // _FEWER)
 
-    def peak(layout: Layout, evaluated: tuple[int, ...] = ()) -> tuple[list[int], tuple[float, float]]:
-        """With whole batches, with micro-batches, then in an evaluation of each of these numbers of samples; and
+    def peak(layout: Layout, *, evaluates: bool = False) -> tuple[list[int], tuple[float, float]]:
+        """With whole batches, with micro-batches, then in an evaluation of a few samples and one of a few batches; and
         seconds of the first two's last steps."""
         mesh = data_mesh(Group.alone(device), layout)
         replica = replica_to_measure(
@@ -155,19 +156,28 @@ def measure_held_memory(
                     break
             found.append(peak_memory_bytes(kind))
             step_s.append(end_s - begin_s)
-        for number in evaluated:
-            give_back_freed_memory()
-            forget_peak_memory(kind)
-            replica.evaluate(first_samples(datasets["test"], "test", number))
+        if evaluates:
+            evaluate_s = evaluate(replica, fewer)
+            found.append(peak_memory_bytes(kind))
+            batches = int(ENOUGH_S * fewer / (evaluate_s * together))
+            evaluate(replica, together * min(max(EVALUATED_BATCHES, batches), MOST_EVALUATED_BATCHES))
             found.append(peak_memory_bytes(kind))
         return found, (step_s[0], step_s[1])
+
+    def evaluate(replica: Replica, samples: int) -> float:
+        """Seconds of it; what it has held at most can be read afterwards."""
+        give_back_freed_memory()
+        forget_peak_memory(kind)
+        begin_s = done_s(device)
+        replica.evaluate(first_samples(datasets["test"], "test", samples))
+        return done_s(device) - begin_s
 
     def held() -> int:
         gc.collect()  # models and their hooks refer to each other
         give_back_freed_memory()
         return held_memory_bytes(kind)
 
-    (whole, in_parts, *evaluation), step_s = peak(Layout(), (fewer, EVALUATED_BATCHES * together))
+    (whole, in_parts, *evaluation), step_s = peak(Layout(), evaluates=True)
     empty, files = held(), file_memory_bytes(kind)
     recomputed = {}
     for how in RECOMPUTE[1:]:

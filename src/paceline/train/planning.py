@@ -153,7 +153,7 @@ def measure_all(
             costs = [_with_divisions(one, divided) for one in costs]
         profile = profile.model_copy(update={"costs": tuple(costs)})
         if held is None:
-            profile = with_memory_of_blocks(profile, empty, files)
+            profile = with_memory_of_blocks(profile, empty, files, splitting)
         else:
             profile = _with_memory(profile, linked, conditions[0][0], held)
         forecaster = Forecaster(profile, linked)
@@ -174,10 +174,8 @@ def measure_all(
     )
     if profile is None:
         return None
-    without = {
-        t.layout: empty if held is None else held.empty + held.splitting * t.layout.splits_model
-        for t in trials
-    }
+    bare, more = (empty - splitting, splitting) if held is None else (held.empty, held.splitting)
+    without = {t.layout: bare + more * t.layout.splits_model for t in trials}
     return corrected(profile, linked, _tried(trials, without, pauses=found[-1].pauses)), linked
 
 
