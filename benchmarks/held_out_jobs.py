@@ -1,4 +1,4 @@
-"""Seven jobs on random data, of which two the model of cost was not corrected with: to hold its forecasts against.
+"""Seven jobs on random data, of which one the model of cost was not corrected with: to hold its forecasts against.
 
     paceline train benchmarks/held_out_jobs.py --set model=lstm
 
@@ -12,8 +12,8 @@
     tcn     six convolutions along a sequence, ever wider apart (0.7 M parameters), 32 windows of 64 tokens, AdamW
     sets    three layers for each of 48 points, their mean, three layers for that (0.3 M parameters), 64 sets, AdamW
 
-The first three were held out until 2026-11-27, the next two until 2026-11-28, the last two are (cells.py): nothing in
-the planner is changed with their cells in sight.
+The first three were held out until 2026-11-27, mixer, autoencoder and sets until 2026-11-28, tcn is (cells.py): nothing
+in the planner is changed with its cells in sight.
 """
 
 from __future__ import annotations

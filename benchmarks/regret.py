@@ -41,7 +41,7 @@ PAIRS = (
         ("sets", "unequal"),
     ),
 )
-"""Ten jobs, of which two are held out; six clusters."""
+"""Ten jobs, of which one is held out; six clusters."""
 
 
 def table(pairs: Sequence[Pair], title: str) -> str:
