@@ -136,14 +136,16 @@ def _of_a_step(
     if not in_whole or PIPELINE not in ways or TENSOR in ways:
         return found
     if in_parts:
-        return _apart(profile, linked, found, in_parts)
+        return _in_parts_beside(profile, linked, found, in_parts)
     if known is None or known.split_step_s is None:
         return found
     more_s = known.split_step_s - known.step_s
     return found.model_copy(update={"split_step_s": step_s + more_s, "split_micro_s": known.split_micro_s})
 
 
-def _apart(profile: Profile, linked: LinkedCluster, found: Correction, tried: Sequence[Tried]) -> Correction:
+def _in_parts_beside(
+    profile: Profile, linked: LinkedCluster, found: Correction, tried: Sequence[Tried]
+) -> Correction:
     """What is found of pipelines beside another way with what those take whose gradients of weights are actions of
     their own: a straight line over their number, or so much for each micro-batch where one was tried."""
     told = Forecaster(profile.model_copy(update={"corrections": (*profile.corrections, found)}), linked)

@@ -12,7 +12,7 @@ import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 _NEVER_TRIM_BYTES = (1 << 31) - 1
-_LEAST_HOLE_BYTES, _MANY = 64 << 10, 1 << 16
+_LEAST_HOLE_BYTES, _MAPPINGS = 64 << 10, 1 << 16
 _SETTINGS_OF_THE_USER = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD")
 _keeps = False
 """Whether this process was told to."""
@@ -64,8 +64,9 @@ class _MallInfo(ctypes.Structure):
 def heap_without_holes() -> Iterator[None]:
     """Have nothing put between what is in use already, so that the heap grows as in a process that has just begun.
 
-    What was large once leaves holes behind, and the next model's tensors fit into them badly: it comes to hold up to a
-    third more than it would in a process of its own. Meanwhile the holes are taken, at the price of their first pages.
+    What was large once leaves holes behind, and the next model's tensors fit into them badly: it comes to hold more
+    than it would in a process of its own (docs/decisions/0025). Meanwhile the holes are taken, at the price of their
+    first pages.
 
     Nothing is done where freed memory is not kept, or glibc does not tell where it takes memory from.
     """
@@ -97,7 +98,7 @@ def _take_holes(libc: ctypes.CDLL) -> list[int]:
     taken = []
     # What does not fit into a hole gets a mapping of its own, and so is told from what does.
     libc.mallopt(_M_MMAP_THRESHOLD, _LEAST_HOLE_BYTES)
-    libc.mallopt(_M_MMAP_MAX, _MANY)
+    libc.mallopt(_M_MMAP_MAX, _MAPPINGS)
     try:
         size = 1 << max(libc.mallinfo2().fordblks.bit_length() - 1, 0)
         while size >= _LEAST_HOLE_BYTES:

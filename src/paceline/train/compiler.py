@@ -86,7 +86,7 @@ def put_off_compiler() -> None:
     """From now on this process loads torch's compiler only when something uses it.
 
     torch (2.13) loads it in the first `Optimizer.__init__`: 1.2 s of a core in each worker and in the launcher,
-    two fifths of their start, and 60 MiB of each. It is for processes of our own: it changes what
+    two fifths of their start, and some 30 MiB of each. It is for processes of our own: it changes what
     `import torch._dynamo` gives until that is used.
     """
     if _NAME not in sys.modules:
