@@ -3,10 +3,10 @@
     python benchmarks/memory_limits.py DIR           # jobs that memory_forecast.py has measured in DIR; root, box.py
     python benchmarks/memory_limits.py DIR --table   # the table again
 
-Layouts run in hosts of a box whose memory is some times what the plan wants for them. A plan leaves a
-tenth free, so it wants the forecast of all workers of the host over 0.9. Where the host has more than that the plan
+Layouts run in hosts of a box whose memory is some times what the plan wants for them. A plan leaves a share free, its
+margin, so it wants the forecast of all workers of the host over the rest. Where the host has more than that the plan
 accepts the layout, and the kernel must not kill it. Where it has less the plan refuses it; the layout then runs in a
-host without the tenth, and if it survives there it was refused without need. What counts against the limit is
+host without the margin, and if it survives there it was refused without need. What counts against the limit is
 what workers hold once: `Forecaster.needed_bytes`.
 """
 
@@ -34,7 +34,7 @@ from memory_forecast import (
 from paceline.errors import LayoutError
 from paceline.plan.forecast import Forecaster
 from paceline.plan.kept import read_kept
-from paceline.plan.search import MEMORY_MARGIN
+from paceline.plan.search import memory_margin
 from paceline.records import Layout
 
 LIMITED = ("dp_replicate=1,threads=1", f"dp_replicate={CORES},threads=1", f"dp_shard={CORES},zero=3,threads=1",
@@ -71,17 +71,18 @@ def run_limited(jobs: Sequence[str], directory: Path) -> None:
         for text in LIMITED:
             layout = Layout.parse(text)
             with contextlib.suppress(LayoutError):
+                forecaster.check(layout)
                 needed = layout.workers * forecaster.needed_bytes(layout)
                 for times in TIMES:
                     if (job, text, times) not in done:
-                        keep(file, train_limited(job, layout, times, needed))
+                        keep(file, train_limited(job, layout, times, needed, memory_margin(linked)))
 
 
-def train_limited(job: str, layout: Layout, times: float, needed_bytes: int) -> Limited:
+def train_limited(job: str, layout: Layout, times: float, needed_bytes: int, margin: float) -> Limited:
     """Train in a host whose memory is `times` what a plan wants, or, where that refuses the layout, in what it uses."""
-    host_bytes = int(times * needed_bytes / (1 - MEMORY_MARGIN))
+    host_bytes = int(times * needed_bytes / (1 - margin))
     accepted = times >= 1
-    limit_bytes = host_bytes if accepted else int(host_bytes * (1 - MEMORY_MARGIN))
+    limit_bytes = host_bytes if accepted else int(host_bytes * (1 - margin))
     with tempfile.TemporaryDirectory() as place:
         spec = spec_of(job, Path(place), layout=str(layout), steps=STEPS, verify=False)
         with Box([BoxHost(memory_bytes=limit_bytes, workers=layout.workers)]) as box:

@@ -10,9 +10,11 @@ from paceline.plan.choose import JobForecasts
 from paceline.plan.fitting import by_turns, why_not
 from paceline.plan.forecast import Forecaster
 from paceline.plan.profile import Profile
+from paceline.plan.search import memory_margin
 from paceline.records import Layout
 
 MIB = 1 << 20
+MARGIN = memory_margin(linked())
 ONE, DATA, SHARDED, PIPELINE = (
     Layout.parse(text)
     for text in (
@@ -33,8 +35,8 @@ def own_bytes(layout: Layout) -> int:
 
 
 def with_room(num_bytes: float) -> Forecaster:
-    """Of what each of two workers of a host has 15 % are left free."""
-    return Forecaster(job(), linked(per_host=2, worker_bytes=round(num_bytes / 0.85) + 1))
+    """So much for each of two workers of a host, once a share is left free."""
+    return Forecaster(job(), linked(per_host=2, worker_bytes=round(num_bytes / (1 - MARGIN)) + 1))
 
 
 def test_a_layout_needs_room_beside_the_workers_that_wait():
@@ -42,7 +44,7 @@ def test_a_layout_needs_room_beside_the_workers_that_wait():
     assert why_not(with_room(needed), DATA) == ""
     told = why_not(with_room(needed * 0.99), DATA)
     assert told.startswith(f"dp_replicate=2,threads=1 needs {needed / MIB:,.0f} MiB a worker, and there are ")
-    assert "(15% left free)" in told
+    assert f"({MARGIN:.0%} left free)" in told
     # One process has all of its host, less the base of the worker that waits.
     alone = own_bytes(ONE)
     assert why_not(with_room((alone + 100 * MIB) / 2 + 1), ONE) == ""
@@ -57,13 +59,14 @@ def test_who_has_measured_has_what_splits_models_in_memory():
         loaded = room.profile.model_copy(update={"splitting_bytes": splitting * MIB})
         own = Forecaster(loaded, room.linked).forecast(layout).memory.own
         there = linked(
-            per_host=2, worker_bytes=round(max(needed + 30 * MIB, own * (layout == SHARDED)) / 0.85) + 1
+            per_host=2,
+            worker_bytes=round(max(needed + 30 * MIB, own * (layout == SHARDED)) / (1 - MARGIN)) + 1,
         )
         assert (why_not(Forecaster(loaded, there), layout) == "") == fits
     alone = own_bytes(ONE)
     loaded = job().model_copy(update={"splitting_bytes": 30 * MIB})
     for more, fits in ((160, True), (150, False)):
-        there = linked(per_host=2, worker_bytes=round((alone + more * MIB) / 2 / 0.85) + 1)
+        there = linked(per_host=2, worker_bytes=round((alone + more * MIB) / 2 / (1 - MARGIN)) + 1)
         assert (why_not(Forecaster(loaded, there), ONE) == "") == fits
 
 
@@ -95,7 +98,7 @@ def test_single_processes_and_plain_data_parallelism_are_timed_where_they_fit():
         return choosing.shortlist()
 
     assert {ONE, DATA} <= set(shortlist_in(100 * own_bytes(DATA)))
-    found = shortlist_in(round((own_bytes(PIPELINE) + 100 * MIB) / 0.85))
+    found = shortlist_in(round((own_bytes(PIPELINE) + 100 * MIB) / (1 - MARGIN)))
     assert found
     assert DATA not in found
     assert all(layout.splits_model for layout in found if layout.workers > 1)

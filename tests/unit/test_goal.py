@@ -19,7 +19,7 @@ from paceline.plan.curves import Curve
 from paceline.plan.forecast import Forecaster
 from paceline.plan.goal import GoalCurve, samples_needed, steps_needed, time_to_goal
 from paceline.plan.profile import Profile
-from paceline.plan.search import MEMORY_MARGIN, layouts, room_bytes
+from paceline.plan.search import layouts, room_bytes
 from paceline.report.goal_figures import drawing
 from paceline.report.goal_page import goal_section
 from paceline.report.goals import goal_lines, print_goal
@@ -50,7 +50,7 @@ def test_it_finds_what_trying_every_layout_of_every_batch_size_finds(seed, noise
         for number in numbers:
             for layout in layouts(forecaster, number):
                 found = forecaster.forecast(layout)
-                if found.memory.own <= room_bytes(cluster, layout, None, MEMORY_MARGIN):
+                if found.memory.own <= room_bytes(cluster, layout):
                     time = found.step_s * (1 + noise / size)
                     least[number, size] = min(time, least.get((number, size), math.inf))
     if not least:

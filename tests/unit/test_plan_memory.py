@@ -10,7 +10,7 @@ from planning_examples import GIB, linked, profile, random_linked, random_profil
 from paceline.plan.corrections import corrected
 from paceline.plan.forecast import Forecaster
 from paceline.plan.profile import Correction, Tried
-from paceline.plan.search import layouts, room_bytes, search
+from paceline.plan.search import layouts, memory_margin, room_bytes, search
 from paceline.records import Cluster, Layout
 
 SEEDS = range(25)
@@ -49,7 +49,7 @@ def test_a_job_that_only_one_process_fits_is_trained_by_one():
     """Each worker's share of the host is too little for any layout of all of them."""
     job = profile(shares_update=False)
     needed = Forecaster(job, linked()).forecast(Layout(recompute="full")).memory.own
-    tight = linked(worker_bytes=int(needed / 0.85 / 4) + 1)
+    tight = linked(worker_bytes=int(needed / (1 - memory_margin(linked())) / 4) + 1)
     assert {f.layout.workers for f in search(Forecaster(job, tight)).fastest} == {1}
 
 

@@ -157,9 +157,9 @@ def test_memory_is_advised_where_something_was_refused_for_it():
     job, there = profile((1.0,) * 4, 16, ()), linked(1, 2)
     roomy = plan_of(job, there)
     assert not any("memory" in c.what and "shared" not in c.what for c in roomy.advice.changes)
-    tight = plan_of(job, there, memory_bytes=int(0.65 * GIB))
+    tight = plan_of(job, there, memory_bytes=int(0.7 * GIB))
     (more,) = [change for change in tight.advice.changes if change.what == "twice the memory"]
-    (then,) = search(Forecaster(job, there), number=1, memory_bytes=int(1.3 * GIB)).fastest
+    (then,) = search(Forecaster(job, there), number=1, memory_bytes=int(1.4 * GIB)).fastest
     assert more.factor == pytest.approx(then.samples_per_s / tight.found.fastest[0].samples_per_s)
 
 

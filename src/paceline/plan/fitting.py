@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from paceline.errors import LayoutError
 from paceline.plan.forecast import Forecaster
-from paceline.plan.search import MEMORY_MARGIN, room_bytes
+from paceline.plan.search import memory_margin, room_bytes
 from paceline.records import Layout
 
 
@@ -20,7 +20,7 @@ def why_not(forecaster: Forecaster, layout: Layout) -> str:
         memory = forecaster.forecast(layout, apart=False).memory
     except LayoutError as error:
         return error.what
-    room = room_bytes(linked, layout, None, MEMORY_MARGIN)
+    room = room_bytes(linked, layout)
     here = min(layout.workers, linked.per_host)
     if linked.cluster.device == "cpu":
         room -= (linked.per_host - here) * (memory.base + _loaded_bytes(forecaster, layout)) // here
@@ -29,7 +29,7 @@ def why_not(forecaster: Forecaster, layout: Layout) -> str:
         return ""
     return (
         f"{layout} needs {needed / 2**20:,.0f} MiB a worker, and there are {room / 2**20:,.0f} MiB "
-        f"({MEMORY_MARGIN:.0%} left free)"
+        f"({memory_margin(linked):.0%} left free)"
     )
 
 
@@ -40,7 +40,7 @@ def by_turns(forecaster: Forecaster, layouts: Sequence[Layout]) -> list[list[Lay
     """
     linked = forecaster.linked
     # As if all workers were at work: whoever has the fewest layouts could have more.
-    room = linked.worker_bytes(linked.cluster.workers) * (1 - MEMORY_MARGIN)
+    room = linked.worker_bytes(linked.cluster.workers) * (1 - memory_margin(linked))
     groups: list[list[Layout]] = []
     held: dict[Layout, float] = {}
     for layout in layouts:

@@ -24,7 +24,7 @@ from paceline.errors import LayoutError
 from paceline.plan.forecast import Forecaster
 from paceline.plan.profile import LinkedCluster, Profile
 from paceline.plan.scaling import worker_counts
-from paceline.plan.search import MEMORY_MARGIN, search
+from paceline.plan.search import search
 from paceline.plan.terms import Forecast
 from paceline.records import Layout, Record
 
@@ -99,7 +99,7 @@ def time_to_goal(
     workers: Sequence[int] | None = None,
     batch_sizes: Sequence[int] | None = None,
     memory_bytes: int | None = None,
-    margin: float = MEMORY_MARGIN,
+    margin: float | None = None,
 ) -> GoalCurve:
     """The best batch size for each of several numbers of workers, and what it brings.
 
@@ -207,7 +207,7 @@ class _WithinMeasured(Forecaster):
 
 
 def _fastest(
-    forecasters: Sequence[Forecaster], workers: int, memory_bytes: int | None, margin: float
+    forecasters: Sequence[Forecaster], workers: int, memory_bytes: int | None, margin: float | None
 ) -> tuple[Forecast, bool]:
     """Of so many workers; the second forecaster is asked where the first finds nothing, and whether it was is told."""
     within, anyhow = forecasters

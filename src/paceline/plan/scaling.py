@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from paceline.errors import LayoutError
 from paceline.plan.forecast import Forecaster
-from paceline.plan.search import FEW, MEMORY_MARGIN, search
+from paceline.plan.search import FEW, search
 from paceline.plan.terms import Forecast
 from paceline.records import Record
 
@@ -49,7 +49,7 @@ def scaling(
     *,
     workers: Sequence[int] | None = None,
     memory_bytes: int | None = None,
-    margin: float = MEMORY_MARGIN,
+    margin: float | None = None,
     least_share: float = LEAST_SHARE,
 ) -> ScalingCurve:
     """The fastest step with each of several numbers of workers.

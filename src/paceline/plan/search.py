@@ -17,8 +17,10 @@ from paceline.plan.schedules import SCHEDULES
 from paceline.plan.terms import Forecast
 from paceline.records import RECOMPUTE, Layout
 
-MEMORY_MARGIN = 0.15
-"""Share of a worker's memory that a plan leaves free: forecasts err, and allocators do not fill what they take."""
+_MEMORY_MARGIN, _MEMORY_MARGIN_OF_GPUS = 0.2, 0.1
+"""Share of a worker's memory that a plan leaves free: forecasts err, and allocators do not fill what they take. A
+program holds more or less by a tenth from run to run on CPUs, where malloc fits its tensors in, and by less than a
+hundredth on GPUs (docs/memory_forecasts.md, docs/gpus.md)."""
 FEW = 16
 """Up to this number of workers every size of every axis is tried; above, those that divide the number of workers."""
 _LEVEL_ERRORS = 2.0
@@ -58,14 +60,14 @@ def search(
     number: int = 10,
     workers: int | None = None,
     memory_bytes: int | None = None,
-    margin: float = MEMORY_MARGIN,
+    margin: float | None = None,
 ) -> Found:
     """The `number` fastest layouts.
 
     Args:
         workers: exactly so many workers; None: any number up to what the cluster has.
         memory_bytes: what a worker may use; None: its host's memory over the workers that the layout has there.
-        margin: share of it that is left free.
+        margin: share of it that is left free; None: `memory_margin`.
 
     Raises:
         LayoutError: nothing fits; the layout that lacks least is named. Or there is no layout of so many workers.
@@ -105,7 +107,8 @@ def search(
         assert smallest is not None
         raise LayoutError(
             f"no layout fits: the nearest, {smallest.layout}, needs {smallest.needed_bytes / 2**20:,.0f} MiB a "
-            f"worker, and there are {smallest.room_bytes / 2**20:,.0f} MiB ({margin:.0%} left free)",
+            f"worker, and there are {smallest.room_bytes / 2**20:,.0f} MiB "
+            f"({memory_margin(forecaster.linked) if margin is None else margin:.0%} left free)",
             next_step="use more workers, workers with more memory, or a smaller model or batch",
         )
     first = fastest[0][2].layout
@@ -116,7 +119,7 @@ def search(
 
 
 def _in_fewest_parts(
-    forecaster: Forecaster, fastest: Layout, memory_bytes: int | None, margin: float
+    forecaster: Forecaster, fastest: Layout, memory_bytes: int | None, margin: float | None
 ) -> Layout:
     """The fastest layout; or, without a pipeline, the same with the fewest micro-batches with which it fits and is as
     fast, as far as the measurements can tell: more of them seem to save a little where nothing is gained.
@@ -136,14 +139,21 @@ def _in_fewest_parts(
     return fastest
 
 
-def room_bytes(linked: LinkedCluster, layout: Layout, memory_bytes: int | None, margin: float) -> int:
+def memory_margin(linked: LinkedCluster) -> float:
+    """Share of the memory of its workers that a plan leaves free."""
+    return _MEMORY_MARGIN if linked.cluster.device == "cpu" else _MEMORY_MARGIN_OF_GPUS
+
+
+def room_bytes(
+    linked: LinkedCluster, layout: Layout, memory_bytes: int | None = None, margin: float | None = None
+) -> int:
     """What a plan lets each worker of a layout take of its host's memory.
 
     Args:
         memory_bytes, margin: as in `search`.
     """
     most = linked.worker_bytes(layout.workers) if memory_bytes is None else memory_bytes
-    return int(most * (1 - margin))
+    return int(most * (1 - (memory_margin(linked) if margin is None else margin)))
 
 
 def layouts(forecaster: Forecaster, workers: int | None = None) -> Iterator[Layout]:

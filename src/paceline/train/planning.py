@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Mapping, Sequence
-from statistics import median
 from typing import Any
 
 import torch
@@ -20,9 +18,9 @@ from paceline.measure.machine import file_memory_bytes, held_memory_bytes, launc
 from paceline.plan.corrections import corrected
 from paceline.plan.fitting import why_not
 from paceline.plan.forecast import Forecaster
-from paceline.plan.profile import Block, Costs, LinkedCluster, Profile, Tried
+from paceline.plan.profile import Block, Costs, LinkedCluster, Profile
 from paceline.plan.tries import layouts_to_try, num_divided
-from paceline.records import Cluster, Layout, Trial
+from paceline.records import Cluster, Layout
 from paceline.split.granularity import NUMBERS, TENSORS, granularity
 from paceline.train.allocator import give_back_freed_memory
 from paceline.train.block_costs import BlockCosts
@@ -34,15 +32,13 @@ from paceline.train.link_speeds import measure_links
 from paceline.train.profiling import Measured, measure_costs, measure_division
 from paceline.train.session import Datasets
 from paceline.train.speeds import measure_speeds
-from paceline.train.trial import time_by_turns
+from paceline.train.trying import tried, try_layouts
 from paceline.train.whole_model import why_block_by_block
 
 BUDGET_S = 12.0
 """What measuring a job takes, about."""
-_TRY = 0.08
-"""Share of that which is for each layout that is tried, on top of the rest."""
-_TRY_ROUNDS = (4, 6)
-"""At least, and at most: two steps of a slow layout say little on a machine that others use."""
+_TRY = 0.05
+"""Share of that which is for each visit to a layout that is tried, on top of the rest."""
 
 _LEAST_UNUSUAL = 0.15
 """Of a step: by so much more or less what is computed again must take than it should, to be believed."""
@@ -160,46 +156,15 @@ def measure_all(
         every = layouts_to_try(job.batch_size, cluster, conditions[-1][0], can_divide=divided is not None)
         fit = ([layout for layout in group if not why_not(forecaster, layout)] for group in every)
         groups = [group for group in fit if group]
-    number = everyone.gather_json(sum(map(len, groups)), "how many layouts are tried")[0]
-    trials = time_by_turns(
-        groups,
-        job,
-        world,
-        everyone,
-        datasets,
-        budget_s=budget_s * _TRY * number,
-        rounds=_TRY_ROUNDS,
-        evaluates=True,
-        **about,
+    pauses = bool(found) and found[-1].pauses
+    trials = try_layouts(
+        groups, job, world, everyone, datasets, budget_s=budget_s * _TRY, pauses=pauses, **about
     )
     if profile is None:
         return None
     bare, more = (empty - splitting, splitting) if held is None else (held.empty, held.splitting)
-    without = {t.layout: bare + more * t.layout.splits_model for t in trials}
-    return corrected(profile, linked, _tried(trials, without, pauses=found[-1].pauses)), linked
-
-
-def _tried(trials: Sequence[Trial], empty_bytes: Mapping[Layout, int], *, pauses: bool) -> list[Tried]:
-    """What the trials tell.
-
-    Args:
-        empty_bytes: what a worker of each layout holds without a model.
-        pauses: as `Measured.pauses`.
-    """
-    found = []
-    for trial in trials:
-        # The median step leaves out the pauses of steps that are shorter.
-        step_s = median(trial.step_s) if pauses and trial.step_s else trial.median_step_s
-        if trial.step_s and step_s:
-            peaks = (
-                None if grown is None else empty_bytes[trial.layout] + grown
-                for grown in (trial.grown_bytes, trial.evaluation_grown_bytes)
-            )
-            peak, evaluating = peaks
-            found.append(
-                Tried(layout=trial.layout, step_s=step_s, peak_bytes=peak, evaluation_peak_bytes=evaluating)
-            )
-    return found
+    told = (tried(of_one, bare + more * of_one[0].layout.splits_model, pauses=pauses) for of_one in trials)
+    return corrected(profile, linked, [one for one in told if one is not None]), linked
 
 
 def _divide(

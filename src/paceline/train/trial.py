@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import math
 import time
 from collections.abc import Iterator, Sequence
 from statistics import median
@@ -62,6 +63,7 @@ def time_by_turns(
     budget_s: float = BUDGET_S,
     rounds: tuple[int, int] = (_FEWEST_ROUNDS, _MOST_ROUNDS),
     evaluates: bool = False,
+    until_s: float = math.inf,
 ) -> list[Trial]:
     """Time the layouts that rank 0 gives, those of a group in interleaved rounds; the same list on every worker.
 
@@ -70,12 +72,15 @@ def time_by_turns(
     Args:
         groups: layouts whose models can be in memory at the same time; looked at on rank 0 alone.
         budget_s, rounds, evaluates: as of `LayoutTimer`, for all of them together.
+        until_s: of `time.monotonic` on rank 0: no group is begun later, and the others are left out.
     """
     told = [[str(layout) for layout in group] for group in groups]
     texts: list[list[str]] = everyone.gather_json(told, "layouts to time")[0]
     number = sum(map(len, texts))
     trials: list[Trial] = []
     for at, group in enumerate(texts):
+        if everyone.gather_json(time.monotonic() > until_s, "whether more layouts are timed")[0]:
+            break
         _leave_room(world, everyone)
         timer = LayoutTimer(
             job,
