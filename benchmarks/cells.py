@@ -29,7 +29,7 @@ from peers import JOBS as PEER_JOBS
 from paceline.errors import PacelineError
 from paceline.plan.profile import LinkedCluster, Profile
 
-HELD_OUT = ("tcn",)
+HELD_OUT = ("tcn", "tables", "graph")
 _HELD_OUT_BEFORE = ("vit", "lstm", "unet", "mixer", "autoencoder", "sets")
 WAITING = {
     f"waiting-{model}": ("benchmarks/waiting_jobs.py", {"model": model}) for model in ("mlp", "gpt", "conv")

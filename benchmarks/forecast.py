@@ -101,6 +101,8 @@ _SUMMARY = (
 def table(pairs: Sequence[Pair], title: str) -> str:
     cells = [cell for pair in pairs for cell in pair.timed]
     known = counted(cells)
+    tried = [cell for cell in cells if cell.off is not None and cell.was_tried]
+    clusters = dict.fromkeys(cell.cluster for cell in [*known, *tried])
     drifts = {(pair.job, pair.cluster): drift(pair) for pair in pairs}
     of = {
         f"tuned on: {', '.join(TUNED_ON)}": [cell for cell in known if cell.job in TUNED_ON],
@@ -110,12 +112,12 @@ def table(pairs: Sequence[Pair], title: str) -> str:
             for job in dict.fromkeys(c.job for c in known)
         },
         **{
-            f"{CLUSTERS[name].describe()} (`{name}`), without tuned-on jobs": [
-                cell for cell in known if cell.cluster == name and cell.job not in TUNED_ON
-            ]
-            for name in dict.fromkeys(cell.cluster for cell in known)
+            f"{CLUSTERS[name].describe()} (`{name}`)": [cell for cell in known if cell.cluster == name]
+            for name in clusters
         },
-        "layouts that were tried": [cell for cell in cells if cell.off is not None and cell.was_tried],
+        "layouts that were tried": tried,
+        **{f"… `{name}`": [cell for cell in tried if cell.cluster == name] for name in clusters},
+        "all, tried or not": [*known, *tried],
     }
     lines = [title, "", *head("which", *_SUMMARY)]
     lines += [f"| {which} | {' | '.join(summary(found, drifts))} |" for which, found in of.items()]

@@ -1,6 +1,6 @@
 """What the planner's choice loses against the best layout that there is, and against rules of thumb.
 
-    python benchmarks/regret.py --results build/cells --out regret.md     # 24 pairs; root, for the boxes
+    python benchmarks/regret.py --results build/cells --out regret.md     # 31 pairs; root, for the boxes
     python benchmarks/regret.py --jobs text conv --boxes here two-1g      # these jobs on these clusters
     python benchmarks/regret.py --from build/cells                        # the tables again, from the files
 
@@ -30,7 +30,7 @@ PAIRS = (
     *((job, "two-1g") for job in ("text", "driving", "gpt-small", "mlp-tiny")),
     *((job, "two-100m") for job in ("image", "conv", "speech")),
     *((job, "four-1g") for job in ("text", "gpt-small", "conv")),
-    *((job, "two-by-two") for job in ("driving", "gpt-small")),
+    *((job, "two-by-two") for job in ("text", "driving", "gpt-small")),
     *((job, "unequal") for job in ("image", "driving")),
     *(
         ("tcn", "here"),
@@ -39,9 +39,15 @@ PAIRS = (
         ("sets", "two-1g"),
         ("tcn", "two-100m"),
         ("sets", "unequal"),
+        ("tables", "here"),
+        ("graph", "here"),
+        ("tables", "two-1g"),
+        ("graph", "two-1g"),
+        ("tables", "two-100m"),
+        ("graph", "unequal"),
     ),
 )
-"""Ten jobs, of which one is held out; six clusters."""
+"""Twelve jobs, of which three are held out; six clusters."""
 
 
 def table(pairs: Sequence[Pair], title: str) -> str:

@@ -107,7 +107,7 @@ def _in_two_ways(here: int, everyone: int, divided: int) -> list[tuple[Layout, .
         found += [
             *(x.model_copy(update={"tp": inner}) for x in (pipeline, long)),
             Layout(dp_replicate=outer, tp=inner),
-            Layout(dp_shard=outer, tp=inner, zero=1),
+            *(Layout(dp_shard=outer, tp=inner, zero=zero) for zero in (1, 3)),
         ]
     elif divided > 1 and here == 1 and everyone % divided == 0:
         found.append(Layout(dp_replicate=everyone // divided, tp=divided))

@@ -17,7 +17,7 @@ from paceline.train.trial import time_by_turns
 
 _ROUNDS = (4, 6)
 """Of a visit, at least and at most: two steps of a slow layout say little on a machine that others use."""
-_MOST_AGAIN_S = 40.0
+_MOST_AGAIN_S = 60.0
 """After so long no further visit is begun but the first to each: large models take seconds to build."""
 _AGREE = 0.08
 """Two visits that differ by less tell what a step takes."""
