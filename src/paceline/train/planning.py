@@ -37,7 +37,7 @@ from paceline.train.whole_model import why_block_by_block
 
 BUDGET_S = 12.0
 """What measuring a job takes, about."""
-_TRY = 0.05
+_TRY = 0.04
 """Share of that which is for each visit to a layout that is tried, on top of the rest."""
 
 _LEAST_UNUSUAL = 0.15

@@ -46,7 +46,7 @@ def try_layouts(
     Args:
         groups, about: as of `time_by_turns`.
         budget_s: of one layout, for each visit.
-        pauses: as of `seconds_of`; looked at on rank 0 alone.
+        pauses: as `Measured.pauses`; looked at on rank 0 alone.
     """
 
     def visit(some: Sequence[Sequence[Layout]], **how: Any) -> list[Trial]:
@@ -86,7 +86,7 @@ def tried(visits: Sequence[Trial], empty_bytes: int, *, pauses: bool) -> Tried |
 
     Args:
         empty_bytes: what a worker holds without a model.
-        pauses: as of `Measured.pauses`.
+        pauses: as `Measured.pauses`.
     """
     steps_s = [step_s for one in visits if (step_s := _visit_s(one, pauses=pauses))]
     if not steps_s:
