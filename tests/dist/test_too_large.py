@@ -63,7 +63,7 @@ def test_in_blocks_a_job_is_found_to_hold_what_it_holds_whole(tmp_path):
             Forecaster(p, there).forecast(layout).memory.total
             for p, there in ((whole, linked), (blocks, linked_too))
         ]
-        # Of half a gigabyte some 20 MiB are what steps of the whole leave in malloc's holes.
+        # Whole steps hold some 20 MiB of half a gigabyte more than their blocks tell (docs/log.md).
         assert totals[1] == pytest.approx(totals[0], rel=0.08)
 
 

@@ -50,7 +50,7 @@ def test_it_finds_what_trying_every_layout_of_every_batch_size_finds(seed, noise
         for number in numbers:
             for layout in layouts(forecaster, number):
                 found = forecaster.forecast(layout)
-                if found.memory.own <= room_bytes(cluster, layout):
+                if forecaster.needed_bytes(layout) <= room_bytes(cluster, layout):
                     time = found.step_s * (1 + noise / size)
                     least[number, size] = min(time, least.get((number, size), math.inf))
     if not least:

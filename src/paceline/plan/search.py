@@ -72,6 +72,8 @@ def search(
     Raises:
         LayoutError: nothing fits; the layout that lacks least is named. Or there is no layout of so many workers.
     """
+    if margin is None:
+        margin = memory_margin(forecaster.linked)
     possible = [layout for base in _bases(forecaster, workers) for layout in _sharded(forecaster, base)]
     if not possible:
         number_of = "any number of" if workers is None else workers
@@ -107,8 +109,7 @@ def search(
         assert smallest is not None
         raise LayoutError(
             f"no layout fits: the nearest, {smallest.layout}, needs {smallest.needed_bytes / 2**20:,.0f} MiB a "
-            f"worker, and there are {smallest.room_bytes / 2**20:,.0f} MiB "
-            f"({memory_margin(forecaster.linked) if margin is None else margin:.0%} left free)",
+            f"worker, and there are {smallest.room_bytes / 2**20:,.0f} MiB ({margin:.0%} left free)",
             next_step="use more workers, workers with more memory, or a smaller model or batch",
         )
     first = fastest[0][2].layout
@@ -119,7 +120,7 @@ def search(
 
 
 def _in_fewest_parts(
-    forecaster: Forecaster, fastest: Layout, memory_bytes: int | None, margin: float | None
+    forecaster: Forecaster, fastest: Layout, memory_bytes: int | None, margin: float
 ) -> Layout:
     """The fastest layout; or, without a pipeline, the same with the fewest micro-batches with which it fits and is as
     fast, as far as the measurements can tell: more of them seem to save a little where nothing is gained.
