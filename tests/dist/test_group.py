@@ -127,7 +127,7 @@ def test_messages_arrive_in_the_order_of_their_channel(size, transport):
     assert run_group(messages, size, transport=transport) == {rank: [] for rank in range(size)}
 
 
-def series(world: World) -> list[int]:
+def series(world: World, rounds_ahead: int) -> list[int]:
     """Rank 0 sends messages of kinds that do not come in turn; which of them have not arrived as they were."""
     group = everyone(world)
     numels = [5, 5, 900, 5, 7, 7, 5, 900, 900, 7, 5]
@@ -137,12 +137,37 @@ def series(world: World) -> list[int]:
         for one in pending:
             one.wait()
         return []
-    received = [group.receive_(torch.zeros(n), 0, "a series") for n in numels]
+    received = [group.receive_(torch.zeros(n), 0, "a series", 0, rounds_ahead) for n in numels]
     return [at for at, tensor in enumerate(received) if not bool((tensor == at).all())]
 
 
-def test_a_message_of_another_kind_than_was_awaited_arrives_as_well():
-    assert run_group(series, 2, transport="gloo") == {0: [], 1: []}
+@pytest.mark.parametrize("rounds_ahead", [0, 2])
+def test_a_message_of_another_kind_than_was_awaited_arrives_as_well(rounds_ahead):
+    assert run_group(series, 2, rounds_ahead, transport="gloo") == {0: [], 1: []}
+
+
+def rounds(world: World) -> list[float]:
+    """Rank 0 sends rounds of a small and a large message and is rid of all of them before rank 1, which waits for word
+    of that, asks for the last two. What rank 1 has received of the large ones."""
+    group = everyone(world)
+    num_rounds, ahead = 5, 2
+    if world.rank == 0:
+        sent = [t for at in range(num_rounds) for t in (torch.zeros(1), torch.full((1 << 20,), float(at)))]
+        for one in [group.start_send(tensor, 1, "a round") for tensor in sent]:
+            one.wait()
+        group.start_send(torch.zeros(1), 1, "word", 1).wait()
+        return []
+    received = []
+    for at in range(num_rounds):
+        if at == num_rounds - ahead:
+            group.receive_(torch.zeros(1), 0, "word", 1)
+        group.receive_(torch.zeros(1), 0, "a round", 0, ahead)
+        received += group.receive_(torch.zeros(1 << 20), 0, "a round", 0, ahead).unique().tolist()
+    return received
+
+
+def test_rounds_ahead_come_before_they_are_asked_for():
+    assert run_group(rounds, 2, transport="gloo") == {0: [], 1: [0.0, 1.0, 2.0, 3.0, 4.0]}
 
 
 def storm(world: World, num_small: int, num_large: int, flushes: bool) -> bool:

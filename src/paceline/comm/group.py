@@ -292,8 +292,15 @@ class Group:
             return _Posted(self._patience, self._mailbox, what)
         return self._take_wire().start_send(tensor, to, what, channel)
 
-    def receive_(self, tensor: torch.Tensor, source: int, what: str, channel: int = 0) -> torch.Tensor:
+    def receive_(
+        self, tensor: torch.Tensor, source: int, what: str, channel: int = 0, rounds_ahead: int = 0
+    ) -> torch.Tensor:
         """Fill the contiguous `tensor` with what group rank `source` sends next on this channel.
+
+        Args:
+            rounds_ahead: where messages follow each other in the same order again and again, as those of micro-batches
+                do: so many rounds are awaited ahead, in memory of their own, so that they come while this worker sends.
+                None: the next message alone. For gloo; others need no such thing.
 
         Raises:
             CollectiveError: also where the message has another type or number of elements.
@@ -302,7 +309,7 @@ class Group:
             with self._patience.counted():
                 self._mailbox.receive_(tensor, source, what, channel)
         else:
-            self._take_wire().receive_(tensor, source, what, channel)
+            self._take_wire().receive_(tensor, source, what, channel, rounds_ahead)
         return tensor
 
     def gather_json(self, value: Any, what: str) -> list[Any]:

@@ -10,6 +10,8 @@ import torch
 from paceline.comm.group import Group, Pending
 
 _KINDS = ("F", "B", "tied", "done")
+_ROUNDS_AHEAD = 2
+"""Micro-batches whose values and gradients are awaited ahead: of three that are under way one is computed."""
 
 
 class StageLinks:
@@ -48,7 +50,8 @@ class StageLinks:
             # The sender goes on with its own: in-place changes must not be seen there.
             return tensor.copy_(self._own[kind, source, target].popleft())
         what = _describe(kind, source, target)
-        self._group.receive_(tensor, where, what, self._channel(kind, source, target))
+        rounds = _ROUNDS_AHEAD if kind in ("F", "B") else 0
+        self._group.receive_(tensor, where, what, self._channel(kind, source, target), rounds)
         return tensor
 
     def settle(self, keep: int) -> None:

@@ -17,6 +17,8 @@ from paceline.comm.pending import Patience, Pending, Work
 from paceline.errors import CollectiveError
 
 MOST_CHANNELS = 1 << 16
+_MOST_AHEAD = 16
+"""Messages of a channel that are awaited before anyone has asked for them."""
 
 
 _Kind = tuple[torch.dtype, int]
@@ -35,9 +37,10 @@ class _Ahead:
     """What is received from one worker on one channel, and what is likely to come next.
 
     gloo carries nothing before its receiver has said that it waits: a message that is not awaited until it is needed
-    comes a round trip and its own length later. So after each message the next one is awaited already. Messages of
-    one channel follow each other in the same order step after step: after one of a kind comes what came after the last
-    of that kind. A guess that was wrong stays for the next message of its kind.
+    comes a round trip and its own length later. Where the receiver is sending at the time, that word itself waits until
+    what it sends has gone. So after each message the next ones are awaited already. Messages of one channel follow each
+    other in the same order step after step: after one of a kind comes what came after the last of that kind. A guess
+    that was wrong stays for the next message of its kind.
     """
 
     def __init__(self) -> None:
@@ -47,12 +50,20 @@ class _Ahead:
         self._next: dict[_Kind, _Kind] = {}
         self._last: _Kind | None = None
 
-    def after(self, kind: _Kind) -> _Kind:
-        """The likely kind of the message after one of `kind`, which has just come."""
+    def after(self, kind: _Kind, rounds: int) -> collections.Counter[_Kind]:
+        """How many of which kinds are likely to come after the message of `kind` which has just come.
+
+        Args:
+            rounds: so many are looked ahead as far as it is known what follows what, each up to the next message of
+                `kind`; none: the next message alone.
+        """
         if self._last is not None:
             self._next[self._last] = kind
         self._last = kind
-        return self._next.get(kind, kind)
+        likely = [self._next.get(kind, kind)]
+        while likely.count(kind) < rounds and likely[-1] in self._next and len(likely) < _MOST_AHEAD:
+            likely.append(self._next[likely[-1]])
+        return collections.Counter(likely)
 
     def room(self, kind: _Kind) -> torch.Tensor:
         """Where a message is received before anyone has asked for it."""
@@ -72,7 +83,7 @@ class Wire:
     Each message is two: a head of 24 bytes (channel, type, number of elements), and the tensor. Both are on
     their way at once, under tags of their own, so that a receiver who expects something else learns it from the head.
     Sending returns at once; the tensor must stay as it is until `wait()`, which returns when the receiver has it, or
-    has room for it. A channel takes the memory of one message more than it carries.
+    has room for it. A channel takes the memory of the messages that are awaited ahead, beside what it carries.
     """
 
     def __init__(self, process_group: Any, ranks: tuple[int, ...], device: torch.device, patience: Patience):
@@ -109,8 +120,14 @@ class Wire:
         # The head must live as long as the works that read it.
         return Work(self._patience, name, works, head.detach, other)
 
-    def receive_(self, tensor: torch.Tensor, source: int, what: str, channel: int) -> None:
-        """Fill the contiguous `tensor` with what rank `source` of the group sends next on this channel."""
+    def receive_(
+        self, tensor: torch.Tensor, source: int, what: str, channel: int, rounds_ahead: int = 0
+    ) -> None:
+        """Fill the contiguous `tensor` with what rank `source` of the group sends next on this channel.
+
+        Args:
+            rounds_ahead: as of `Group.receive_`.
+        """
         other = f"rank {self._ranks[source]}"
         name = self._patience.name(f"receiving {what} from {other}", tensor)
         kind = (tensor.dtype, tensor.numel())
@@ -122,10 +139,13 @@ class Wire:
             head.work.wait()
             self._check(head.into, tensor, source, name)
             body.work.wait()
-            likely = ahead.after(kind)
-            ahead.heads.append(self._post_head(source, channel))
-            if not ahead.bodies[likely]:
-                ahead.bodies[likely].append(self._post(source, channel, ahead.room(likely)))
+            likely = ahead.after(kind, rounds_ahead)
+            while len(ahead.heads) < likely.total():
+                ahead.heads.append(self._post_head(source, channel))
+            for other_kind, number in likely.items():
+                awaited = ahead.bodies[other_kind]
+                while len(awaited) < number:
+                    awaited.append(self._post(source, channel, ahead.room(other_kind)))
         if body.into is not tensor:
             tensor.view(-1).copy_(body.into)
             ahead.give_back(body.into)
@@ -245,7 +265,9 @@ class NcclWire(Wire):
             works = [link.send([t], 1, 0) for t in (head, tensor)]
         return Work(self._patience, name, works, head.detach, other)
 
-    def receive_(self, tensor: torch.Tensor, source: int, what: str, channel: int) -> None:
+    def receive_(
+        self, tensor: torch.Tensor, source: int, what: str, channel: int, rounds_ahead: int = 0
+    ) -> None:
         other = f"rank {self._ranks[source]}"
         name = self._patience.name(f"receiving {what} from {other}", tensor)
         with self._patience.translated(name, other):
