@@ -29,8 +29,8 @@ from peers import JOBS as PEER_JOBS
 from paceline.errors import PacelineError
 from paceline.plan.profile import LinkedCluster, Profile
 
-HELD_OUT = ("tcn", "tables", "graph")
-_HELD_OUT_BEFORE = ("vit", "lstm", "unet", "mixer", "autoencoder", "sets")
+HELD_OUT = ("seq2seq", "resnet", "towers")
+_HELD_OUT_BEFORE = ("vit", "lstm", "unet", "mixer", "autoencoder", "sets", "tcn", "tables", "graph")
 WAITING = {
     f"waiting-{model}": ("benchmarks/waiting_jobs.py", {"model": model}) for model in ("mlp", "gpt", "conv")
 }

@@ -197,14 +197,17 @@ class Forecaster:
         actions_s = self._unexplained.actions_s(layout) if layout.pp > 1 else (0.0, 0.0)
         key += actions_s
         if key not in self._stages:
-            row = self._row(layout)
+            row, costs = self._row(layout), self.costs_of(layout)
             # Whatever the links: a faster one does not move the cuts, and so never makes a forecast slower.
-            most = self.costs_of(layout).most_stages
+            most = costs.most_stages
             busy_s = [piece.busy_s - piece.tensor_s for piece in row]
             busy_s = [*busy_s[: most - 1], sum(busy_s[most - 1 :])]
-            cuts = partition(busy_s, number, sends=[piece.output_bytes for piece in row[:most]])
+            sends = [num_bytes * micro for num_bytes in costs.sends_bytes]
+            cuts = partition(busy_s, number, sends=sends[:most])
             cuts[-1] = len(row)
-            self._stages[key] = tuple(join(row[a:b], *actions_s) for a, b in itertools.pairwise(cuts))
+            self._stages[key] = tuple(
+                join(row[a:b], sends[b - 1], *actions_s) for a, b in itertools.pairwise(cuts)
+            )
         return self._stages[key]
 
     def _row(self, layout: Layout) -> list[Stage]:

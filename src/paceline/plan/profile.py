@@ -71,7 +71,7 @@ class Block(Record):
     peak_bytes: float = Field(default=0.0, ge=0)
     """Temporaries of one sample at the worst moment."""
     output_bytes: float = Field(default=0.0, ge=0)
-    """Of one sample: what crosses a cut after this block, in one direction."""
+    """Of one sample: its results, which cross a cut after it in one direction where nothing else is known."""
     closes: bool = False
     """It is what follows the model's last piece, the loss among it: always where that is."""
     flops: float = Field(default=0.0, ge=0)
@@ -113,6 +113,9 @@ class Costs(Record):
     """Each kind once."""
     row: tuple[int, ...] = ()
     """The model, from inputs to loss, as numbers of `blocks`; empty: each once."""
+    crossing_bytes: tuple[float, ...] = ()
+    """Of each in the row, of one sample: what crosses a cut after it in one direction. Code between the blocks may
+    pool, or join, or hand values on past many of them. Empty: the blocks' results do."""
     optimizer_s_per_byte: float = Field(ge=0)
     """Seconds of the optimizer's step for one byte of trained parameters."""
     add_s_per_byte: float = Field(default=0.0, ge=0)
@@ -130,12 +133,19 @@ class Costs(Record):
     def _row_is_right(self) -> Self:
         if any(not 0 <= at < len(self.blocks) for at in self.row):
             raise ValueError("the row names a block that is not there")
+        if self.crossing_bytes and len(self.crossing_bytes) != len(self.row or self.blocks):
+            raise ValueError(f"{len(self.crossing_bytes)} cuts between {len(self.row or self.blocks)} blocks")
         return self
 
     @functools.cached_property
     def model(self) -> tuple[Block, ...]:
         """All blocks in the model's order."""
         return tuple(self.blocks[at] for at in self.row) if self.row else self.blocks
+
+    @functools.cached_property
+    def sends_bytes(self) -> tuple[float, ...]:
+        """Of each block in the model's order, of one sample: what crosses a cut after it."""
+        return self.crossing_bytes or tuple(block.output_bytes for block in self.model)
 
     @property
     def most_stages(self) -> int:

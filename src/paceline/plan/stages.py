@@ -41,10 +41,13 @@ class Stage:
         return self.forward_s + self.input_s + self.weight_s
 
 
-def join(pieces: Sequence[Stage], action_s: float = 0.0, weight_action_s: float = 0.0) -> Stage:
+def join(
+    pieces: Sequence[Stage], output_bytes: float, action_s: float = 0.0, weight_action_s: float = 0.0
+) -> Stage:
     """Blocks one after the other.
 
     Args:
+        output_bytes: what crosses the cut after them.
         action_s: what a forward and a backward pass take beside them.
         weight_action_s: what gradients of weights take, where they are actions of their own.
     """
@@ -61,7 +64,7 @@ def join(pieces: Sequence[Stage], action_s: float = 0.0, weight_action_s: float 
         trained_bytes=int(total("trained_bytes")),
         saved_bytes=total("saved_bytes"),
         peak_bytes=max(piece.peak_bytes for piece in pieces),
-        output_bytes=pieces[-1].output_bytes,
+        output_bytes=output_bytes,
         forward_tensor_s=total("forward_tensor_s"),
         again_s=total("again_s"),
         num_blocks=len(pieces),

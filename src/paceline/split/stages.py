@@ -21,16 +21,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from paceline.errors import LayoutError
 from paceline.plan.cuts import partition
+from paceline.split.crossing import Crossing
 from paceline.split.pieces import Piece
 from paceline.split.tensor_mode import run_whole
 from paceline.split.tensor_plan import undisturbed
-from paceline.split.trees import map_tensors, tensors_in
-
-_CALL = "_paceline_call"
+from paceline.split.trees import tensors_in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,35 +102,22 @@ class PieceCalls:
         return self._is_inside
 
 
-class _Trace(TorchFunctionMode):
-    """Follows one forward: which piece each value comes from, and which parameters are read between them."""
+class _Trace(Crossing):
+    """Follows one forward: how long each call of a piece takes, and which parameters are read between them."""
 
     def __init__(self, calls: PieceCalls, names: Mapping[int, str]) -> None:
-        super().__init__()
-        self._calls, self._names = calls, names
+        super().__init__(lambda: calls.is_inside)
+        self._names = names
         self.seen: list[tuple[str, int]] = []
         self.seconds: list[float] = []
-        self.sends: list[float] = []
-        """Bytes of each call's result."""
-        self.read_between: dict[str, set[int]] = {}
+        self.beside: dict[str, set[int]] = {}
         """Name of a parameter -> numbers of the calls beside which it is read."""
         self._counts: dict[str, int] = {}
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if self._calls.is_inside or not tensors_in(result):
-            return result
-        read = tensors_in((args, kwargs))
-        numbers = [getattr(t, _CALL) for t in read if hasattr(t, _CALL)]
-        parameters = [self._names[id(t)] for t in read if id(t) in self._names]
-        number = max(numbers, default=max(len(self.seen) - 1, 0))
-        for name in parameters:
-            self.read_between.setdefault(name, set()).add(number)
-        if numbers or parameters:
-            map_tensors(result, lambda t: _note(t, number))
-        return result
+    def read_between(self, parameters: Sequence[torch.Tensor], number: int) -> None:
+        for parameter in parameters:
+            if id(parameter) in self._names:
+                self.beside.setdefault(self._names[id(parameter)], set()).add(number)
 
     def call(self, piece: Piece, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         number = self._counts.get(piece.name, 0)
@@ -143,14 +128,8 @@ class _Trace(TorchFunctionMode):
         result = forward(*args, **kwargs)
         self.seconds.append(_worked_s(device) - begin_s)
         self.seen.append((piece.name, number))
-        self.sends.append(float(sum(t.nbytes for t in tensors_in(result))))
-        handed = {id(t) for t in given}
-        place = len(self.seen) - 1
-        for tensor in given:
-            if id(tensor) in self._names:
-                self.read_between.setdefault(self._names[id(tensor)], set()).add(place)
-        map_tensors(result, lambda t: t if id(t) in handed else _note(t, place))
-        return result
+        self.read_between(given, len(self.seen) - 1)
+        return self.called((args, kwargs), result)
 
 
 def _worked_s(device: torch.device) -> float:
@@ -163,11 +142,6 @@ def _worked_s(device: torch.device) -> float:
         torch.cuda.synchronize(device)
         return time.perf_counter()
     return time.process_time()
-
-
-def _note(tensor: torch.Tensor, number: int) -> torch.Tensor:
-    setattr(tensor, _CALL, number)
-    return tensor
 
 
 def steady_pieces(
@@ -184,7 +158,7 @@ def steady_pieces(
     traces = [_follow(model, calls, run, names) for run in runs]
     counts = [collections.Counter(name for name, _ in trace.seen) for trace in traces]
     steady = [p for p in calls.pieces if counts[0][p.name] and len({c[p.name] for c in counts}) == 1]
-    return steady, {name for trace in traces for name in trace.read_between}
+    return steady, {name for trace in traces for name in trace.beside}
 
 
 def _follow(model: nn.Module, calls: PieceCalls, run: Callable[[], Any], names: Mapping[int, str]) -> _Trace:
@@ -192,7 +166,7 @@ def _follow(model: nn.Module, calls: PieceCalls, run: Callable[[], Any], names: 
     calls.on_call = trace.call
     try:
         with undisturbed(model), trace, torch.no_grad():
-            run()
+            trace.returned(run())
     finally:
         calls.on_call = None
     return trace
@@ -230,14 +204,14 @@ def plan_stages(
     modules = {piece.name: piece.module for piece in calls.pieces}
     seconds = _alike(seconds, [_kind(modules[name]) for name, _ in trace.seen])
     elements = [float(sum(p.numel() for p in modules[name].parameters())) for name, _ in trace.seen]
-    stage_of = cut_in_balance(seconds, elements, num_stages, room, trace.sends)
+    stage_of = cut_in_balance(seconds, elements, num_stages, room, trace.bytes_after())
     where = dict(zip(trace.seen, stage_of, strict=True))
     holders: dict[str, set[int]] = {}
     by_id = {id(p): name for name, p in model.named_parameters()}
     for (name, _), stage in where.items():
         for parameter in modules[name].parameters():
             holders.setdefault(by_id[id(parameter)], set()).add(stage)
-    for name, numbers in trace.read_between.items():
+    for name, numbers in trace.beside.items():
         holders.setdefault(name, set()).update(stage_of[min(n, len(stage_of) - 1)] for n in numbers)
     for name in by_id.values():
         # One that nothing reads is kept somewhere.

@@ -140,6 +140,7 @@ class BlockCosts:
             active=1 if group is None else group.size,
             blocks=blocks,
             row=row,
+            crossing_bytes=tuple(call.crossing_bytes for call in walk.calls),
             optimizer_s_per_byte=optimizer_s_per_byte,
             add_s_per_byte=addition_s(self._device, go_on) / MOVED_BYTES,
             product_flops_per_s=product_flops_per_s(self._device, go_on),

@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from paceline.comm.group import Group
 from paceline.errors import PacelineError
 from paceline.job import Job
+from paceline.split.crossing import Crossing
 from paceline.split.pieces import Piece, find_pieces
 from paceline.split.stages import PieceCalls
 from paceline.split.tensor_mode import plainly
@@ -82,6 +83,8 @@ class Call:
     """Of one sample; likewise below."""
     input_bytes: float
     output_bytes: float
+    crossing_bytes: float = 0.0
+    """What would cross a cut after it; see `Crossing`."""
     channels: tuple[int, ...] = ()
     """Of its batch norms, in all: they take statistics over all workers, and exchange them."""
     peak_bytes: float = 0.0
@@ -260,7 +263,7 @@ class Passes:
             outputs = forward(*args, **kwargs)
             with plainly():  # what tensor parallelism has divided seems whole otherwise
                 found.append(describe_call(piece, args, kwargs, outputs, sum(saved[before:])))
-            return outputs
+                return crossing.called((args, kwargs), outputs)
 
         def describe_call(piece: Piece, args: Any, kwargs: Any, outputs: Any, saved_bytes: int) -> Call:
             own = [p for p in piece.module.parameters() if id(p) not in counted]
@@ -288,12 +291,15 @@ class Passes:
                 saved.append(storage.nbytes())
             return without_node(tensor)
 
+        crossing = Crossing(lambda: self._calls.is_inside)
         self._calls.on_call = call
         try:
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                loss = self._loss(batch)
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), crossing:
+                loss = self._loss(batch, crossing.returned)
         finally:
             self._calls.on_call = None
+        for described, num_bytes in zip(found, crossing.bytes_after(), strict=True):
+            described.crossing_bytes = num_bytes / samples
         around = [p for p in self._model.parameters() if id(p) not in counted]
         within = sum(call.saved_bytes for call in found)
         found.append(
@@ -310,10 +316,10 @@ class Passes:
         del loss
         return found
 
-    def _loss(self, batch: Any) -> torch.Tensor:
+    def _loss(self, batch: Any, see: Callable[[Any], Any] = lambda outputs: outputs) -> torch.Tensor:
         batch = self._replica.images.arrange(batch)
         with self._replica.forward_context():
-            loss: Any = self._job.loss(self._replica.call(batch), batch)
+            loss: Any = self._job.loss(see(self._replica.call(batch)), batch)
         whole: torch.Tensor = loss[0] / loss[1] if isinstance(loss, tuple) else loss
         return whole
 

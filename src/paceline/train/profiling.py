@@ -114,6 +114,7 @@ def measure_costs(
         active=1 if group is None else group.size,
         blocks=blocks,
         row=row,
+        crossing_bytes=tuple(call.crossing_bytes for call in calls),
         optimizer_s_per_byte=optimizer_s / trained_bytes,
         add_s_per_byte=addition_s(device, go_on) / MOVED_BYTES,
         product_flops_per_s=product_flops_per_s(device, go_on),

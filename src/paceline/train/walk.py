@@ -16,6 +16,7 @@ from torch import nn
 
 from paceline.errors import JobError
 from paceline.job import Job
+from paceline.split.crossing import Crossing
 from paceline.split.pieces import Piece, find_pieces
 from paceline.split.stages import PieceCalls
 from paceline.split.tensor_mode import plainly
@@ -151,6 +152,7 @@ class Walk:
                     self.row.append(kinds[about.kind])
                     self.calls.append(about)
                     result = self._hand_on(len(self.row) - 1, samples, args, kwargs, outputs)
+                    crossing.called((args, kwargs), result)
                     if is_new:
                         with reads.within():
                             computed.append(self.units[-1].compute(samples, count))
@@ -159,8 +161,11 @@ class Walk:
                 marks.append(count())
                 return result
 
-            with holding.hooks(), reads:
-                self._run(batch, call)
+            crossing = Crossing(lambda: self._calls.is_inside)
+            with holding.hooks(), reads, crossing:
+                self._run(batch, call, crossing.returned)
+            for described, num_bytes in zip(self.calls, crossing.bytes_after(), strict=True):
+                described.crossing_bytes = num_bytes / samples
             found.append(_difference(count(), marks[-1]))
         if not self.units:
             raise JobError(
@@ -206,12 +211,17 @@ class Walk:
         results = self.units[self.row[number]].results[samples]
         return results.begin(flatten((args, kwargs))[0])
 
-    def _run(self, batch: Any, call: Callable[[Piece, Callable[..., Any], Any, Any], Any]) -> None:
+    def _run(
+        self,
+        batch: Any,
+        call: Callable[[Piece, Callable[..., Any], Any, Any], Any],
+        see: Callable[[Any], Any] = lambda outputs: outputs,
+    ) -> None:
         self._calls.on_call = call
         try:
             with self._deferred.lending(), self._replica.forward_context():
                 batch = self._replica.images.arrange(batch)
-                self._job.loss(self._replica.call(batch), batch)
+                self._job.loss(see(self._replica.call(batch)), batch)
         finally:
             self._calls.on_call = None
 
