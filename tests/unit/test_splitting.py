@@ -115,6 +115,32 @@ def test_a_block_that_is_called_several_times_may_lie_in_several_stages():
     assert stages.holders["block.0.weight"] == (1, 2, 3, 4)
 
 
+class Pooled(nn.Module):
+    """Equal layers on many rows, and then on one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.each, self.together = (
+            nn.ModuleList(nn.Linear(64, 64) for _ in range(number)) for number in (3, 6)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.each:
+            x = layer(x)
+        x = x.mean(1)
+        for layer in self.together:
+            x = layer(x)
+        return x
+
+
+def test_equal_blocks_of_different_inputs_do_not_cost_the_same():
+    model = Pooled()
+    calls = PieceCalls(model, find_pieces(model))
+    stages = plan_stages(model, calls, lambda: model(torch.randn(2, 4000, 64)), 2, room=1e9)
+    assert stages.calls["each.0", 0] == 0
+    assert stages.calls["each.2", 0] == 1
+
+
 def test_more_stages_than_pieces_are_refused_with_what_works():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     calls = PieceCalls(model, find_pieces(model))

@@ -110,6 +110,8 @@ class _Trace(Crossing):
         self._names = names
         self.seen: list[tuple[str, int]] = []
         self.seconds: list[float] = []
+        self.shapes: list[tuple[torch.Size, ...]] = []
+        """Of each call's arguments: the same layer may be called on much and on little."""
         self.beside: dict[str, set[int]] = {}
         """Name of a parameter -> numbers of the calls beside which it is read."""
         self._counts: dict[str, int] = {}
@@ -128,6 +130,7 @@ class _Trace(Crossing):
         result = forward(*args, **kwargs)
         self.seconds.append(_worked_s(device) - begin_s)
         self.seen.append((piece.name, number))
+        self.shapes.append(tuple(t.shape for t in given))
         self.read_between(given, len(self.seen) - 1)
         return self.called((args, kwargs), result)
 
@@ -202,7 +205,10 @@ def plan_stages(
             next_step=f"use at most pp={len(trace.seen)}" if len(trace.seen) > 1 else "use another axis",
         )
     modules = {piece.name: piece.module for piece in calls.pieces}
-    seconds = _alike(seconds, [_kind(modules[name]) for name, _ in trace.seen])
+    kinds = [
+        (_kind(modules[name]), shapes) for (name, _), shapes in zip(trace.seen, trace.shapes, strict=True)
+    ]
+    seconds = _alike(seconds, kinds)
     elements = [float(sum(p.numel() for p in modules[name].parameters())) for name, _ in trace.seen]
     stage_of = cut_in_balance(seconds, elements, num_stages, room, trace.bytes_after())
     where = dict(zip(trace.seen, stage_of, strict=True))
