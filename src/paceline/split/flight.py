@@ -96,16 +96,41 @@ def backward_of_inputs(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # gradients of tensors that are no leaves are meant
             found, groups = stage_backward_input([root], None, [a.value for a in arrivals], iter(weights))
+        groups = _merged(groups)
         for arrival, gradient in zip(arrivals, found, strict=True):
             arrival.gradient, arrival.value = gradient, None
     _gradients_out(flight, stage, links, device)
     return lambda: _of_weights(weights, groups)
 
 
+def _merged(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Groups that have something in common become one.
+
+    Where weights reach what comes from the inputs in several places, torch 2.13 leaves groups that have some of these
+    places, or weights, in common. Each would go back through the same part of the graph: that fails, or counts twice.
+    """
+    merged: list[dict[str, Any]] = []
+    for group in groups:
+        weights = set(group["params"])
+        gradients = dict(zip(group["intermediates"], group["grads"], strict=True))
+        apart = []
+        for other in merged:
+            if weights.isdisjoint(other["params"]) and gradients.keys().isdisjoint(other["intermediates"]):
+                apart.append(other)
+            else:
+                weights |= other["params"]
+                gradients |= dict(zip(other["intermediates"], other["grads"], strict=True))
+        whole = {"params": weights, "intermediates": list(gradients), "grads": list(gradients.values())}
+        merged = [*apart, whole]
+    return merged
+
+
 def _of_weights(weights: list[nn.Parameter], groups: list[Any]) -> None:
     from torch.distributed.pipelining._backward import stage_backward_weight
 
-    stage_backward_weight(iter(weights), groups)
+    # From several places of one group torch goes back through those of others, too, which are still to come.
+    again = any(len(group["intermediates"]) > 1 for group in groups)
+    stage_backward_weight(iter(weights), groups, retain_graph=again)
     for weight in weights:
         # Optimizers that work in one pass over memory take it that a gradient lies as its parameter does (torch 2.13).
         if weight.grad is not None and weight.grad.stride() != weight.stride():
