@@ -141,6 +141,27 @@ def test_equal_blocks_of_different_inputs_do_not_cost_the_same():
     assert stages.calls["each.2", 0] == 1
 
 
+def test_a_model_that_is_cut_again_is_not_timed_again():
+    number = 0
+
+    def cut() -> dict[tuple[str, int], int]:
+        model = nn.Sequential(*(nn.Linear(24, 24) for _ in range(6)))
+        calls = PieceCalls(model, find_pieces(model))
+
+        def run() -> torch.Tensor:
+            nonlocal number
+            number += 1
+            return model(torch.randn(3, 24))
+
+        return dict(plan_stages(model, calls, run, 3).calls)
+
+    first = cut()
+    timed = number
+    assert cut() == first
+    assert timed > 1
+    assert number == timed + 1
+
+
 def test_more_stages_than_pieces_are_refused_with_what_works():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     calls = PieceCalls(model, find_pieces(model))

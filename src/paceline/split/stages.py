@@ -182,7 +182,6 @@ def plan_stages(
     num_stages: int,
     *,
     room: float = 0.0,
-    rounds: int = 3,
 ) -> Stages:
     """Where to compute what, in `num_stages` stages of about equal time, and of about equal size where that is needed.
 
@@ -194,10 +193,7 @@ def plan_stages(
         LayoutError: the model has fewer pieces than stages.
     """
     names = {id(p): name for name, p in model.named_parameters()}
-    seconds: list[float] = []
-    for _ in range(rounds):
-        trace = _follow(model, calls, run, names)
-        seconds = [min(pair) for pair in zip(seconds or trace.seconds, trace.seconds, strict=False)]
+    trace = _follow(model, calls, run, names)
     if len(trace.seen) < num_stages:
         raise LayoutError(
             f"the model has {len(trace.seen)} pieces to cut between, and {num_stages} pipeline stages were asked for",
@@ -208,6 +204,8 @@ def plan_stages(
     kinds = [
         (_kind(modules[name]), shapes) for (name, _), shapes in zip(trace.seen, trace.shapes, strict=True)
     ]
+    key = torch.get_num_threads(), tuple(kinds)
+    seconds = _seconds_of(key, trace.seconds, lambda: _follow(model, calls, run, names).seconds)
     seconds = _alike(seconds, kinds)
     elements = [float(sum(p.numel() for p in modules[name].parameters())) for name, _ in trace.seen]
     stage_of = cut_in_balance(seconds, elements, num_stages, room, trace.bytes_after())
@@ -227,7 +225,7 @@ def plan_stages(
 
 def _kind(module: nn.Module) -> Any:
     """Equal for repeated blocks."""
-    return type(module), tuple((name, p.shape) for name, p in module.named_parameters())
+    return type(module), tuple((name, p.shape, p.dtype, p.device) for name, p in module.named_parameters())
 
 
 def _alike(seconds: Sequence[float], kinds: Sequence[Any]) -> list[float]:
@@ -238,6 +236,24 @@ def _alike(seconds: Sequence[float], kinds: Sequence[Any]) -> list[float]:
     return [statistics.median(by_kind[kind]) for kind in kinds]
 
 
+_known_s: dict[Any, list[float]] = {}
+"""Seconds of each call of a model, by what is called on what. A model is built and cut anew for each layout that is
+tried, and once more to be trained: where two cuts are nearly as fast all of these are to take the same."""
+
+
+def _seconds_of(key: Any, first: Sequence[float], again: Callable[[], Sequence[float]]) -> list[float]:
+    """The quickest of some times, found once in a process.
+
+    Args:
+        first, again: seconds of one forward, and of another.
+    """
+    if key not in _known_s:
+        rows = [first, *(again() for _ in range(_ROUNDS - 1))]
+        _known_s[key] = [min(seconds) for seconds in zip(*rows, strict=False)]
+    return _known_s[key]
+
+
+_ROUNDS = 5
 _SIZE_TO_SPARE = 1.1
 """A stage may be so many times larger than the largest must be, if that saves time."""
 
