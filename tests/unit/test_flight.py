@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -46,6 +47,17 @@ class Scaled(nn.Module):
         return x
 
 
+class Tied(nn.Module):
+    """Two layers have a weight in common, and each one of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.common = (nn.Parameter(torch.randn(8, 8)) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ (self.first + self.common) @ (self.second + self.common)
+
+
 class Recorder:
     """Links of a stage that receives no gradients."""
 
@@ -78,7 +90,7 @@ def gradients(model: nn.Module, *, in_parts: bool) -> list[torch.Tensor]:
     return [of_input, *(p.grad for p in model.parameters())]
 
 
-@pytest.mark.parametrize("make", [lambda: Writer(1), lambda: Writer(3), Scaled])
+@pytest.mark.parametrize("make", [functools.partial(Writer, 1), functools.partial(Writer, 3), Scaled, Tied])
 def test_both_parts_together_are_the_whole(make):
     torch.manual_seed(0)
     model = make()
