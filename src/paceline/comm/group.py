@@ -300,7 +300,7 @@ class Group:
         Args:
             rounds_ahead: where messages follow each other in the same order again and again, as those of micro-batches
                 do: so many rounds are awaited ahead, in memory of their own, so that they come while this worker sends.
-                None: the next message alone. For gloo; others need no such thing.
+                0: the next message alone. For gloo; others need no such thing.
 
         Raises:
             CollectiveError: also where the message has another type or number of elements.

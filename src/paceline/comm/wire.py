@@ -55,7 +55,7 @@ class _Ahead:
 
         Args:
             rounds: so many are looked ahead as far as it is known what follows what, each up to the next message of
-                `kind`; none: the next message alone.
+                `kind`; 0: the next message alone.
         """
         if self._last is not None:
             self._next[self._last] = kind

@@ -254,6 +254,7 @@ def _seconds_of(key: Any, first: Sequence[float], again: Callable[[], Sequence[f
 
 
 _ROUNDS = 5
+"""Forwards of which each call's quickest counts."""
 _SIZE_TO_SPARE = 1.1
 """A stage may be so many times larger than the largest must be, if that saves time."""
 
