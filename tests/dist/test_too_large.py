@@ -53,6 +53,7 @@ def test_in_blocks_a_job_is_found_to_hold_what_it_holds_whole(tmp_path):
     assert [block.name for block in row] == [block.name for block in other]
     for what in ("parameter_bytes", "trained_bytes", "saved_bytes", "output_bytes", "flops"):
         assert [getattr(b, what) for b in row] == [getattr(b, what) for b in other], what
+    assert blocks.costs[0].crossing_bytes == whole.costs[0].crossing_bytes
     assert blocks.state_per_byte == pytest.approx(whole.state_per_byte, rel=0.01)
     assert blocks.shares_update == whole.shares_update
     trained = sum(block.trained_bytes for block in row)

@@ -43,6 +43,8 @@ def both() -> tuple[Measured, Measured]:
 def test_blocks_alone_are_those_of_the_whole_model(both):
     whole, alone = both
     assert alone.costs.row == whole.costs.row == (0, 1, 1, 1, 2, 3, 4)
+    assert alone.costs.crossing_bytes == whole.costs.crossing_bytes
+    assert all(whole.costs.crossing_bytes[:4])
     for one, other in zip(alone.costs.blocks, whole.costs.blocks, strict=True):
         assert one.name == other.name
         for what in ("parameter_bytes", "trained_bytes", "saved_bytes", "saved_full_bytes", "output_bytes"):

@@ -53,7 +53,7 @@ class Crossing(TorchFunctionMode):
         if self._is_inside() or not tensors_in(result):
             return result
         read = tensors_in((args, kwargs))
-        numbers = [value.made for t in read if (value := value_of(t)) is not None]
+        numbers = [value.made for t in read if (value := _value_of(t)) is not None]
         parameters = [t for t in read if isinstance(t, nn.Parameter)]
         number = max(numbers, default=max(self.num_calls - 1, 0))
         if parameters:
@@ -91,12 +91,12 @@ class Crossing(TorchFunctionMode):
 
     def _need(self, tensors: Sequence[torch.Tensor], number: int) -> None:
         for tensor in tensors:
-            value = value_of(tensor)
+            value = _value_of(tensor)
             if value is not None:
                 value.needed = max(value.needed, number)
 
     def _made(self, tensor: torch.Tensor, number: int) -> torch.Tensor:
-        before = value_of(tensor)
+        before = _value_of(tensor)
         if before is None or before.made != number:
             value = _Value(number, number, tensor.nbytes)
             setattr(tensor, _VALUE, value)
@@ -104,5 +104,5 @@ class Crossing(TorchFunctionMode):
         return tensor
 
 
-def value_of(tensor: torch.Tensor) -> _Value | None:
+def _value_of(tensor: torch.Tensor) -> _Value | None:
     return getattr(tensor, _VALUE, None)
