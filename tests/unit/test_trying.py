@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import time
@@ -14,6 +15,7 @@ from torch.utils.data import TensorDataset
 
 import paceline
 from paceline.comm.world import join
+from paceline.launch import failure
 from paceline.records import Layout, Trial
 from paceline.train.session import Datasets
 from paceline.train.trial import time_by_turns
@@ -99,6 +101,27 @@ def test_no_group_is_begun_when_time_is_up():
         until_s=time.monotonic() - 1,
     )
     assert trials == []
+
+
+def test_an_error_tells_which_layout_was_tried(tmp_path):
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("no such kernel")
+
+    world = join("cpu", 60.0)
+    job = dataclasses.replace(a_job(), model=Broken)
+    with pytest.raises(RuntimeError, match="no such kernel") as caught:
+        time_by_turns(
+            [[ALONE]], job, world, world.group(1), Datasets(job, 0), seed=0, precision="fp32", budget_s=0.1
+        )
+    told = failure.record(tmp_path, 0, caught.value)
+    assert "no such kernel" in told.what
+    assert f"while {ALONE} was tried" in told.what
+    assert "--layout" in told.what
 
 
 def test_only_layouts_that_differ_are_visited_again():

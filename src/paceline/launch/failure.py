@@ -105,9 +105,10 @@ def _as_worker_error(rank: int, error: BaseException) -> WorkerError:
         or "out of memory" in str(error).lower()
         or "can't allocate" in str(error)
     )
+    during = "".join(f", {note}" for note in getattr(error, "__notes__", ()))
     return WorkerError(
         rank,
-        f"rank {rank} raised {type(error).__name__}: {error}{where}",
+        f"rank {rank} raised {type(error).__name__}: {error}{where}{during}",
         cause="not enough memory" if out_of_memory else "an error in the job's own code" if theirs else "",
         next_step=_TO_SAVE_MEMORY if out_of_memory else "",
     )

@@ -86,6 +86,8 @@ class Measuring:
             user_threads(),
             self._everyone.transport,
             self._datasets.matmul.library,
+            # Fields that came since are missing in what was kept before.
+            [record.model_json_schema() for record in (Profile, LinkedCluster)],
         )
         return store.key_of(loaded.path, loaded.options, *about)
 

@@ -186,6 +186,10 @@ class LayoutTimer:
             except LayoutError as error:
                 # Every worker of the layout finds this out, before its first step.
                 told = 0.0, str(error).splitlines()[0]
+            except Exception as error:
+                # Others of the layout may wait for this worker in the middle of a step: there is no way on.
+                error.add_note(f"while {candidate.layout} was tried; a run with --layout tries none")
+                raise
         step_s, candidate.error = self._all.gather_json(told, "the time of a trial")[0]
         if candidate.error is None:
             candidate.round_s.append(step_s)
