@@ -164,17 +164,21 @@ class LayoutTimer:
             self._round(candidate)
             candidate.steps_per_round = max(1, min(_MOST_STEPS, round(self._round_s / candidate.round_s[-1])))
             expected_s += candidate.steps_per_round * candidate.round_s[-1]
-            candidate.round_s.clear()
-            candidate.results.clear()
+            # One step is a whole round of a slow layout.
+            kept = 1 if candidate.steps_per_round == 1 else 0
+            del candidate.round_s[: len(candidate.round_s) - kept]
+            del candidate.results[: len(candidate.results) - kept]
         budget_s = self._budget_s
         own = int((budget_s - min(warm_up_s, budget_s / 2)) / max(expected_s, 1e-6))
         # Workers have warmed up for different times.
         assert self._all is not None
         rounds = self._all.gather_json(own, "rounds of trials")[0]
         fewest, most = self._rounds
-        for _ in range(max(fewest, min(most, rounds))):
+        rounds = max(fewest, min(most, rounds))
+        for count in range(rounds):
             for candidate in timed:
-                self._round(candidate)
+                if len(candidate.round_s) <= count:
+                    self._round(candidate)
 
     def _round(self, candidate: _Candidate) -> None:
         """One round of one candidate: `round_s` gains its seconds per step, as rank 0 measured them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from statistics import median
@@ -17,7 +18,7 @@ from paceline.train.trial import time_by_turns
 
 _ROUNDS = (4, 6)
 """Of a visit, at least and at most: two steps of a slow layout say little on a machine that others use."""
-_MOST_AGAIN_S = 60.0
+_MOST_AGAIN_S = 40.0
 """After so long no further visit is begun but the first to each: large models take seconds to build."""
 _AGREE = 0.08
 """Two visits that differ by less tell what a step takes."""
@@ -59,8 +60,12 @@ def try_layouts(
     for trial in visit(groups, evaluates=True):
         found[trial.layout] = [trial]
     until_s = time.monotonic() + _MOST_AGAIN_S
-    timed = ([layout for layout in group if found[layout][0].error is None] for group in groups)
-    for trial in visit([group for group in timed if group], until_s=until_s):
+    timed = [[layout for layout in group if found[layout][0].error is None] for group in groups]
+
+    def fastest_s(group: Sequence[Layout]) -> float:
+        return min(_visit_s(found[layout][0], pauses=pauses) or math.inf for layout in group)
+
+    for trial in visit(sorted(filter(None, timed), key=fastest_s), until_s=until_s):
         found[trial.layout].append(trial)
     for trial in visit(groups_again(groups, found, pauses=pauses), until_s=until_s):
         found[trial.layout].append(trial)
