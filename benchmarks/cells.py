@@ -146,6 +146,8 @@ class Pair:
     """What measuring the job, and timing its layouts, took."""
     failure: str = ""
     """Why the pair did not come to its end; cells that were measured before are there."""
+    again: list[Cell] = dataclasses.field(default_factory=list)
+    """Those that may be the fastest, and the planner's choice, timed once more by themselves."""
 
     @property
     def name(self) -> str:
@@ -154,6 +156,11 @@ class Pair:
     @property
     def timed(self) -> list[Cell]:
         return [cell for cell in self.cells if cell.round_s]
+
+    @property
+    def timed_again(self) -> dict[str, Cell]:
+        """By layout."""
+        return {cell.layout: cell for cell in self.again if cell.round_s}
 
     def cell(self, layout: str) -> Cell | None:
         """The measured cell of a layout."""
@@ -172,8 +179,9 @@ class Pair:
     def read(cls, path: Path) -> Pair:
         data = json.loads(path.read_text())
         cells = [Cell(**cell) for cell in data.pop("cells")]
+        again = [Cell(**cell) for cell in data.pop("again", ())]
         curve = [(workers, layout, step_s) for workers, layout, step_s in data.pop("curve")]
-        return cls(cells=cells, curve=curve, **data)
+        return cls(cells=cells, again=again, curve=curve, **data)
 
 
 def pair_name(job: str, cluster: str) -> str:

@@ -52,7 +52,7 @@ class Ranking:
     taken: Cell
     """What the planner takes."""
     best: Cell
-    """The fastest that was measured, with a forecast or not."""
+    """The fastest that was measured, with a forecast or not; of those that were timed once more, if any were."""
     tau: float
     tau_beyond_noise: float
     rules: dict[str, Cell]
@@ -64,21 +64,29 @@ class Ranking:
 
     def regret_of(self, cell: Cell) -> float:
         """Time lost against the best, relative."""
-        return _seconds(cell) / _seconds(self.best) - 1
+        one, best = self._alike(cell, self.best)
+        return _seconds(one) / _seconds(best) - 1
 
     @property
     def best_rule(self) -> str:
         """The rule of thumb that does best; empty where none could be measured."""
-        return min(self.rules, key=lambda rule: _seconds(self.rules[rule]), default="")
+        return min(self.rules, key=lambda rule: self.regret_of(self.rules[rule]), default="")
 
     @property
     def is_worse_than_a_rule(self) -> bool:
         """By more than the noise of both."""
         if not self.best_rule:
             return False
-        rule, mine = self.rules[self.best_rule], self.taken
+        mine, rule = self._alike(self.taken, self.rules[self.best_rule])
         slower = _seconds(mine) > _seconds(rule)
         return slower and differ(_seconds(mine), _seconds(rule), mine.noise, rule.noise)
+
+    def _alike(self, *cells: Cell) -> list[Cell]:
+        """Cells of these layouts that were timed in turns: once more where all of them were."""
+        found = self.pair.timed_again
+        if not all(cell.layout in found for cell in cells):
+            found = {cell.layout: cell for cell in self.pair.timed}
+        return [found[cell.layout] for cell in cells]
 
 
 def ranking(pair: Pair) -> Ranking | None:
@@ -90,10 +98,11 @@ def ranking(pair: Pair) -> Ranking | None:
     forecast = [cell.forecast_s or 0.0 for cell in ranked]
     measured = [_seconds(cell) for cell in ranked]
     found = {rule: pair.cell(layout) for rule, layout in pair.rules.items()}
+    again = pair.timed_again
     return Ranking(
         pair=pair,
-        taken=taken,
-        best=min(pair.timed, key=_seconds),
+        taken=again.get(taken.layout, taken),
+        best=min(list(again.values()) or pair.timed, key=_seconds),
         tau=kendall_tau(forecast, measured),
         tau_beyond_noise=kendall_tau(forecast, measured, [cell.noise for cell in ranked]),
         rules={rule: cell for rule, cell in found.items() if cell is not None},
