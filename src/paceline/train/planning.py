@@ -27,6 +27,7 @@ from paceline.train.block_costs import BlockCosts
 from paceline.train.block_memory import can_hold_divided, with_memory_of_blocks
 from paceline.train.build import build_model, build_optimizer
 from paceline.train.conditions import as_rank_0, conditions_of, under_conditions
+from paceline.train.garbage import only_what_is_made
 from paceline.train.held_memory import HeldMemory, load_splitting, measure_held_memory
 from paceline.train.link_speeds import measure_links
 from paceline.train.profiling import Measured, measure_costs, measure_division
@@ -44,6 +45,7 @@ _LEAST_UNUSUAL = 0.15
 """Of a step: by so much more or less what is computed again must take than it should, to be believed."""
 
 
+@only_what_is_made()
 def measure_all(
     job: Job,
     datasets: Datasets,
