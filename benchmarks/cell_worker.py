@@ -52,7 +52,7 @@ BUILDING_S = 3.0
 SHARE_OF_MEMORY, SHARE_OF_LIMIT = 0.5, 0.75
 """Of what is available, that layouts timed together may take; of the pair's time, after which no slow one is begun."""
 CLOSE, MOST_AGAIN, AGAIN_TIMES = 0.1, 6, 2
-"""Layouts within so much of the fastest are timed anew, at most so many, with so many times the rounds."""
+"""Layouts within so much of the fastest are timed once more, at most so many, with so many times the rounds."""
 _PR_SET_PDEATHSIG = 1
 
 

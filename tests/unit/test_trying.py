@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import paceline
 from paceline.comm.world import join
 from paceline.launch import failure
 from paceline.records import Layout, Trial
+from paceline.train import trying
 from paceline.train.session import Datasets
 from paceline.train.trial import time_by_turns
 from paceline.train.trying import groups_again, tried, try_layouts
@@ -101,6 +103,49 @@ def test_no_group_is_begun_when_time_is_up():
         until_s=time.monotonic() - 1,
     )
     assert trials == []
+
+
+def test_one_step_of_a_slow_layout_is_a_round_from_the_first_after_the_warm_up():
+    steps = []
+
+    class Slow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            steps.append(time.sleep(FIRST_S))
+            return self.linear(x)
+
+    world = join("cpu", 60.0)
+    job = dataclasses.replace(a_job(), model=Slow)
+    (trial,) = time_by_turns(
+        [[ALONE]],
+        job,
+        world,
+        world.group(1),
+        Datasets(job, 0),
+        seed=0,
+        precision="fp32",
+        budget_s=FIRST_S,
+        rounds=(3, 3),
+    )
+    assert len(trial.step_s) == 3
+    assert len(steps) == 2 + 3
+    assert min(trial.step_s) >= FIRST_S
+
+
+def test_the_fastest_are_visited_again_first(monkeypatch):
+    takes_s, visited = {ALONE: 2.0, TWO: 3.0, THREE: 1.0}, []
+
+    def time_some(groups, *_: object, **how: object) -> list[Trial]:
+        visited.append([list(group) for group in groups])
+        return [a_trial(layout, takes_s[layout]) for group in groups for layout in group]
+
+    monkeypatch.setattr(trying, "time_by_turns", time_some)
+    everyone = SimpleNamespace(gather_json=lambda value, what: [value])
+    try_layouts([[ALONE], [TWO, THREE]], None, None, everyone, None, budget_s=1.0, pauses=False)
+    assert visited == [[[ALONE], [TWO, THREE]], [[TWO, THREE], [ALONE]], []]
 
 
 def test_an_error_tells_which_layout_was_tried(tmp_path):
