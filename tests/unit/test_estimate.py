@@ -99,8 +99,10 @@ def test_doubling_all_speeds_halves_computation(speeds):
     one, two = forecaster(1.0), forecaster(2.0)
     for layout in list(layouts(one))[::7]:
         slow, fast = one.forecast(layout).terms, two.forecast(layout).terms
-        assert fast.compute_s == pytest.approx(slow.compute_s / 2)
-        assert fast.optimizer_s == pytest.approx(slow.optimizer_s / 2)
+        if layout.pp == 1:
+            # Exchanges are not halved: another worker of a pipeline may be the busiest.
+            assert fast.compute_s == pytest.approx(slow.compute_s / 2)
+            assert fast.optimizer_s == pytest.approx(slow.optimizer_s / 2)
         assert fast.data_s == pytest.approx(slow.data_s / 2)
         assert fast.step_s <= slow.step_s
 

@@ -135,6 +135,7 @@ def test_a_row_is_cut_where_the_largest_part_is_smallest(seed):
     assert bounds[-1] == len(costs)
     assert all(a < b for a, b in itertools.pairwise(bounds)), bounds
     largest = max(sum(costs[a:b]) for a, b in itertools.pairwise(bounds))
+    assert partition(costs, number, speeds=[0.7] * number) == bounds
     every = itertools.combinations(range(1, len(costs)), number - 1)
     least = min(
         max(sum(costs[a:b]) for a, b in itertools.pairwise((0, *inner, len(costs)))) for inner in every
@@ -150,21 +151,45 @@ def test_of_cuts_that_are_hardly_slower_the_one_that_sends_least_is_taken(seed):
     sends = [float(drawn.randint(0, 3)) for _ in costs]
     sizes = [float(drawn.randint(0, 9)) for _ in costs]
     number = drawn.randint(1, length)
+    speeds = drawn.choice(([], [drawn.choice((0.4, 1.0, 1.5)) for _ in range(number)]))
     inner = itertools.combinations(range(1, length), number - 1)
     every = [(0, *cuts, length) for cuts in inner]
 
-    def most(of: list[float], bounds: Sequence[int]) -> float:
-        return max(sum(of[a:b]) for a, b in itertools.pairwise(bounds))
+    def most(of: list[float], bounds: Sequence[int], over: Sequence[float]) -> float:
+        return max(sum(of[a:b]) / by for (a, b), by in zip(itertools.pairwise(bounds), over, strict=True))
 
-    largest = drawn.choice((math.inf, 1.1 * min(most(sizes, bounds) for bounds in every)))
-    every = [bounds for bounds in every if most(sizes, bounds) <= largest]
-    quickest = min(most(costs, bounds) for bounds in every)
-    near = [bounds for bounds in every if most(costs, bounds) <= quickest * 1.05 + 1e-12]
-    wanted = min((sum(sends[at - 1] for at in b[1:-1]), most(costs, b)) for b in near)
-    found = partition(costs, number, sends=sends, sizes=sizes, largest=largest)
+    alike, over = [1.0] * number, speeds or [1.0] * number
+    largest = drawn.choice((math.inf, 1.1 * min(most(sizes, bounds, alike) for bounds in every)))
+    every = [bounds for bounds in every if most(sizes, bounds, alike) <= largest]
+    quickest = min(most(costs, bounds, over) for bounds in every)
+    near = [bounds for bounds in every if most(costs, bounds, over) <= quickest * 1.05 + 1e-12]
+    wanted = min((sum(sends[at - 1] for at in b[1:-1]), most(costs, b, over)) for b in near)
+    found = partition(costs, number, sends=sends, sizes=sizes, largest=largest, speeds=speeds)
     assert tuple(found) in every
     assert sum(sends[at - 1] for at in found[1:-1]) == wanted[0]
-    assert most(costs, found) == pytest.approx(wanted[1])
+    assert most(costs, found, over) == pytest.approx(wanted[1])
+
+
+def test_stages_go_by_the_speed_of_who_computes_them():
+    job = profile((1.0,) * 6, 16, ())
+    layout = Layout(pp=2, dp_replicate=2, micro=2)
+    even, uneven = (
+        Forecaster(job, linked(2, 2, speeds=speeds)).stages_of(layout) for speeds in ((), (1.0, 0.5))
+    )
+    assert [stage.num_blocks for stage in even] == [3, 3]
+    assert [stage.num_blocks for stage in uneven] == [4, 2]
+    assert uneven[0].busy_s == pytest.approx(even[0].busy_s * 4 / 3)
+    assert uneven[1].busy_s == pytest.approx(uneven[0].busy_s)
+    # What hosts differ by from measurement to measurement moves no cut, and is counted.
+    nearly = Forecaster(job, linked(2, 2, speeds=(1.0, 0.9))).stages_of(layout)
+    assert [stage.num_blocks for stage in nearly] == [3, 3]
+    assert nearly[1].busy_s == pytest.approx(even[1].busy_s / 0.9)
+    # Copies of a stage on both hosts are as fast as the slower.
+    alike, unequal = (
+        Forecaster(job, linked(2, 1, speeds=speeds)).stages_of(Layout(dp_replicate=2))[0]
+        for speeds in ((), (1.0, 0.5))
+    )
+    assert unequal.busy_s == pytest.approx(2 * alike.busy_s)
 
 
 def test_what_follows_the_last_piece_is_no_stage_of_its_own():

@@ -20,7 +20,7 @@ from paceline.split.finding import _nearest_tp, find_stages
 from paceline.split.pieces import find_pieces, pieces_for
 from paceline.split.placement import Shard
 from paceline.split.recompute import recomputed
-from paceline.split.stages import PieceCalls, cut_in_balance, plan_stages, steady_pieces
+from paceline.split.stages import CutBy, PieceCalls, cut_in_balance, plan_stages, steady_pieces
 from paceline.split.tensor_mode import shard_of
 from paceline.split.tensor_plan import plan_tensor_split
 
@@ -162,6 +162,19 @@ def test_a_model_that_is_cut_again_is_not_timed_again():
     assert number == timed + 1
 
 
+def test_a_faster_worker_gets_more_of_the_model():
+    def cut(*speeds: float) -> list[int]:
+        model = nn.Sequential(*(nn.Linear(40, 40) for _ in range(6)))
+        calls = PieceCalls(model, find_pieces(model))
+        run = lambda: model(torch.randn(30, 40))  # noqa: E731
+        stages, _ = find_stages(Group.alone(CPU), model, calls, run, [0, 1], CutBy(room=1e9, speeds=speeds))
+        return list(stages.calls.values())
+
+    assert cut() == cut(1.0, 0.9) == [0, 0, 0, 1, 1, 1]
+    assert cut(1.0, 0.5) == [0, 0, 0, 0, 1, 1]
+    assert cut(0.4, 2.0) == [0, 1, 1, 1, 1, 1]
+
+
 def test_more_stages_than_pieces_are_refused_with_what_works():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     calls = PieceCalls(model, find_pieces(model))
@@ -178,7 +191,8 @@ def test_where_small_batches_cannot_be_put_together_a_small_one_is_timed_and_the
         raise RuntimeError("shape mismatch\nand more")
 
     def find(run):
-        return find_stages(Group.alone(CPU), model, calls, (run, lambda: model(torch.randn(2, 4))), 2, 1.0)
+        small = lambda: model(torch.randn(2, 4))  # noqa: E731
+        return find_stages(Group.alone(CPU), model, calls, small, [0, 1], CutBy(run, room=1.0))
 
     stages, why = find(large)
     assert stages.num_stages == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any
 
 from paceline.comm.group import Group
 from paceline.comm.world import World
@@ -47,6 +48,8 @@ class Mesh:
     """All that differ in `tp` not at all."""
     model: Group
     """`pp × tp`: the workers that have one model between them."""
+    speeds: tuple[float, ...] = ()
+    """Of each worker of the pipeline: of the slowest of those that have the same stages. Empty: not known."""
 
     def axis(self, *axes: str) -> Group:
         """The group of the workers that differ from this one in these axes only, outermost first.
@@ -78,7 +81,7 @@ def build_mesh(world: World, layout: Layout) -> Mesh | None:
 
     Rank r is the r-th place of the mesh, row by row with the outermost axis first.
     """
-    groups: dict[str, Group] = {}
+    groups: dict[str, Any] = {}
     world.in_use.clear()
     for name, axes in COMBINATIONS.items():
         for ranks in members(layout, axes):
@@ -88,7 +91,12 @@ def build_mesh(world: World, layout: Layout) -> Mesh | None:
                 groups[name] = group
     if world.rank >= layout.workers:
         return None
-    return Mesh(layout, world.rank, coordinates(layout, world.rank), **groups)
+    each = layout.workers // layout.pp
+    speeds = tuple(
+        min(world.speeds[at * each : (at + 1) * each]) for at in range(layout.pp if world.speeds else 0)
+    )
+    mesh = Mesh(layout, world.rank, coordinates(layout, world.rank), **groups)
+    return dataclasses.replace(mesh, speeds=speeds)
 
 
 def make_mesh(world: World, layout: Layout) -> Mesh | None:
@@ -104,7 +112,7 @@ def data_mesh(group: Group, layout: Layout | None = None) -> Mesh:
     """The mesh of workers that each have the whole model, and split the batch."""
     alone = Group.alone(group.device, group.ranks[group.rank])
     layout = layout or Layout(dp_replicate=group.size)
-    groups = dict.fromkeys(COMBINATIONS, alone)
+    groups: dict[str, Any] = dict.fromkeys(COMBINATIONS, alone)
     groups.update(everyone=group, replicate=group, data=group, sums=group)
     return Mesh(layout, group.rank, coordinates(layout, group.rank), **groups)
 

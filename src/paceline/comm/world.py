@@ -46,6 +46,8 @@ class World:
     """Of this host, before a worker was bound to its share."""
     hosts: tuple[int, ...] = ()
     """Of each rank, the first rank on its host. Empty where the launcher did not tell, and with NCCL."""
+    speeds: list[float] = dataclasses.field(default_factory=list)
+    """Of each rank's host, relative to the first one's, once the planner knows them; empty before."""
 
     def group(self, size: int) -> Group | None:
         """The group of the first `size` ranks; None on a rank outside it.

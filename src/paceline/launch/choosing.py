@@ -104,6 +104,8 @@ class Choosing:
             known = self._measuring.measure()
             if known is not None and known[0].how_noisy:
                 self._write("message", level="warning", text=known[0].how_noisy)
+        speeds = None if known is None else list(known[1].speeds_of_workers)
+        self._world.speeds[:] = self._everyone.gather_json(speeds, "the hosts' speeds")[0]
         if known is None:
             return None
         profile = known[0].model_copy(update={"past_error": store.past_error()})

@@ -13,6 +13,17 @@ same blocks differ by does not move a cut to where much more has to be sent."""
 _ROUNDING = 1 + 1e-12
 
 
+_SAME = 0.15
+"""Workers of a pipeline whose speeds differ by less get stages of equal costs: a cut is not moved by noise."""
+
+
+def uneven(speeds: Sequence[float]) -> tuple[float, ...]:
+    """Speeds to cut by; nothing where they hardly differ."""
+    if not speeds or max(speeds) < (1 + _SAME) * min(speeds):
+        return ()
+    return tuple(speeds)
+
+
 def partition(
     costs: Sequence[float],
     number: int,
@@ -20,32 +31,35 @@ def partition(
     sends: Sequence[float] = (),
     sizes: Sequence[float] = (),
     largest: float = math.inf,
+    speeds: Sequence[float] = (),
 ) -> list[int]:
     """Where to cut a row into `number` parts, none empty: `number + 1` bounds.
 
-    So that the largest sum of costs is smallest; or, of all cuts in which it is hardly larger, so that what crosses
-    them is least, and then the largest sum.
+    So that the largest sum of costs, over its part's speed, is smallest; or, of all cuts in which it is hardly larger,
+    so that what crosses them is least, and then the largest of these.
 
     Args:
         sends: of each in the row, what would cross a cut after it; empty: it does not matter.
         sizes: of each in the row; no part has more than `largest`.
+        speeds: of who computes each part; empty: all alike.
 
     Raises:
         ValueError: there is less in the row, or every cut has a larger part.
     """
     if number > len(costs):
         raise ValueError(f"{len(costs)} costs cannot be cut into {number} parts")
-    row = _Row(costs, sizes, largest)
-    whole = row.cost(0, len(costs))
-    best = row.furthest(number, whole)
+    row = _Row(costs, speeds or [1.0] * number, sizes, largest)
+    whole = row.sum(0, len(costs))
+    high = whole / min(row.speeds)
+    best = row.furthest(high)
     if best is None:
         raise ValueError(
             f"of {len(costs)} sizes cut into {number} parts one is always larger than {largest:g}"
         )
-    low, high = max(max(costs), whole / number), whole
+    low = max(max(costs) / max(row.speeds), whole / sum(row.speeds))
     for _ in range(60):
         middle = (low + high) / 2
-        found = row.furthest(number, middle)
+        found = row.furthest(middle)
         if found is None:
             low = middle
         else:
@@ -54,8 +68,8 @@ def partition(
             break
     if not sends or _sent(sends, best) <= (number - 1) * min(sends):
         return best
-    slowest = max(row.cost(a, b) for a, b in itertools.pairwise(best))
-    found = _sending_least(row, number, slowest * (1 + _SLOWER), sends)
+    slowest = max(row.cost(part, a, b) for part, (a, b) in enumerate(itertools.pairwise(best)))
+    found = _sending_least(row, slowest * (1 + _SLOWER), sends)
     return found if _sent(sends, found) < _sent(sends, best) else best
 
 
@@ -64,21 +78,30 @@ def _sent(sends: Sequence[float], bounds: Sequence[int]) -> float:
 
 
 class _Row:
-    """A row with the sums of what is in it, and what no part may exceed but in costs."""
+    """A row with the sums of what is in it, the speeds of its parts, and what none of them may exceed but in costs."""
 
     def __init__(
-        self, costs: Sequence[float], sizes: Sequence[float] = (), largest: float = math.inf
+        self,
+        costs: Sequence[float],
+        speeds: Sequence[float],
+        sizes: Sequence[float] = (),
+        largest: float = math.inf,
     ) -> None:
-        self.length = len(costs)
+        self.length, self.speeds = len(costs), speeds
         self._costs = [0.0, *itertools.accumulate(costs)]
         self._sizes = [0.0, *itertools.accumulate(sizes)] if sizes and largest < math.inf else []
         self._largest = largest
 
-    def cost(self, begin: int, end: int) -> float:
+    def sum(self, begin: int, end: int) -> float:
         return self._costs[end] - self._costs[begin]
 
-    def _last(self, begin: int, most: float) -> int:
+    def cost(self, part: int, begin: int, end: int) -> float:
+        """Of a part: its sum over its speed."""
+        return self.sum(begin, end) / self.speeds[part]
+
+    def _last(self, part: int, begin: int, most: float) -> int:
         """Where a part from `begin` ends at the latest."""
+        most *= self.speeds[part]
         end = bisect.bisect_right(self._costs, self._costs[begin] + most * _ROUNDING) - 1
         if self._sizes:
             end = min(
@@ -86,18 +109,19 @@ class _Row:
             )
         return end
 
-    def first(self, end: int, most: float) -> int:
+    def first(self, part: int, end: int, most: float) -> int:
         """Where a part up to `end` begins at the earliest."""
+        most *= self.speeds[part]
         begin = bisect.bisect_left(self._costs, self._costs[end] - most * _ROUNDING)
         if self._sizes:
             begin = max(begin, bisect.bisect_left(self._sizes, self._sizes[end] - self._largest * _ROUNDING))
         return begin
 
-    def furthest(self, number: int, most: float) -> list[int] | None:
-        """Parts of at most `most`, each as long as it may be, so long as enough is left for the others."""
-        bounds = [0]
-        for left in range(number - 1, -1, -1):
-            end = min(self._last(bounds[-1], most), self.length - left)
+    def furthest(self, most: float) -> list[int] | None:
+        """Parts that cost at most `most`, each as long as it may be, so long as enough is left for the others."""
+        bounds, number = [0], len(self.speeds)
+        for part in range(number):
+            end = min(self._last(part, bounds[-1], most), self.length - (number - 1 - part))
             if end <= bounds[-1]:
                 return None
             bounds.append(end)
@@ -109,17 +133,17 @@ def _rounded(seconds: float) -> float:
     return float(f"{seconds:.9g}")
 
 
-def _sending_least(row: _Row, number: int, most: float, sends: Sequence[float]) -> list[int]:
-    """Of all cuts into parts of at most `most` the one that sends least, and of these the quickest.
+def _sending_least(row: _Row, most: float, sends: Sequence[float]) -> list[int]:
+    """Of all cuts into parts that cost at most `most` the one that sends least, and of these the quickest.
 
     Dynamic programming over where each part may end: not after where the parts so far end at the latest, nor before
     where the parts to come begin at the earliest.
     """
-    latest = row.furthest(number, most)
+    latest, number = row.furthest(most), len(row.speeds)
     assert latest is not None
     earliest = [row.length]
-    for left in range(number - 1, -1, -1):
-        earliest.append(max(left, row.first(earliest[-1], most)))
+    for part in reversed(range(number)):
+        earliest.append(max(part, row.first(part, earliest[-1], most)))
     earliest.reverse()
     # Of each end of the parts so far: what crosses their cuts, the slowest of them, and where the last of them begins.
     known: list[dict[int, tuple[float, float, int]]] = [{0: (0.0, 0.0, 0)}]
@@ -127,9 +151,9 @@ def _sending_least(row: _Row, number: int, most: float, sends: Sequence[float]) 
         before, here = known[-1], {}
         for end in range(max(earliest[part], part), latest[part] + 1):
             sent = sends[end - 1] if part < number else 0.0
-            begin = row.first(end, most)
+            begin = row.first(part - 1, end, most)
             ways = [
-                (sent + crossed, max(slowest, _rounded(row.cost(begun, end))), begun)
+                (sent + crossed, max(slowest, _rounded(row.cost(part - 1, begun, end))), begun)
                 for begun, (crossed, slowest, _) in before.items()
                 if begin <= begun < end
             ]

@@ -14,7 +14,7 @@ from statistics import mean
 from typing import Any
 
 from paceline.errors import LayoutError
-from paceline.plan.cuts import partition
+from paceline.plan.cuts import partition, uneven
 from paceline.plan.links import Placement
 from paceline.plan.memory import evaluation_memory, training_memory
 from paceline.plan.orders import orders, peak_stored, stages_of_workers, workers_of_stages
@@ -81,7 +81,10 @@ class Forecaster:
             [stages[s] for s in mine] for mine in stages_of_workers(layout.schedule, layout.pp, layout.stages)
         ]
         computing = self._computing(layout, stages, held, apart=apart)
-        updating = [self._updating(layout, costs, mine) for mine in held]
+        speeds = self._places.speeds_along(layout)
+        updating = [
+            self._updating(layout, costs, mine, speed) for mine, speed in zip(held, speeds, strict=True)
+        ]
         # Whoever takes longest for its gradients and its update keeps the others waiting.
         slowest = max(updating, key=lambda terms: sum(terms.values()))
         data_s = costs.data_s(self.profile.batch_size / layout.data_parallel)
@@ -114,17 +117,20 @@ class Forecaster:
         gradients have gone back from there; and who has most parameters has to update them.
         """
         costs, stages = self.costs_of(layout), self.stages_of(layout)
-        updating = self._updating(layout, costs, self._heaviest(layout, stages))
+        updating = self._updating(layout, costs, *self._heaviest(layout, stages))
         data_s = costs.data_s(self.profile.batch_size / layout.data_parallel)
         least_s = self._least_computing_s(layout, stages) + sum(updating.values()) + data_s
         least_s = self._unexplained.corrected_s(layout, least_s)
         neighbours = self._unexplained.neighbours(layout)
         return least_s if neighbours is None else min(least_s, neighbours.chord_s(self.least_s))
 
-    def _heaviest(self, layout: Layout, stages: Sequence[Stage]) -> list[Stage]:
-        """The stages of the worker that has most parameters to update."""
+    def _heaviest(self, layout: Layout, stages: Sequence[Stage]) -> tuple[list[Stage], float]:
+        """The stages of the worker that has most parameters to update for its speed, and that."""
         mine_of = stages_of_workers(layout.schedule, layout.pp, layout.stages)
-        return [stages[s] for s in max(mine_of, key=lambda mine: sum(stages[s].trained_bytes for s in mine))]
+        speeds = self._places.speeds_along(layout)
+        bytes_of = [sum(stages[s].trained_bytes for s in mine) for mine in mine_of]
+        worker = max(range(layout.pp), key=lambda at: bytes_of[at] / speeds[at])
+        return [stages[s] for s in mine_of[worker]], speeds[worker]
 
     def _least_computing_s(self, layout: Layout, stages: tuple[Stage, ...]) -> float:
         if layout.pp == 1:
@@ -182,7 +188,7 @@ class Forecaster:
         return self._places.of(layout, axis)
 
     def stages_of(self, layout: Layout) -> tuple[Stage, ...]:
-        """All stages in the model's order, cut where the slowest is fastest."""
+        """All stages in the model's order, cut where the slowest is fastest, each as fast as who computes it."""
         micro = self.micro_samples(layout)
         number = sum(map(len, stages_of_workers(layout.schedule, layout.pp, layout.stages)))
         key: tuple[Any, ...] = (
@@ -193,34 +199,37 @@ class Forecaster:
             number,
             layout.recompute,
         )
-        key += (self.linked.slowest(layout.workers), self.place(layout, "tp"), self.place(layout, "data"))
+        along = self._places.speeds_along(layout)
+        speeds = tuple(along[w] for w in workers_of_stages(layout.schedule, layout.pp, layout.stages))
+        key += (speeds, self.place(layout, "tp"), self.place(layout, "data"))
         actions_s = self._unexplained.actions_s(layout) if layout.pp > 1 else (0.0, 0.0)
         key += actions_s
         if key not in self._stages:
-            row, costs = self._row(layout), self.costs_of(layout)
+            rows = {speed: self._row(layout, speed) for speed in dict.fromkeys(speeds)}
+            row, costs = self._row(layout, 1.0), self.costs_of(layout)
             # Whatever the links: a faster one does not move the cuts, and so never makes a forecast slower.
             most = costs.most_stages
             busy_s = [piece.busy_s - piece.tensor_s for piece in row]
             busy_s = [*busy_s[: most - 1], sum(busy_s[most - 1 :])]
             sends = [num_bytes * micro for num_bytes in costs.sends_bytes]
-            cuts = partition(busy_s, number, sends=sends[:most])
+            cuts = partition(busy_s, number, sends=sends[:most], speeds=uneven(speeds))
             cuts[-1] = len(row)
             self._stages[key] = tuple(
-                join(row[a:b], sends[b - 1], *actions_s) for a, b in itertools.pairwise(cuts)
+                join(rows[speed][a:b], sends[b - 1], *(seconds / speed for seconds in actions_s))
+                for speed, (a, b) in zip(speeds, itertools.pairwise(cuts), strict=True)
             )
         return self._stages[key]
 
-    def _row(self, layout: Layout) -> list[Stage]:
-        """Each block of the model as a stage of its own."""
+    def _row(self, layout: Layout, speed: float) -> list[Stage]:
+        """Each block of the model as a stage of its own, on a host of this speed."""
         costs, micro = self.costs_of(layout), self.micro_samples(layout)
-        computed = {id(b): self._compute(layout, b, micro) for b in costs.blocks}
+        computed = {id(b): self._compute(layout, b, micro, speed) for b in costs.blocks}
         return [computed[id(b)] for b in costs.model]
 
-    def _compute(self, layout: Layout, block: Block, micro: float) -> Stage:
+    def _compute(self, layout: Layout, block: Block, micro: float, speed: float) -> Stage:
         """One block as a stage of its own."""
         part = block.divided(layout.tp)
         assert part is not None
-        speed = self.linked.slowest(layout.workers)
         forward_s, backward_s = self._block_s(layout, block, part, micro)
         forward_s, backward_s = forward_s / speed, backward_s / speed
         again = self._again(layout.recompute, block, micro)
@@ -339,12 +348,18 @@ class Forecaster:
         return Parts(
             stages=stages,
             sending=self._sending(layout, stages) if layout.pp > 1 else Sending(),
-            updating=tuple(self._updating(layout, costs, [stages[s] for s in mine]) for mine in mine_of),
+            updating=tuple(
+                self._updating(layout, costs, [stages[s] for s in mine], speed)
+                for mine, speed in zip(mine_of, self._places.speeds_along(layout), strict=True)
+            ),
             copies_s=self._places.seconds("all-reduce", self.place(layout, "dp_replicate"), shard_bytes),
         )
 
-    def _updating(self, layout: Layout, costs: Costs, mine: Sequence[Stage]) -> dict[str, float]:
-        return updating(self.profile, self._places, layout, costs, mine, functools.partial(self._row, layout))
+    def _updating(
+        self, layout: Layout, costs: Costs, mine: Sequence[Stage], speed: float
+    ) -> dict[str, float]:
+        row = functools.partial(self._row, layout, speed)
+        return updating(self.profile, self._places, layout, costs, mine, row, speed)
 
     def memories(self, layout: Layout) -> tuple[Memory, Memory]:
         """In steps and in evaluations: of the worker that needs most then."""

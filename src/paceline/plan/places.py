@@ -20,6 +20,13 @@ class Places:
         """The number of the host that a worker is on."""
         return self._host_of[rank]
 
+    def speeds_along(self, layout: Layout) -> tuple[float, ...]:
+        """Of each worker of a pipeline: of the slowest of those that have the same stages; without one: of all."""
+        if not self.linked.speeds:
+            return (1.0,) * layout.pp
+        each, speeds = layout.workers // layout.pp, self.linked.speeds_of_workers
+        return tuple(min(speeds[at * each : (at + 1) * each]) for at in range(layout.pp))
+
     def of(self, layout: Layout, axis: str) -> Placement:
         """Where the workers are that differ along one axis only; `data`: along both of data parallelism."""
         axes = ("dp_replicate", "dp_shard") if axis == "data" else (axis,)

@@ -296,6 +296,14 @@ class LinkedCluster(Record):
             raise ValueError(f"{hosts} hosts, and no link between them")
         return self
 
+    @functools.cached_property
+    def speeds_of_workers(self) -> tuple[float, ...]:
+        """Of the host of each worker."""
+        speeds = self.speeds or (1.0,) * len(self.cluster.hosts)
+        return tuple(
+            speed for host, speed in zip(self.cluster.hosts, speeds, strict=True) for _ in range(host.workers)
+        )
+
     def slowest(self, workers: int) -> float:
         """The speed of the slowest host that any of the first `workers` workers is on."""
         return min(self.speeds[: self.hosts_of(workers)]) if self.speeds else 1.0

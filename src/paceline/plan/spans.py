@@ -3,7 +3,8 @@
 It is drawn as the forecast counts it (`paceline.plan.forecast`), and so ends when the forecast says: the samples are
 read, the pipeline's schedule is played action by action, and when the last worker has ended it, gradients are added up
 and parameters updated. Workers that differ in data and tensor parallelism alone do the same at the same time, and are
-one row, the first of pipelines that wait for each other's messages; on unequal hosts all are as fast as the slowest.
+one row, the first of pipelines that wait for each other's messages; on unequal hosts all of them are as fast as the
+slowest of them.
 """
 
 from __future__ import annotations

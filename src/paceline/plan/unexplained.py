@@ -85,15 +85,14 @@ class Unexplained:
         return max(step_s + more_s, least_s)
 
     def actions_s(self, layout: Layout) -> tuple[float, float]:
-        """What actions of a pipeline take beside their blocks: forward and backward passes, and gradients of weights
-        where these are actions of their own."""
+        """What actions of a pipeline take beside their blocks, on the device that was measured: forward and backward
+        passes, and gradients of weights where these are actions of their own."""
         action_s = weight_s = 0.0
         for one, weight in self._corrections(layout, (PIPELINE,)):
             each_s = one.few_action_s if _is_of_few(one, layout) else one.action_s
             action_s += (each_s or 0.0) * weight
             weight_s += _weight_action_s(one, each_s or 0.0) * weight
-        speed, in_parts = self._linked.slowest(layout.workers), SCHEDULES[layout.schedule].in_parts
-        return action_s / speed, weight_s / speed * in_parts
+        return action_s, weight_s * SCHEDULES[layout.schedule].in_parts
 
     def neighbours(self, layout: Layout) -> Neighbours | None:
         """None where it was timed itself, or not both fewer and more micro-batches were."""

@@ -33,15 +33,16 @@ def updating(
     costs: Costs,
     mine: Sequence[Stage],
     row: Callable[[], Sequence[Stage]],
+    speed: float,
 ) -> dict[str, float]:
     """Seconds by term, of a worker with these stages.
 
     Args:
+        speed: of its host.
         row: gives each block of the model as a stage of its own.
     """
     trained = sum(stage.trained_bytes for stage in mine)
     whole = sum(stage.parameter_bytes for stage in mine)
-    speed = places.linked.slowest(layout.workers)
     update_s, add_s = costs.optimizer_s_per_byte / speed, costs.add_s_per_byte / speed
     n = layout.data_parallel
     if n == 1:

@@ -35,7 +35,7 @@ from paceline.split.finding import Found, TensorSplit, find_stages, find_steady
 from paceline.split.pieces import Piece, pieces_for
 from paceline.split.placement import Shard, take
 from paceline.split.recompute import recomputed
-from paceline.split.stages import PieceCalls
+from paceline.split.stages import CutBy, PieceCalls
 from paceline.split.tensor_parallel import TensorParallel
 from paceline.split.tensor_plan import divide_parameters
 
@@ -70,8 +70,7 @@ class SplitModel:
         *,
         growth: float,
         found: Found | None = None,
-        timed: Callable[[], Any] | None = None,
-        room: float = 0.0,
+        cut_by: CutBy | None = None,
     ) -> None:
         """Split `model`, in place. A collective call of all workers of `mesh`.
 
@@ -79,9 +78,7 @@ class SplitModel:
             runs: forwards of the model and the loss, each on another small batch.
             found: where to split it, if that is known from an earlier model of the same job in the same layout.
             growth: how many times larger than a run's batch a worker's micro-batch is.
-            timed: a forward of a batch as large as a micro-batch, by which a pipeline's stages are cut; where there is
-                none, or it fails, `runs[0]`.
-            room: parameters for which a worker has memory in any case.
+            cut_by: how to cut a pipeline's stages, if that is not known; None: by `runs[0]`, evenly.
             deferred: the parameters that have no values yet. Of those that stay whole here it still has them.
             schedule: of the pipeline; None where there is none.
 
@@ -95,18 +92,18 @@ class SplitModel:
         self._deferred = deferred
         whole = dict(model.named_parameters())
         shapes = {name: tuple(p.shape) for name, p in whole.items()}
-        num_stages = 1 if schedule is None else schedule.num_stages
-        self.calls = PieceCalls(model, pieces_for(model, num_stages))
+        worker_of = schedule.worker_of if schedule is not None else _first
+        workers = [worker_of(stage) for stage in range(1 if schedule is None else schedule.num_stages)]
+        self.calls = PieceCalls(model, pieces_for(model, len(workers)))
         self.tensor: TensorParallel | None = None
         if found is None:
             with deferred.lending() as self.calls.around:
-                found = self._find_out(runs, num_stages, growth, timed, room)
+                found = self._find_out(runs, workers, growth, cut_by or CutBy())
             self.calls.around = None
         self.found = found
         self.calls.undivided = frozenset(found.left_whole)
         self.steady = [piece for piece in self.calls.pieces if piece.name in found.steady]
         self.stages = found.stages
-        worker_of = schedule.worker_of if schedule is not None else _first
         holders = self._holders(whole, worker_of)
         self._drop({name: p for name, p in whole.items() if mesh.pipeline.rank not in holders[name]})
         if found.tensor is not None:
@@ -208,10 +205,9 @@ class SplitModel:
     def _find_out(
         self,
         runs: Sequence[Callable[[], Any]],
-        num_stages: int,
+        workers: Sequence[int],
         growth: float,
-        timed: Callable[[], Any] | None,
-        room: float,
+        cut_by: CutBy,
     ) -> Found:
         """Where this model can be split, from forwards of the whole of it."""
         group, layout = self.mesh.everyone, self.layout
@@ -223,7 +219,7 @@ class SplitModel:
             split, failed = find_proven_split(self.mesh, self.model, self.calls, runs[0], layout, growth)
             found = dataclasses.replace(found, tensor=split, left_whole=failed)
         if layout.pp > 1:
-            stages, why = find_stages(group, self.model, self.calls, (timed, runs[0]), num_stages, room)
+            stages, why = find_stages(group, self.model, self.calls, runs[0], workers, cut_by)
             found = dataclasses.replace(found, stages=stages, why_timed_small=why)
         return found
 

@@ -13,7 +13,7 @@ from paceline.comm.group import Group
 from paceline.errors import PacelineError, SplitError
 from paceline.records import Layout
 from paceline.split.placement import Shard
-from paceline.split.stages import PieceCalls, Stages, plan_stages, steady_pieces
+from paceline.split.stages import CutBy, PieceCalls, Stages, plan_stages, steady_pieces
 from paceline.split.tensor_mode import shard_of
 from paceline.split.tensor_plan import plan_tensor_split
 from paceline.split.trees import flatten
@@ -96,26 +96,26 @@ def find_stages(
     group: Group,
     model: nn.Module,
     calls: PieceCalls,
-    runs: tuple[Run | None, Run],
-    num_stages: int,
-    room: float,
+    small: Run,
+    workers: Sequence[int],
+    by: CutBy,
 ) -> tuple[Stages, str]:
     """Where to cut the model, and why that was found out with a small batch, if it was. See `plan_stages`.
 
     Args:
-        runs: a forward of the size of a micro-batch, made of small batches, which the model may not take; and a small
-            one.
+        small: a forward of a small batch; the model may not take one that is made of several.
+        workers: of each stage, who computes it.
     """
+    speeds = by.speeds_of(workers)
 
     def plan(run: Run) -> dict[str, Any]:
-        return plan_stages(model, calls, run, num_stages, room=room).to_json()
+        return plan_stages(model, calls, run, len(workers), room=by.room, speeds=speeds).to_json()
 
     def find() -> tuple[dict[str, Any], str]:
-        large, small = runs
-        if large is None:
+        if by.timed is None:
             return plan(small), ""
         try:
-            return plan(large), ""
+            return plan(by.timed), ""
         except PacelineError:
             raise
         except Exception as error:

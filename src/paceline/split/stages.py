@@ -2,9 +2,9 @@
 
 The model's forward runs, whole, on as many samples as a micro-batch has. Each call of a piece is timed, in the order of
 the program, and the row of calls is cut where the slowest stage is fastest, or hardly slower, if that sends less; where
-memory may be short, of those cuts in which no stage has over a tenth more parameters than it must. A piece that is
-called several times may fall into several stages; each of them then has its parameters, as has each stage that reads a
-parameter between the pieces.
+memory may be short, of those cuts in which no stage has over a tenth more parameters than it must. Workers on faster
+hosts get more of the row. A piece that is called several times may fall into several stages; each of them then has its
+parameters, as has each stage that reads a parameter between the pieces.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from paceline.errors import LayoutError
-from paceline.plan.cuts import partition
+from paceline.plan.cuts import partition, uneven
 from paceline.split.crossing import Crossing
 from paceline.split.pieces import Piece
 from paceline.split.tensor_mode import run_whole
@@ -55,6 +55,22 @@ class Stages:
             {(name, number): stage for name, number, stage in data["calls"]},
             {name: tuple(stages) for name, stages in data["holders"].items()},
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class CutBy:
+    """By what a pipeline's stages are cut."""
+
+    timed: Callable[[], Any] | None = None
+    """A forward of a batch as large as a micro-batch; where there is none, or it fails, a small one is taken."""
+    room: float = 0.0
+    """Parameters that a stage may have, whatever the others have."""
+    speeds: tuple[float, ...] = ()
+    """Of each worker of the pipeline; empty: all alike."""
+
+    def speeds_of(self, workers: Sequence[int]) -> tuple[float, ...]:
+        """Of each stage, whose worker is given."""
+        return tuple(self.speeds[worker] for worker in workers) if self.speeds else ()
 
 
 class PieceCalls:
@@ -182,12 +198,14 @@ def plan_stages(
     num_stages: int,
     *,
     room: float = 0.0,
+    speeds: Sequence[float] = (),
 ) -> Stages:
     """Where to compute what, in `num_stages` stages of about equal time, and of about equal size where that is needed.
 
     Args:
         run: one forward of the model, of as many samples as a micro-batch has: of few, small blocks seem large.
-        room: parameters that a stage may have, whatever the others have.
+        room: as of `CutBy`.
+        speeds: of who computes each stage; empty: all alike.
 
     Raises:
         LayoutError: the model has fewer pieces than stages.
@@ -208,7 +226,7 @@ def plan_stages(
     seconds = _seconds_of(key, trace.seconds, lambda: _follow(model, calls, run, names).seconds)
     seconds = _alike(seconds, kinds)
     elements = [float(sum(p.numel() for p in modules[name].parameters())) for name, _ in trace.seen]
-    stage_of = cut_in_balance(seconds, elements, num_stages, room, trace.bytes_after())
+    stage_of = cut_in_balance(seconds, elements, num_stages, room, trace.bytes_after(), speeds)
     where = dict(zip(trace.seen, stage_of, strict=True))
     holders: dict[str, set[int]] = {}
     by_id = {id(p): name for name, p in model.named_parameters()}
@@ -265,6 +283,7 @@ def cut_in_balance(
     num_parts: int,
     room: float = 0.0,
     sends: Sequence[float] = (),
+    speeds: Sequence[float] = (),
 ) -> list[int]:
     """The part of each call, in order, none empty: the quickest of those that are hardly larger than they must be, or
     no larger than `room`; of those that are hardly slower the one that sends least.
@@ -273,9 +292,10 @@ def cut_in_balance(
 
     Args:
         sends: of each call, what would cross a cut after it.
+        speeds: of who computes each part; empty, or where they hardly differ: all alike.
     """
     evenly = partition(sizes, num_parts)
     must = max(sum(sizes[a:b]) for a, b in itertools.pairwise(evenly))
     largest = max(room, _SIZE_TO_SPARE * must)
-    bounds = partition(seconds, num_parts, sends=sends, sizes=sizes, largest=largest)
+    bounds = partition(seconds, num_parts, sends=sends, sizes=sizes, largest=largest, speeds=uneven(speeds))
     return [part for part, (a, b) in enumerate(itertools.pairwise(bounds)) for _ in range(b - a)]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import collections
-import socket
 from collections.abc import Callable, Container, Sequence
 
 import torch
@@ -13,7 +11,6 @@ from paceline.comm.group import Group
 from paceline.comm.mesh import Mesh
 from paceline.errors import JobError, WorkerError
 from paceline.job import Job
-from paceline.measure.machine import available_memory_bytes
 from paceline.split.apply import LocalParameter, SplitModel
 from paceline.split.finding import Found
 from paceline.split.fused import prefer_fused
@@ -23,18 +20,13 @@ from paceline.split.shared_parameters import SharedParameters
 from paceline.split.swap import swap_parameters
 from paceline.train.allocator import give_back_freed_memory
 from paceline.train.build import build_model, build_optimizer, everyone_fills_alike
+from paceline.train.cutting import cut_by
 from paceline.train.data import FEW_TOGETHER
 from paceline.train.moving import Piece
 from paceline.train.pipeline import schedule_of
-from paceline.train.room import TRAINING_BYTES
 from paceline.train.state import WholeState, broadcast
 
 _SUMMED_NUMEL = 1 << 20
-
-
-_ROOM_SHARE = 0.25
-"""Of a worker's memory: parameters that take no more of it, with all that training adds to them, need not be shared out
-evenly over a pipeline's stages."""
 
 
 class HeldModel:
@@ -124,8 +116,7 @@ class HeldModel:
             self.deferred,
             growth=micro_batch / FEW_TOGETHER,
             found=found,
-            timed=timed,
-            room=_room(mesh) if layout.pp > 1 and found is None else 0.0,
+            cut_by=cut_by(mesh, timed) if layout.pp > 1 and found is None else None,
         )
         self._tensor = mesh.tensor
         swap_parameters(self.optimizer, parts.replaced)
@@ -283,13 +274,3 @@ class HeldModel:
 def _sum(tensor: torch.Tensor) -> torch.Tensor:
     """In float64, without a copy of all of it."""
     return torch.stack([piece.double().sum() for piece in tensor.reshape(-1).split(_SUMMED_NUMEL)]).sum()
-
-
-def _room(mesh: Mesh) -> float:
-    """Parameters for which each worker has memory in any case. A collective call."""
-    kind = mesh.everyone.device.type
-    own = [socket.gethostname() if kind == "cpu" else mesh.everyone.rank, available_memory_bytes(kind)]
-    rows = mesh.everyone.gather_json(own, "room for a stage")
-    sharers = collections.Counter(place for place, _ in rows)
-    least: float = min(free / sharers[place] for place, free in rows)
-    return _ROOM_SHARE * least / TRAINING_BYTES

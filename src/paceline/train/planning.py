@@ -132,6 +132,7 @@ def measure_all(
         speeds=speeds,
         launcher_bytes=launcher_memory_bytes() if kind == "cpu" else 0,
     )
+    world.speeds[:] = linked.speeds_of_workers
     threads_of_all, here = conditions[-1]
     among = num_divided(cluster)
     can_divide = among > 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 
 import torch
 
@@ -13,6 +12,7 @@ from paceline.comm.world import World
 from paceline.job import Job
 from paceline.records import Cluster
 from paceline.train.block_costs import BlockCosts
+from paceline.train.cutting import relative
 from paceline.train.data import ShareLoader
 from paceline.train.session import Datasets
 from paceline.train.thrown_away import replica_to_measure
@@ -20,8 +20,6 @@ from paceline.train.thrown_away import replica_to_measure
 _BUDGET_S = 0.6
 _FEWEST = 3
 """Steps of the slowest."""
-_SAME = 0.05
-"""Hosts that differ by less are taken to be equally fast: so much is noise."""
 
 
 def measure_speeds(
@@ -60,16 +58,6 @@ def _pass_s(blocks: BlockCosts, everyone: Group) -> float:
     everyone.barrier("before measuring speeds")
     number, taken_s = blocks.work_for(_BUDGET_S)
     return taken_s / number
-
-
-def relative(step_s: Sequence[float], workers: Sequence[int]) -> tuple[float, ...]:
-    """The hosts' speeds from the seconds of each worker, host after host, and the number of each host's workers."""
-    slowest_s, first = [], 0
-    for count in workers:
-        slowest_s.append(max(step_s[first : first + count]))
-        first += count
-    speeds = tuple(slowest_s[0] / seconds for seconds in slowest_s)
-    return () if all(abs(speed - 1) < _SAME for speed in speeds) else speeds
 
 
 def _step_s(job: Job, datasets: Datasets, world: World, everyone: Group, seed: int) -> float:
