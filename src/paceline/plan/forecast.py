@@ -29,6 +29,7 @@ from paceline.plan.profile import (
 )
 from paceline.plan.schedules import SCHEDULES
 from paceline.plan.sending import Sending, sending
+from paceline.plan.sharing import Sharing, play_sharing, share_cores
 from paceline.plan.stages import Stage, join
 from paceline.plan.terms import Forecast, Memory, Terms
 from paceline.plan.timeline import makespan_s
@@ -36,6 +37,9 @@ from paceline.plan.unexplained import Unexplained
 from paceline.plan.updates import one_copy, updating
 from paceline.records import Layout
 
+_SLOWED = 1.3
+"""Workers of a host that all compute at once, each for so many times as long as one alone, wait for each other's cores;
+those that are slowed down less, for memory: who waits then leaves little to the others."""
 _UNTRIED = 1.4
 """By how much more forecasts of layouts err that were not tried (docs/forecasts.md)."""
 
@@ -52,6 +56,8 @@ class Parts:
     """Of each worker: the terms between its gradients and its updated parameters."""
     copies_s: float
     """Without a pipeline: adding up the gradients of a shard among who has the same, after the last micro-batch."""
+    sharing: Sharing | None = None
+    """How workers of a pipeline share cores."""
 
 
 class Forecaster:
@@ -60,8 +66,9 @@ class Forecaster:
     def __init__(self, profile: Profile, linked: LinkedCluster) -> None:
         self.profile, self.linked = profile, linked
         self._stages: dict[Any, tuple[Stage, ...]] = {}
-        self._played: dict[Any, float] = {}
+        self._played: dict[Any, tuple[float, tuple[float, ...]]] = {}
         self._sent: dict[Any, Sending] = {}
+        self._sharing: dict[Any, Sharing | None] = {}
         self._places = Places(linked)
         self._unexplained = Unexplained(profile, linked, self._places)
         self._costs: dict[Any, Costs] = {}
@@ -93,6 +100,8 @@ class Forecaster:
         neighbours = self._unexplained.neighbours(layout)
         if neighbours is not None:
             step_s = min(step_s, neighbours.chord_s(lambda one: self.forecast(one).step_s))
+        if not self._unexplained.was_tried(layout):
+            step_s = max(step_s, self._one_after_the_other_s(layout, terms.optimizer_s))
         terms = terms.model_copy(update={"unexplained_s": step_s - terms.step_s})
         return Forecast(
             layout=layout,
@@ -101,6 +110,20 @@ class Forecaster:
             samples=self.profile.batch_size,
             error_s=terms.step_s * self.relative_error(layout),
         )
+
+    def _one_after_the_other_s(self, layout: Layout, optimizer_s: float) -> float:
+        """What a pipeline takes at least, as what a process does by itself is done one after the other there: all of
+        it where there is one micro-batch, or one core, up to the update. No bound: 0."""
+        if layout.pp == 1 or layout.data_parallel * layout.tp > 1 or layout.recompute != "none":
+            return 0.0
+        sharing, hosts = self.sharing_of(layout), 1.0
+        if sharing is not None and layout.micro > 1:
+            at_once = max(count * rate for count, rate in enumerate(sharing.rates, 1)) / sharing.rates[0]
+            hosts = at_once * len(set(sharing.hosts))
+        elif layout.micro > 1 or SCHEDULES[layout.schedule].in_parts:
+            return 0.0
+        alone = self.forecast(Layout(threads=layout.threads, micro=layout.micro))
+        return (alone.step_s - alone.terms.optimizer_s) / hosts + optimizer_s
 
     def relative_error(self, layout: Layout) -> float:
         """Of a forecast: the errors of past forecasts and of the measurements, which are independent of each other.
@@ -149,7 +172,9 @@ class Forecaster:
             # The gradients of weights may be computed while those of the inputs go back.
             hidden_s = min(back_s[first], weights_s) if SCHEDULES[layout.schedule].in_parts else 0.0
             least_s = max(least_s, there_s[first] + others_s + weights_s + back_s[first] - hidden_s)
-        return least_s + sends.behind_s
+        sharing = self.sharing_of(layout)
+        # All might compute as fast as one by itself.
+        return (least_s if sharing is None else least_s / sharing.rates[0]) + sends.behind_s
 
     def check(self, layout: Layout) -> None:
         """Raise `LayoutError` unless there is what the layout needs."""
@@ -203,7 +228,8 @@ class Forecaster:
         speeds = tuple(along[w] for w in workers_of_stages(layout.schedule, layout.pp, layout.stages))
         key += (speeds, self.place(layout, "tp"), self.place(layout, "data"))
         actions_s = self._unexplained.actions_s(layout) if layout.pp > 1 else (0.0, 0.0)
-        key += actions_s
+        sharing = self.sharing_of(layout)
+        key += actions_s, 1.0 if sharing is None else sharing.times
         if key not in self._stages:
             rows = {speed: self._row(layout, speed) for speed in dict.fromkeys(speeds)}
             row, costs = self._row(layout, 1.0), self.costs_of(layout)
@@ -231,6 +257,8 @@ class Forecaster:
         part = block.divided(layout.tp)
         assert part is not None
         forward_s, backward_s = self._block_s(layout, block, part, micro)
+        sharing = self.sharing_of(layout)
+        speed /= 1.0 if sharing is None else sharing.times
         forward_s, backward_s = forward_s / speed, backward_s / speed
         again = self._again(layout.recompute, block, micro)
         forward_x, backward_x = 0.0, 0.0
@@ -308,12 +336,18 @@ class Forecaster:
             )
             for mine in held
         ]
-        busy_s, tensor_s, overhead_s = max(busy)
         if layout.pp == 1:
+            ((busy_s, tensor_s, _),) = busy
             return Terms(compute_s=busy_s - tensor_s, tensor_s=tensor_s)
         sends = self._sending(layout, stages)
-        whole_s = self._makespan_s(layout, stages, sends)
-        without_s = self._makespan_s(layout, stages, Sending()) if apart else whole_s
+        whole_s, worked_s = self._play(layout, stages, sends)
+        if worked_s:
+            # Who waited has left its cores to the others.
+            shares = [own_s / all_s for own_s, (all_s, _, _) in zip(worked_s, busy, strict=True)]
+            busy = [(a * by, b * by, c * by) for by, (a, b, c) in zip(shares, busy, strict=True)]
+        busy_s, tensor_s, overhead_s = max(busy)
+        without_s, _ = self._play(layout, stages, Sending()) if apart else (whole_s, ())
+        without_s = max(min(without_s, whole_s), busy_s)
         return Terms(
             compute_s=busy_s - tensor_s - overhead_s,
             tensor_s=tensor_s,
@@ -322,16 +356,41 @@ class Forecaster:
             messages_s=whole_s - without_s,
         )
 
-    def _makespan_s(self, layout: Layout, stages: tuple[Stage, ...], sends: Sending) -> float:
-        """Seconds of a pipeline's step, up to the last gradients of the last pipeline."""
-        key = (layout.schedule, layout.pp, layout.micro, layout.stages, stages, sends)
+    def _play(
+        self, layout: Layout, stages: tuple[Stage, ...], sends: Sending
+    ) -> tuple[float, tuple[float, ...]]:
+        """Seconds of a pipeline's step, up to the last gradients of the last pipeline; and those in which each worker
+        computes, where it depends on the others how long it takes for that."""
+        sharing = self.sharing_of(layout)
+        key = (layout.schedule, layout.pp, layout.micro, layout.stages, stages, sends, sharing)
         if key not in self._played:
             order, worker_of = orders(layout.schedule, layout.pp, layout.micro, layout.stages)
             costs_s = [seconds for s in stages for seconds in (s.forward_s, s.input_s, s.weight_s)]
-            self._played[key] = (
-                makespan_s(order, worker_of, layout.micro, costs_s, sends.hops) + sends.behind_s
-            )
+            given = order, worker_of, layout.micro, costs_s, sends.hops
+            if sharing is None:
+                self._played[key] = makespan_s(*given) + sends.behind_s, ()
+            else:
+                spans = play_sharing(*given, sharing)
+                worked_s = tuple(sum(end_s - begin_s for begin_s, end_s in mine) for mine in spans)
+                self._played[key] = max(mine[-1][1] for mine in spans) + sends.behind_s, worked_s
         return self._played[key]
+
+    def sharing_of(self, layout: Layout) -> Sharing | None:
+        """How workers of a pipeline share cores; None where those of a host have the same stages, or enough cores."""
+        inner, here = layout.workers // layout.pp, min(layout.workers, self.linked.per_host)
+        if layout.pp == 1 or inner >= here:
+            return None
+        key = layout.threads, here, layout.pp, inner, self.micro_samples(layout)
+        if key not in self._sharing:
+            costs, found = self.costs_of(layout), None
+            short = self.profile.slowdown(costs, self.micro_samples(layout))
+            slowdown = max(short, self.profile.slowdown(costs, self.profile.batch_size))
+            if slowdown >= _SLOWED:
+                hosts = [self._places.host_of(at * inner) for at in range(layout.pp)]
+                cores = self.linked.cluster.hosts[0].cores
+                found = share_cores(hosts, inner, here, cores, slowdown, slowdown / short)
+            self._sharing[key] = found
+        return self._sharing[key]
 
     def _sending(self, layout: Layout, stages: tuple[Stage, ...]) -> Sending:
         key = (layout.schedule, layout.pp, layout.stages, layout.workers, layout.tp, stages)
@@ -353,6 +412,7 @@ class Forecaster:
                 for mine, speed in zip(mine_of, self._places.speeds_along(layout), strict=True)
             ),
             copies_s=self._places.seconds("all-reduce", self.place(layout, "dp_replicate"), shard_bytes),
+            sharing=self.sharing_of(layout),
         )
 
     def _updating(

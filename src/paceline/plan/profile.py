@@ -266,6 +266,18 @@ class Profile(Record):
             key=lambda c: (abs(c.threads - wanted), abs(c.active - active), c.active),
         )
 
+    def slowdown(self, costs: Costs, samples: float) -> float:
+        """How many times as long a pass of so many samples takes under `costs` as in a process alone on its host; 1
+        where that was not measured."""
+        alone = [c for c in self.costs if c.threads == costs.threads and c.active == 1]
+        if costs.active == 1 or not alone:
+            return 1.0
+        own_s, alone_s = (
+            sum(block.forward_s(samples) + block.backward_s(samples) for block in c.model)
+            for c in (costs, alone[0])
+        )
+        return own_s / alone_s if alone_s else 1.0
+
 
 class LinkedCluster(Record):
     """A cluster with what connects its hosts, and its workers within them: what a plan is made for."""

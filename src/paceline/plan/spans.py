@@ -14,8 +14,9 @@ from collections.abc import Iterable, Sequence
 
 from paceline.plan.forecast import Forecaster, Parts
 from paceline.plan.schedules import make_schedule
+from paceline.plan.sharing import simulate_sharing
 from paceline.plan.stages import Stage
-from paceline.plan.timeline import Timeline, simulate
+from paceline.plan.timeline import Timeline
 from paceline.records import Layout, Record
 
 TERM_OF = {
@@ -162,8 +163,10 @@ def _pipeline(layout: Layout, parts: Parts, data_s: float) -> list[list[StepSpan
     forward_s, input_s, weight_s = zip(
         *((s.forward_s, s.input_s, s.weight_s) for s in parts.stages), strict=True
     )
-    played = simulate(schedule, forward_s, input_s, weight_s, parts.sending.hops)
-    at_once = simulate(schedule, forward_s, input_s, weight_s)
+    played, at_once = (
+        simulate_sharing(schedule, forward_s, input_s, weight_s, hops, parts.sharing)
+        for hops in (parts.sending.hops, ())
+    )
     slowest_s = max(sum(terms.values()) for terms in parts.updating)
     rows = []
     for worker, updating in enumerate(parts.updating):
@@ -176,6 +179,8 @@ def _pipeline(layout: Layout, parts: Parts, data_s: float) -> list[list[StepSpan
             row += _waiting(data_s + now_s, data_s + span.begin_s, delay_s - before_s)
             action = span.action
             pieces = _pieces(parts.stages[action.stage], action.kind)
+            if parts.sharing is not None:
+                pieces = _filling(pieces, span.end_s - span.begin_s)
             row += _cut(data_s + span.begin_s, data_s + span.end_s, pieces, action.stage, action.micro)
             now_s = span.end_s
         end_s = data_s + played.makespan_s + parts.sending.behind_s
@@ -245,6 +250,12 @@ def _pieces(stage: Stage, kind: str) -> _Pieces:
             ]
 
 
+def _filling(pieces: _Pieces, seconds: float) -> _Pieces:
+    """As they are to each other, so many seconds of them."""
+    whole_s = sum(s for _, s in pieces)
+    return [(kind, s * seconds / whole_s) for kind, s in pieces] if whole_s else pieces
+
+
 def _cut(
     begin_s: float, end_s: float, pieces: _Pieces, stage: int | None = None, micro: int | None = None
 ) -> list[StepSpan]:
@@ -254,6 +265,8 @@ def _cut(
     found = []
     for at, (kind, seconds) in enumerate(held):
         then_s = end_s if at == len(held) - 1 else min(begin_s + seconds, end_s)
+        if then_s <= begin_s:
+            continue
         found.append(StepSpan(kind=kind, begin_s=begin_s, end_s=then_s, stage=stage, micro=micro))
         begin_s = then_s
     return found
