@@ -47,6 +47,8 @@ SLOW_TIMES, CHEAP_S, SLOW_S = 6.0, 0.2, 3.0
 """A layout is slow whose forecast is so many times the fastest, and not cheap; or longer than a limit."""
 SLOW_ROUNDS, SLOW_STEPS = 2, 5
 """Of a slow layout; and its steps in all, those that warm up included."""
+ROUND_STEPS = 3
+"""Of a round, at least, of the fast ones: the first step finds the caches cold, and the median is another."""
 BUILDING_S = 3.0
 """About what building a model's parts takes."""
 SHARE_OF_MEMORY, SHARE_OF_LIMIT = 0.5, 0.75
@@ -180,20 +182,20 @@ class PairWorker:
             cells[0].trouble = f"not measured: no time was left ({why})"
             cells = []
         if batch.is_slow:
-            self._time_cells(cells, SLOW_ROUNDS, 1.0)
+            self._time_cells(cells, SLOW_ROUNDS, 1.0, 1)
         else:
-            self._time_cells(cells, task.rounds, task.timing_s)
+            self._time_cells(cells, task.rounds, task.timing_s, ROUND_STEPS)
 
     def _time_again(self) -> None:
         """Those that may be the fastest. A collective call."""
         task, pair = self._task, self._pair
         pair.again = [dataclasses.replace(cell) for cell in contenders(pair)]
-        self._time_cells(pair.again, AGAIN_TIMES * task.rounds, task.timing_s / 2)
+        self._time_cells(pair.again, AGAIN_TIMES * task.rounds, task.timing_s / 2, ROUND_STEPS)
 
-    def _time_cells(self, cells: Sequence[Cell], rounds: int, timing_s: float) -> None:
+    def _time_cells(self, cells: Sequence[Cell], rounds: int, timing_s: float, fewest_steps: int) -> None:
         """A collective call; what rank 0 says counts."""
-        told = [cell.layout for cell in cells], rounds, timing_s
-        layouts, rounds, timing_s = self._everyone.gather_json(told, "the layouts to time")[0]
+        told = [cell.layout for cell in cells], rounds, timing_s, fewest_steps
+        layouts, rounds, timing_s, fewest_steps = self._everyone.gather_json(told, "the layouts to time")[0]
         if not layouts:
             return
         # The timer gives all rounds half of its budget.
@@ -206,6 +208,7 @@ class PairWorker:
             precision="fp32",
             budget_s=2 * timing_s,
             rounds=(rounds, rounds),
+            fewest_steps=fewest_steps,
         )
         trials = timer.run()
         for cell, trial in zip(cells, trials, strict=False):

@@ -124,6 +124,7 @@ class LayoutTimer:
         precision: str,
         budget_s: float = BUDGET_S,
         rounds: tuple[int, int] = (_FEWEST_ROUNDS, _MOST_ROUNDS),
+        fewest_steps: int = 1,
         evaluates: bool = False,
     ) -> None:
         """
@@ -131,8 +132,9 @@ class LayoutTimer:
             evaluates: find out what steps and an evaluation hold, before the first round.
             budget_s: about what all of it may take, once each layout has run its first steps.
             rounds: how many at least, and at most.
+            fewest_steps: of a round. The first after another layout finds the caches cold.
         """
-        self._budget_s, self._rounds = budget_s, rounds
+        self._budget_s, self._rounds, self._fewest_steps = budget_s, rounds, fewest_steps
         self._round_s = min(_ROUND_S, budget_s / 2 / max(1, len(layouts)) / rounds[0])
         self._job, self._world, self._datasets, self._seed = job, world, datasets, seed
         self._all = world.group(world.size)
@@ -162,7 +164,8 @@ class LayoutTimer:
         for candidate in timed:
             candidate.steps_per_round = 1
             self._round(candidate)
-            candidate.steps_per_round = max(1, min(_MOST_STEPS, round(self._round_s / candidate.round_s[-1])))
+            fitting = min(_MOST_STEPS, round(self._round_s / candidate.round_s[-1]))
+            candidate.steps_per_round = max(self._fewest_steps, fitting)
             expected_s += candidate.steps_per_round * candidate.round_s[-1]
             # One step is a whole round of a slow layout.
             kept = 1 if candidate.steps_per_round == 1 else 0
