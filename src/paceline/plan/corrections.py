@@ -8,7 +8,7 @@ way. Likewise what their workers hold.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from paceline.plan.forecast import Forecaster
@@ -41,7 +41,7 @@ def corrected(profile: Profile, linked: LinkedCluster, tried: Sequence[Tried]) -
             and one whose gradients of weights are actions of their own; and layouts that split in several ways.
     """
     nothing: dict[str, Any] = {"corrections": (), "unexplained_bytes": {}, "unexplained_evaluation_bytes": {}}
-    bare = profile.model_copy(update={"tried": tuple(tried), **nothing})
+    bare = profile.model_copy(update={"tried": tuple(_without_rest(tried)), **nothing})
     places = Places(linked)
     groups: dict[_Place, list[Tried]] = {}
     for one in tried:
@@ -69,7 +69,17 @@ def corrected(profile: Profile, linked: LinkedCluster, tried: Sequence[Tried]) -
         corrections.append(_of_a_step(each, linked, place, of_place, known.get(kind)))
         if _num_micro(of_place) > 1:
             known.setdefault(kind, corrections[-1])
-    return bare.model_copy(update={"corrections": tuple(corrections), **_bytes(bare, linked, tried)})
+    found = bare.model_copy(update={"corrections": tuple(corrections), **_bytes(bare, linked, tried)})
+    told = Forecaster(found, linked)
+    rests = (
+        one.model_copy(update={"rest_s": one.step_s - told.forecast(one.layout).step_s}) for one in tried
+    )
+    return found.model_copy(update={"tried": tuple(rests)})
+
+
+def _without_rest(tried: Iterable[Tried]) -> Iterator[Tried]:
+    for one in tried:
+        yield one.model_copy(update={"rest_s": 0.0})
 
 
 def _bytes(profile: Profile, linked: LinkedCluster, tried: Iterable[Tried]) -> dict[str, dict[str, float]]:

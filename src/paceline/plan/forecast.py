@@ -116,14 +116,14 @@ class Forecaster:
         it where there is one micro-batch, or one core, up to the update. No bound: 0."""
         if layout.pp == 1 or layout.data_parallel * layout.tp > 1 or layout.recompute != "none":
             return 0.0
-        sharing, hosts = self.sharing_of(layout), 1.0
-        if sharing is not None and layout.micro > 1:
-            at_once = max(count * rate for count, rate in enumerate(sharing.rates, 1)) / sharing.rates[0]
-            hosts = at_once * len(set(sharing.hosts))
-        elif layout.micro > 1 or SCHEDULES[layout.schedule].in_parts:
-            return 0.0
+        sharing, at_once = self.sharing_of(layout), 1.0
+        if layout.micro > 1 or SCHEDULES[layout.schedule].in_parts:
+            if sharing is None:
+                return 0.0
+            each = max(count * rate for count, rate in enumerate(sharing.rates, 1)) / sharing.rates[0]
+            at_once = each * len(set(sharing.hosts))
         alone = self.forecast(Layout(threads=layout.threads, micro=layout.micro))
-        return (alone.step_s - alone.terms.optimizer_s) / hosts + optimizer_s
+        return (alone.step_s - alone.terms.optimizer_s) / at_once + optimizer_s
 
     def relative_error(self, layout: Layout) -> float:
         """Of a forecast: the errors of past forecasts and of the measurements, which are independent of each other.

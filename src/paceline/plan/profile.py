@@ -159,6 +159,8 @@ class Tried(Record):
     layout: Layout
     step_s: float = Field(gt=0)
     """Median."""
+    rest_s: float = 0.0
+    """Of that, what the corrections leave, which are of several layouts; less than nothing where they are too much."""
     peak_bytes: int | None = None
     """What a worker that only trains in it would hold at most; None: not known."""
     evaluation_peak_bytes: int | None = None

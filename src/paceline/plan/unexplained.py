@@ -41,6 +41,7 @@ class Unexplained:
     def __init__(self, profile: Profile, linked: LinkedCluster, places: Places) -> None:
         self._profile, self._linked, self._places = profile, linked, places
         self._tried_s = {one.layout: one.step_s for one in profile.tried}
+        self._rest_s = {one.layout: one.rest_s for one in profile.tried}
         self._most_micro: dict[Any, int] = {}
         """Micro-batches of layouts that were tried, by their workers and ways."""
         for layout in self._tried_s:
@@ -82,7 +83,15 @@ class Unexplained:
         more_s /= self._linked.slowest(layout.workers)
         # What was tried is believed; on other hosts and links, too, nothing takes no time.
         least_s = min(step_s * (1 - _MOST_TAKEN_OFF), self._tried_s.get(layout, math.inf))
-        return max(step_s + more_s, least_s)
+        return max(step_s + more_s + self._left_s(layout), least_s)
+
+    def _left_s(self, layout: Layout) -> float:
+        """What corrections leave of this layout, if it was tried; between two that were, on a straight line."""
+        between = self.neighbours(layout)
+        if between is None:
+            return self._rest_s.get(layout, 0.0)
+        few_s, many_s = self._rest_s[between.few], self._rest_s[between.many]
+        return few_s + (many_s - few_s) * between.share
 
     def actions_s(self, layout: Layout) -> tuple[float, float]:
         """What actions of a pipeline take beside their blocks, on the device that was measured: forward and backward
