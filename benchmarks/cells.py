@@ -29,7 +29,7 @@ from peers import JOBS as PEER_JOBS
 from paceline.errors import PacelineError
 from paceline.plan.profile import LinkedCluster, Profile
 
-HELD_OUT = ("resnet", "towers")
+HELD_OUT = ("latents", "mobile")
 _HELD_OUT_BEFORE = (
     "vit",
     "lstm",
@@ -41,13 +41,16 @@ _HELD_OUT_BEFORE = (
     "tables",
     "graph",
     "seq2seq",
+    "resnet",
+    "towers",
 )
 WAITING = {
     f"waiting-{model}": ("benchmarks/waiting_jobs.py", {"model": model}) for model in ("mlp", "gpt", "conv")
 }
 JOBS = {
     **PEER_JOBS,
-    **{model: ("benchmarks/held_out_jobs.py", {"model": model}) for model in (*_HELD_OUT_BEFORE, *HELD_OUT)},
+    **{model: ("benchmarks/held_out_jobs.py", {"model": model}) for model in _HELD_OUT_BEFORE},
+    **{model: ("benchmarks/unseen_jobs.py", {"model": model}) for model in HELD_OUT},
     **WAITING,
 }
 """By name, the file and its options."""

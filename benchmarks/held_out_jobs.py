@@ -1,4 +1,4 @@
-"""Twelve jobs on random data, of which two the model of cost was not corrected with: to hold its forecasts against.
+"""Twelve jobs on random data, which were held out from the planner, to hold its forecasts against, until they were not.
 
     paceline train benchmarks/held_out_jobs.py --set model=lstm
 
@@ -17,8 +17,8 @@
     resnet  six residual blocks of convolutions with batch norm on three scales (0.4 M parameters), 32 images, SGD
     towers  two tables of 8,192 rows, three layers behind each, their product (1.1 M parameters), 512 pairs, AdamW
 
-resnet and towers are held out (cells.py): nothing in the planner is changed with their cells in sight. The first three
-were until 2026-11-27, the others until 2026-11-28.
+Until 2026-11-27 nothing in the planner was changed with cells of the first three in sight, until 2026-11-28 with those
+of the others but for the last two, and with those until 2026-11-30. Who has taken their place: unseen_jobs.py.
 """
 
 from __future__ import annotations

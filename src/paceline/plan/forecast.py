@@ -17,7 +17,8 @@ from paceline.errors import LayoutError
 from paceline.plan.cuts import partition, uneven
 from paceline.plan.links import Placement
 from paceline.plan.memory import evaluation_memory, training_memory
-from paceline.plan.orders import orders, peak_stored, stages_of_workers, workers_of_stages
+from paceline.plan.orders import peak_stored, stages_of_workers, workers_of_stages
+from paceline.plan.pipelines import Pipelines
 from paceline.plan.places import Places
 from paceline.plan.profile import (
     Block,
@@ -28,18 +29,14 @@ from paceline.plan.profile import (
     between,
 )
 from paceline.plan.schedules import SCHEDULES
-from paceline.plan.sending import Sending, sending
-from paceline.plan.sharing import Sharing, play_sharing, share_cores
+from paceline.plan.sending import Sending
+from paceline.plan.sharing import Sharing
 from paceline.plan.stages import Stage, join
 from paceline.plan.terms import Forecast, Memory, Terms
-from paceline.plan.timeline import makespan_s
 from paceline.plan.unexplained import Unexplained
 from paceline.plan.updates import one_copy, updating
 from paceline.records import Layout
 
-_SLOWED = 1.3
-"""Workers of a host that all compute at once, each for so many times as long as one alone, wait for each other's cores;
-those that are slowed down less, for memory: who waits then leaves little to the others."""
 _UNTRIED = 1.4
 """By how much more forecasts of layouts err that were not tried (docs/forecasts.md)."""
 
@@ -66,10 +63,8 @@ class Forecaster:
     def __init__(self, profile: Profile, linked: LinkedCluster) -> None:
         self.profile, self.linked = profile, linked
         self._stages: dict[Any, tuple[Stage, ...]] = {}
-        self._played: dict[Any, tuple[float, tuple[float, ...]]] = {}
-        self._sent: dict[Any, Sending] = {}
-        self._sharing: dict[Any, Sharing | None] = {}
         self._places = Places(linked)
+        self._pipelines = Pipelines(profile, self._places)
         self._unexplained = Unexplained(profile, linked, self._places)
         self._costs: dict[Any, Costs] = {}
 
@@ -120,8 +115,7 @@ class Forecaster:
         if layout.micro > 1 or SCHEDULES[layout.schedule].in_parts:
             if sharing is None:
                 return 0.0
-            each = max(count * rate for count, rate in enumerate(sharing.rates, 1)) / sharing.rates[0]
-            at_once = each * len(set(sharing.hosts))
+            at_once = sharing.at_once
         alone = self.forecast(Layout(threads=layout.threads, micro=layout.micro))
         return (alone.step_s - alone.terms.optimizer_s) / at_once + optimizer_s
 
@@ -158,7 +152,7 @@ class Forecaster:
     def _least_computing_s(self, layout: Layout, stages: tuple[Stage, ...]) -> float:
         if layout.pp == 1:
             return layout.micro * stages[0].busy_s
-        sends = self._sending(layout, stages)
+        sends = self._pipelines.sending(layout, stages)
         each_s = [*(hop.there_s for hop in sends.hops), 0.0]
         there_s, back_s = (
             [0.0, *itertools.accumulate(s + hop_s for s, hop_s in zip(own_s, each_s, strict=True))]
@@ -339,14 +333,19 @@ class Forecaster:
         if layout.pp == 1:
             ((busy_s, tensor_s, _),) = busy
             return Terms(compute_s=busy_s - tensor_s, tensor_s=tensor_s)
-        sends = self._sending(layout, stages)
-        whole_s, worked_s = self._play(layout, stages, sends)
+        sends = self._pipelines.sending(layout, stages)
+        sharing = self.sharing_of(layout)
+        whole_s, worked_s = self._pipelines.play(layout, stages, sends, sharing)
         if worked_s:
             # Who waited has left its cores to the others.
-            shares = [own_s / all_s for own_s, (all_s, _, _) in zip(worked_s, busy, strict=True)]
+            shares = [
+                own_s / all_s if all_s else 0.0 for own_s, (all_s, _, _) in zip(worked_s, busy, strict=True)
+            ]
             busy = [(a * by, b * by, c * by) for by, (a, b, c) in zip(shares, busy, strict=True)]
         busy_s, tensor_s, overhead_s = max(busy)
-        without_s, _ = self._play(layout, stages, Sending()) if apart else (whole_s, ())
+        without_s = whole_s
+        if apart:
+            without_s, _ = self._pipelines.play(layout, stages, Sending(), sharing)
         without_s = max(min(without_s, whole_s), busy_s)
         return Terms(
             compute_s=busy_s - tensor_s - overhead_s,
@@ -356,48 +355,9 @@ class Forecaster:
             messages_s=whole_s - without_s,
         )
 
-    def _play(
-        self, layout: Layout, stages: tuple[Stage, ...], sends: Sending
-    ) -> tuple[float, tuple[float, ...]]:
-        """Seconds of a pipeline's step, up to the last gradients of the last pipeline; and those in which each worker
-        computes, where it depends on the others how long it takes for that."""
-        sharing = self.sharing_of(layout)
-        key = (layout.schedule, layout.pp, layout.micro, layout.stages, stages, sends, sharing)
-        if key not in self._played:
-            order, worker_of = orders(layout.schedule, layout.pp, layout.micro, layout.stages)
-            costs_s = [seconds for s in stages for seconds in (s.forward_s, s.input_s, s.weight_s)]
-            given = order, worker_of, layout.micro, costs_s, sends.hops
-            if sharing is None:
-                self._played[key] = makespan_s(*given) + sends.behind_s, ()
-            else:
-                spans = play_sharing(*given, sharing)
-                worked_s = tuple(sum(end_s - begin_s for begin_s, end_s in mine) for mine in spans)
-                self._played[key] = max(mine[-1][1] for mine in spans) + sends.behind_s, worked_s
-        return self._played[key]
-
     def sharing_of(self, layout: Layout) -> Sharing | None:
-        """How workers of a pipeline share cores; None where those of a host have the same stages, or enough cores."""
-        inner, here = layout.workers // layout.pp, min(layout.workers, self.linked.per_host)
-        if layout.pp == 1 or inner >= here:
-            return None
-        key = layout.threads, here, layout.pp, inner, self.micro_samples(layout)
-        if key not in self._sharing:
-            costs, found = self.costs_of(layout), None
-            short = self.profile.slowdown(costs, self.micro_samples(layout))
-            slowdown = max(short, self.profile.slowdown(costs, self.profile.batch_size))
-            if slowdown >= _SLOWED:
-                hosts = [self._places.host_of(at * inner) for at in range(layout.pp)]
-                cores = self.linked.cluster.hosts[0].cores
-                found = share_cores(hosts, inner, here, cores, slowdown, slowdown / short)
-            self._sharing[key] = found
-        return self._sharing[key]
-
-    def _sending(self, layout: Layout, stages: tuple[Stage, ...]) -> Sending:
-        key = (layout.schedule, layout.pp, layout.stages, layout.workers, layout.tp, stages)
-        if key not in self._sent:
-            worker_of = workers_of_stages(layout.schedule, layout.pp, layout.stages)
-            self._sent[key] = sending(self._places, layout, stages, worker_of)
-        return self._sent[key]
+        """How workers of a pipeline share cores; see `Pipelines.sharing`."""
+        return self._pipelines.sharing(layout, self.costs_of(layout), self.micro_samples(layout))
 
     def parts(self, layout: Layout) -> Parts:
         """What the forecast of a layout is added up from."""
@@ -406,7 +366,7 @@ class Forecaster:
         shard_bytes = stages[0].trained_bytes / layout.dp_shard if layout.pp == 1 else 0.0
         return Parts(
             stages=stages,
-            sending=self._sending(layout, stages) if layout.pp > 1 else Sending(),
+            sending=self._pipelines.sending(layout, stages) if layout.pp > 1 else Sending(),
             updating=tuple(
                 self._updating(layout, costs, [stages[s] for s in mine], speed)
                 for mine, speed in zip(mine_of, self._places.speeds_along(layout), strict=True)

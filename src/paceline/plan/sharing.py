@@ -24,6 +24,12 @@ class Sharing:
     """By what to multiply costs that were measured while all of a host computed: what is over within a turn seemed to
     have a core for itself."""
 
+    @property
+    def at_once(self) -> float:
+        """How many times as much is done as by one worker that computes alone, at most."""
+        each = max(count * rate for count, rate in enumerate(self.rates, 1)) / self.rates[0]
+        return each * len(set(self.hosts))
+
 
 def share_cores(
     hosts: Sequence[int], each: int, together: int, cores: int, slowdown: float, times: float = 1.0
