@@ -23,8 +23,10 @@ program holds more or less by a tenth from run to run on CPUs, where malloc fits
 hundredth on GPUs (docs/memory_forecasts.md, docs/gpus.md)."""
 FEW = 16
 """Up to this number of workers every size of every axis is tried; above, those that divide the number of workers."""
-_LEVEL_ERRORS = 2.0
-"""Standard errors of a measured step, within which two forecasts are level."""
+_LEVEL_ERRORS, _LEVEL = 2.0, 0.03
+"""Standard errors of a measured step, and a share of it, within which two forecasts are level: of a process or of data
+parallelism, tried in two micro-batches and up to 3 % faster so, none was more than 2 % faster when it was timed for long
+(docs/forecasts.md)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +129,8 @@ def _in_fewest_parts(
     """
     if fastest.pp > 1:
         return fastest
-    level_s = forecaster.forecast(fastest).step_s * (1 + _LEVEL_ERRORS * forecaster.profile.spread)
+    level = max(_LEVEL, _LEVEL_ERRORS * forecaster.profile.spread)
+    level_s = forecaster.forecast(fastest).step_s * (1 + level)
     for micro in range(1, fastest.micro):
         layout = fastest.model_copy(update={"micro": micro})
         try:
