@@ -26,7 +26,7 @@ FEW = 16
 _LEVEL_ERRORS, _LEVEL = 2.0, 0.03
 """Standard errors of a measured step, and a share of it, within which two forecasts are level: of a process or of data
 parallelism, tried in two micro-batches and up to 3 % faster so, none was more than 2 % faster when it was timed for long
-(docs/forecasts.md)."""
+(docs/log.md, 2026-11-30)."""
 
 
 @dataclasses.dataclass(frozen=True)
