@@ -24,9 +24,9 @@ hundredth on GPUs (docs/memory_forecasts.md, docs/gpus.md)."""
 FEW = 16
 """Up to this number of workers every size of every axis is tried; above, those that divide the number of workers."""
 _LEVEL_ERRORS, _LEVEL = 2.0, 0.03
-"""Standard errors of a measured step, and a share of it, within which two forecasts are level. Of processes, and of data
-parallelism, that were tried in two micro-batches and up to 3 % faster so, none was more than 2 % faster when it was
-timed for long (docs/log.md, 2026-11-30)."""
+"""Standard errors of a measured step, and a share of it, within which two forecasts are level. Of processes, and of
+data parallelism, that were tried in two micro-batches and up to 3 % faster so, none was more than 2 % faster when it
+was timed for long (docs/log.md, 2026-11-30)."""
 
 
 @dataclasses.dataclass(frozen=True)
