@@ -7,6 +7,7 @@ import itertools
 import math
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from paceline.launch import failure
 from paceline.records import Layout, Trial
 from paceline.train import trying
 from paceline.train.session import Datasets
-from paceline.train.trial import time_by_turns
+from paceline.train.trial import LayoutTimer, time_by_turns
 from paceline.train.trying import groups_again, tried, try_layouts
 
 FIRST_S, LATER_S = 0.03, 0.004
@@ -89,24 +90,19 @@ def test_what_one_visit_finds_by_chance_two_others_correct():
     assert found.peak_bytes == (None if (grown := visits[0].grown_bytes) is None else 1000 + grown)
 
 
-def test_no_group_is_begun_when_time_is_up():
+def timed_alone(job: paceline.Job, **how: Any) -> list[Trial]:
     world = join("cpu", 60.0)
-    job = a_job()
-    trials = time_by_turns(
-        [[ALONE]],
-        job,
-        world,
-        world.group(1),
-        Datasets(job, 0),
-        seed=0,
-        precision="fp32",
-        until_s=time.monotonic() - 1,
+    return time_by_turns(
+        [[ALONE]], job, world, world.group(1), Datasets(job, 0), seed=0, precision="fp32", **how
     )
-    assert trials == []
 
 
-def test_one_step_of_a_slow_layout_is_a_round_from_the_first_after_the_warm_up():
-    steps = []
+def test_no_group_is_begun_when_time_is_up():
+    assert timed_alone(a_job(), until_s=time.monotonic() - 1) == []
+
+
+def a_slow_job(steps: list[None]) -> paceline.Job:
+    """Each step takes `FIRST_S`, and is noted."""
 
     class Slow(nn.Module):
         def __init__(self) -> None:
@@ -117,22 +113,25 @@ def test_one_step_of_a_slow_layout_is_a_round_from_the_first_after_the_warm_up()
             steps.append(time.sleep(FIRST_S))
             return self.linear(x)
 
-    world = join("cpu", 60.0)
-    job = dataclasses.replace(a_job(), model=Slow)
-    (trial,) = time_by_turns(
-        [[ALONE]],
-        job,
-        world,
-        world.group(1),
-        Datasets(job, 0),
-        seed=0,
-        precision="fp32",
-        budget_s=FIRST_S,
-        rounds=(3, 3),
-    )
+    return dataclasses.replace(a_job(), model=Slow)
+
+
+def test_one_step_of_a_slow_layout_is_a_round_from_the_first_after_the_warm_up():
+    steps: list[None] = []
+    (trial,) = timed_alone(a_slow_job(steps), budget_s=FIRST_S, rounds=(3, 3))
     assert len(trial.step_s) == 3
     assert len(steps) == 2 + 3
     assert min(trial.step_s) >= FIRST_S
+
+
+def test_a_round_has_as_many_steps_as_are_asked_for():
+    steps: list[None] = []
+    world, job = join("cpu", 60.0), a_slow_job(steps)
+    how: dict[str, Any] = {"seed": 0, "precision": "fp32", "budget_s": FIRST_S, "rounds": (2, 2)}
+    (trial,) = LayoutTimer(job, [ALONE], world, Datasets(job, 0), fewest_steps=3, **how).run()
+    assert len(trial.step_s) == 2
+    # Two warm up, and one tells how long they take.
+    assert len(steps) == 2 + 1 + 2 * 3
 
 
 def test_the_fastest_are_visited_again_first(monkeypatch):
