@@ -203,7 +203,9 @@ def with_measuring(parser: argparse.ArgumentParser, clusters: Iterable[str]) -> 
         "--from", dest="kept", type=Path, metavar="DIR", help="measure nothing: tables of these files"
     )
     parser.add_argument("--retry", action="store_true", help="measure pairs again that have failed")
-    parser.add_argument("--rounds", type=int, default=5, help="of each layout (default 5); slow ones have 2")
+    parser.add_argument(
+        "--rounds", type=int, default=12, help="of each layout (default 12); slow ones have 2"
+    )
     parser.add_argument(
         "--timing", type=float, default=60.0, metavar="S", help="about what the rounds of a pair take"
     )

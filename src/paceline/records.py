@@ -257,7 +257,7 @@ class Trial(Record):
     group: int = 0
     """Its rounds were interleaved with those of the trials that have the same number."""
     median_step_s: float | None = None
-    """Of all its steps, on rank 0: the first of a round, whose memory is cold, counts like any other."""
+    """Of all its steps, on rank 0; of rounds of three and more without the first, whose caches are cold."""
     compute_s: float | None = None
     communication_s: float | None = None
     data_s: float | None = None

@@ -26,6 +26,7 @@ from paceline.train.trying import groups_again, tried, try_layouts
 
 FIRST_S, LATER_S = 0.03, 0.004
 ALONE, TWO, THREE = Layout(threads=1), Layout(dp_replicate=2, threads=1), Layout(dp_shard=2, threads=1)
+FOUR = Layout(dp_replicate=4, threads=1)
 NUMBER = itertools.count()
 
 
@@ -66,28 +67,30 @@ def a_trial(layout: Layout, *step_s: float, **more) -> Trial:
     )
 
 
-def test_what_one_visit_finds_by_chance_two_others_correct():
-    world = join("cpu", 60.0)
-    job = a_job()
-    (visits,) = try_layouts(
-        [[ALONE]],
-        job,
-        world,
-        world.group(1),
-        Datasets(job, 0),
-        budget_s=0.1,
-        pauses=False,
-        seed=0,
-        precision="fp32",
-    )
-    assert len(visits) == 3
+def visits_alone(monkeypatch, **more: Any) -> list[Trial]:
+    monkeypatch.setitem(globals(), "NUMBER", itertools.count())
+    world, job = join("cpu", 60.0), a_job()
+    how: dict[str, Any] = {"budget_s": 0.1, "pauses": False, "seed": 0, "precision": "fp32", **more}
+    (visits,) = try_layouts([[ALONE]], job, world, world.group(1), Datasets(job, 0), **how)
+    return visits
+
+
+def test_what_the_first_visit_finds_by_chance_later_turns_correct(monkeypatch):
+    visits = visits_alone(monkeypatch)
     assert visits[0].median_step_s >= FIRST_S
     found = tried(visits, 1000, pauses=False)
     assert LATER_S <= found.step_s < FIRST_S
     # The first tells what is held.
-    assert visits[1].grown_bytes is None
-    assert visits[2].grown_bytes is None
+    assert all(one.grown_bytes is None for one in visits[1:])
     assert found.peak_bytes == (None if (grown := visits[0].grown_bytes) is None else 1000 + grown)
+
+
+def test_where_nobody_knows_what_is_held_each_is_visited_by_itself(monkeypatch):
+    monkeypatch.setattr(trying, "available_memory_bytes", lambda device: 0)
+    visits = visits_alone(monkeypatch)
+    # The second is far from the first.
+    assert len(visits) == 3
+    assert tried(visits, 1000, pauses=False).step_s < FIRST_S
 
 
 def timed_alone(job: paceline.Job, **how: Any) -> list[Trial]:
@@ -134,17 +137,64 @@ def test_a_round_has_as_many_steps_as_are_asked_for():
     assert len(steps) == 2 + 1 + 2 * 3
 
 
-def test_the_fastest_are_visited_again_first(monkeypatch):
-    takes_s, visited = {ALONE: 2.0, TWO: 3.0, THREE: 1.0}, []
+def test_the_first_step_of_a_long_round_does_not_count_among_the_steps():
+    """It finds the caches as the layout before it has left them."""
+    # Two steps warm up, and one tells how long they take.
+    takes_s = iter([LATER_S, LATER_S, LATER_S, 10 * FIRST_S, LATER_S, 3 * FIRST_S])
+
+    class Cold(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            time.sleep(next(takes_s))
+            return self.linear(x)
+
+    world, job = join("cpu", 60.0), dataclasses.replace(a_job(), model=Cold)
+    how: dict[str, Any] = {"seed": 0, "precision": "fp32", "budget_s": LATER_S, "rounds": (1, 1)}
+    (trial,) = LayoutTimer(job, [ALONE], world, Datasets(job, 0), fewest_steps=3, **how).run()
+    # The median of all three would be the third.
+    assert LATER_S < trial.median_step_s < 2.5 * FIRST_S
+    assert trial.step_s[0] > 4 * FIRST_S
+
+
+def visited(
+    monkeypatch, takes_s: dict[Layout, float], holds: dict[Layout, int | None]
+) -> list[list[list[Layout]]]:
+    """Groups of each visit, where there are 1000 bytes."""
+    told = []
 
     def time_some(groups, *_: object, **how: object) -> list[Trial]:
-        visited.append([list(group) for group in groups])
-        return [a_trial(layout, takes_s[layout]) for group in groups for layout in group]
+        told.append([list(group) for group in groups])
+        every = [layout for group in groups for layout in group]
+        return [a_trial(layout, takes_s[layout], grown_bytes=holds[layout]) for layout in every]
 
     monkeypatch.setattr(trying, "time_by_turns", time_some)
-    everyone = SimpleNamespace(gather_json=lambda value, what: [value])
-    try_layouts([[ALONE], [TWO, THREE]], None, None, everyone, None, budget_s=1.0, pauses=False)
-    assert visited == [[[ALONE], [TWO, THREE]], [[TWO, THREE], [ALONE]], []]
+    monkeypatch.setattr(trying, "available_memory_bytes", lambda device: 1000 / trying._SHARE_OF_ROOM)
+    everyone: Any = SimpleNamespace(gather_json=lambda value, what: [value])
+    world: Any = SimpleNamespace(device=torch.device("cpu"), local_size=1)
+    some: Any = None
+    try_layouts([[ALONE], [TWO, THREE], [FOUR]], some, world, everyone, some, budget_s=1.0, pauses=False)
+    return told
+
+
+def test_fast_layouts_take_turns_and_slow_ones_are_visited_alone(monkeypatch):
+    takes_s = {ALONE: 2.0, TWO: 3.0, THREE: 1.0, FOUR: 100.0}
+    first, turns, slow, apart = visited(monkeypatch, takes_s, dict.fromkeys(takes_s, 400))
+    assert first == [[ALONE], [TWO, THREE], [FOUR]]
+    # One model serves two of them; the fastest first.
+    assert turns == [[TWO, THREE, ALONE]]
+    assert slow == [[FOUR]]
+    assert apart == []
+
+
+def test_as_many_take_turns_as_there_is_memory_for(monkeypatch):
+    takes_s = dict.fromkeys((ALONE, TWO, THREE, FOUR), 1.0)
+    holds = {ALONE: 400, TWO: 500, THREE: None, FOUR: 700}
+    assert visited(monkeypatch, takes_s, holds)[1:3] == [[[ALONE, TWO, THREE], [FOUR]], []]
+    holds = {ALONE: None, TWO: 500, THREE: None, FOUR: 1100}
+    assert visited(monkeypatch, takes_s, holds)[1:3] == [[[TWO, THREE]], [[ALONE], [FOUR]]]
 
 
 def test_an_error_tells_which_layout_was_tried(tmp_path):
@@ -185,7 +235,7 @@ def test_of_many_that_differ_those_that_differ_most_are_visited_again():
     assert 0 < len(again) < 10
 
 
-@pytest.mark.parametrize(("steps_s", "wanted_s"), [((1.0,), 1.0), ((1.0, 2.0), 1.5), ((1.0, 9.0, 2.0), 2.0)])
+@pytest.mark.parametrize(("steps_s", "wanted_s"), [((1.0,), 1.0), ((1.0, 2.0), 2.0), ((1.0, 9.0, 2.0), 5.5)])
 def test_what_the_visits_to_a_layout_tell(steps_s, wanted_s):
     found = tried([a_trial(ALONE, step_s) for step_s in steps_s], 0, pauses=False)
     assert math.isclose(found.step_s, wanted_s)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from paceline.errors import LayoutError
 from paceline.plan.forecast import Forecaster
-from paceline.plan.profile import LinkedCluster
+from paceline.plan.profile import LinkedCluster, Profile
 from paceline.plan.schedules import SCHEDULES
 from paceline.plan.terms import Forecast
 from paceline.records import RECOMPUTE, Layout
@@ -47,8 +47,8 @@ class Found:
     """What a search has found."""
 
     fastest: tuple[Forecast, ...]
-    """Those that fit, the fastest first, or of layouts that are level with it, but for their number of micro-batches,
-    that with the fewest; of layouts that differ in `recompute` alone the fastest that fits."""
+    """Those that fit, the fastest first, or what is plainer than it and level with it (`_plainer`); of layouts that
+    differ in `recompute` alone the fastest that fits."""
     num_forecast: int
     num_possible: int
     """Layouts with a bound, recomputation aside."""
@@ -115,32 +115,57 @@ def search(
             next_step="use more workers, workers with more memory, or a smaller model or batch",
         )
     first = fastest[0][2].layout
-    chosen = _in_fewest_parts(forecaster, first, memory_bytes, margin)
+    chosen = _plainest(forecaster, first, workers, memory_bytes, margin)
     order = dict.fromkeys([chosen, *(found.layout for _, _, found in fastest)])
     told = tuple(map(forecaster.forecast, list(order)[:number]))
     return Found(told, num_forecast, len(possible), smallest)
 
 
-def _in_fewest_parts(
-    forecaster: Forecaster, fastest: Layout, memory_bytes: int | None, margin: float
+def _plainest(
+    forecaster: Forecaster, fastest: Layout, workers: int | None, memory_bytes: int | None, margin: float
 ) -> Layout:
-    """The fastest layout; or, without a pipeline, the same with the fewest micro-batches with which it fits and is as
-    fast, as far as the measurements can tell: more of them seem to save a little where nothing is gained.
+    """The fastest layout, or the plainest that fits and is as fast, as far as the measurements can tell.
+
+    The least of many forecasts that rest on noisy trials is least by chance, too, and those that split in more ways
+    are more. Where nothing was tried only micro-batches are looked at.
     """
-    if fastest.pp > 1:
-        return fastest
     level = max(_LEVEL, _LEVEL_ERRORS * forecaster.profile.spread)
     level_s = forecaster.forecast(fastest).step_s * (1 + level)
-    for micro in range(1, fastest.micro):
-        layout = fastest.model_copy(update={"micro": micro})
-        try:
-            found = forecaster.forecast(layout)
-        except LayoutError:
-            continue
-        needed = forecaster.needed_bytes(layout) if memory_bytes is None else found.memory.own
-        if found.step_s <= level_s and needed <= room_bytes(forecaster.linked, layout, memory_bytes, margin):
-            return layout
+    for group in _plainer(forecaster.profile, fastest, workers):
+        found: list[tuple[float, Layout]] = []
+        for layout in group:
+            try:
+                forecast = forecaster.forecast(layout)
+            except LayoutError:
+                continue
+            needed = forecaster.needed_bytes(layout) if memory_bytes is None else forecast.memory.own
+            fits = needed <= room_bytes(forecaster.linked, layout, memory_bytes, margin)
+            if fits and forecast.step_s <= level_s:
+                found.append((forecast.step_s, layout))
+        if found:
+            return min(found, key=lambda item: item[0])[1]
     return fastest
+
+
+def _plainer(profile: Profile, layout: Layout, workers: int | None) -> Iterator[list[Layout]]:
+    """What does the same with less: layouts that are as plain as each other, the plainest first.
+
+    Whatever splits the model or shards its state, one process, and plain data parallelism over as many workers; the
+    same with less of the state sharded; without a pipeline, the same in fewer micro-batches.
+    """
+    in_parts = range(1, layout.micro if layout.pp == 1 else 1)
+    if profile.tried:
+        if layout.splits_model:
+            alone = [Layout(threads=costs.threads) for costs in profile.costs] if workers is None else []
+            yield [*alone, Layout(dp_replicate=layout.workers, threads=layout.threads)]
+        for zero in range(layout.zero_stage if layout.dp_shard > 1 else 0):
+            update: dict[str, int | None] = {"zero": zero}
+            if not zero:
+                update = {"zero": None, "dp_shard": 1, "dp_replicate": layout.data_parallel}
+            for micro in (*in_parts, layout.micro):
+                yield [layout.model_copy(update={**update, "micro": micro})]
+    for micro in in_parts:
+        yield [layout.model_copy(update={"micro": micro})]
 
 
 def memory_margin(linked: LinkedCluster) -> float:

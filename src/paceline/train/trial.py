@@ -27,9 +27,12 @@ from paceline.train.thrown_away import replica_to_measure
 
 BUDGET_S = 15.0
 """What timing all candidates may take, once each has run its first steps."""
-_WARM_UP_STEPS = 2
-_ROUND_S = 0.4
+ROUND_S = 0.4
 """Steps of a candidate are repeated within a round until they took about this long."""
+_WARM_UP_STEPS = 2
+_SEVERAL_STEPS = 3
+"""Of a round of so many the first, whose caches hold what the layout before it has used, does not tell what a step
+takes in a training."""
 _MOST_STEPS, _FEWEST_ROUNDS, _MOST_ROUNDS = 50, 3, 7
 
 
@@ -62,6 +65,8 @@ def time_by_turns(
     precision: str,
     budget_s: float = BUDGET_S,
     rounds: tuple[int, int] = (_FEWEST_ROUNDS, _MOST_ROUNDS),
+    round_s: float = ROUND_S,
+    fewest_steps: int = 1,
     evaluates: bool = False,
     until_s: float = math.inf,
 ) -> list[Trial]:
@@ -71,7 +76,7 @@ def time_by_turns(
 
     Args:
         groups: layouts whose models can be in memory at the same time; looked at on rank 0 alone.
-        budget_s, rounds, evaluates: as of `LayoutTimer`, for all of them together.
+        budget_s, rounds, round_s, fewest_steps, evaluates: as of `LayoutTimer`, for all of them together.
         until_s: of `time.monotonic` on rank 0: no group is begun later, and the others are left out.
     """
     told = [[str(layout) for layout in group] for group in groups]
@@ -91,6 +96,8 @@ def time_by_turns(
             precision=precision,
             budget_s=budget_s * len(group) / number,
             rounds=rounds,
+            round_s=round_s,
+            fewest_steps=fewest_steps,
             evaluates=evaluates,
         )
         trials += [trial.model_copy(update={"group": at}) for trial in timer.run()]
@@ -124,6 +131,7 @@ class LayoutTimer:
         precision: str,
         budget_s: float = BUDGET_S,
         rounds: tuple[int, int] = (_FEWEST_ROUNDS, _MOST_ROUNDS),
+        round_s: float = ROUND_S,
         fewest_steps: int = 1,
         evaluates: bool = False,
     ) -> None:
@@ -132,10 +140,11 @@ class LayoutTimer:
             evaluates: find out what steps and an evaluation hold, before the first round.
             budget_s: about what all of it may take, once each layout has run its first steps.
             rounds: how many at least, and at most.
-            fewest_steps: of a round. The first after another layout finds the caches cold.
+            round_s: about what steps of a layout take in a round at most.
+            fewest_steps: of a round, whatever they take.
         """
         self._budget_s, self._rounds, self._fewest_steps = budget_s, rounds, fewest_steps
-        self._round_s = min(_ROUND_S, budget_s / 2 / max(1, len(layouts)) / rounds[0])
+        self._round_s = min(round_s, budget_s / 2 / max(1, len(layouts)) / rounds[0])
         self._job, self._world, self._datasets, self._seed = job, world, datasets, seed
         self._all = world.group(world.size)
         self._precision, self._evaluates = precision, evaluates
@@ -217,7 +226,7 @@ class LayoutTimer:
         results = [replica.step(next(candidate.batches)) for _ in range(steps)]
         group.barrier("after a trial")
         seconds = time.perf_counter() - begin_s
-        candidate.results += results
+        candidate.results += results[1:] if steps >= _SEVERAL_STEPS else results
         # Only whole batches are compared: an epoch's last one may be smaller.
         samples = sum(result.samples for result in results)
         return seconds * self._job.batch_size / samples
