@@ -27,13 +27,13 @@ from paceline.train.thrown_away import replica_to_measure
 
 BUDGET_S = 15.0
 """What timing all candidates may take, once each has run its first steps."""
-ROUND_S = 0.4
+ROUND_S = 0.2
 """Steps of a candidate are repeated within a round until they took about this long."""
 _WARM_UP_STEPS = 2
 _SEVERAL_STEPS = 3
 """Of a round of so many the first, whose caches hold what the layout before it has used, does not tell what a step
 takes in a training."""
-_MOST_STEPS, _FEWEST_ROUNDS, _MOST_ROUNDS = 50, 3, 7
+_MOST_STEPS, _FEWEST_ROUNDS, _MOST_ROUNDS = 50, 3, 14
 
 
 @dataclasses.dataclass
