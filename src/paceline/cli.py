@@ -33,6 +33,12 @@ Transport = Annotated[
     str, typer.Option(help="Between workers on CPUs: gloo, or auto: shared memory within a host.")
 ]
 Timeout = Annotated[float, typer.Option(help="Seconds that a worker waits for another before it gives up.")]
+Budget = Annotated[
+    float | None,
+    typer.Option(
+        min=0.1, help="Seconds that measuring may take, about, beside starting; some 15 by default."
+    ),
+]
 Port = Annotated[int | None, typer.Option(help="Loopback port of the workers' store; by default a free one.")]
 
 
@@ -170,6 +176,7 @@ def plan(
     price: Annotated[
         float | None, typer.Option(help="Of a worker for an hour, in any currency: what a target costs.")
     ] = None,
+    budget: Budget = None,
     transport: Transport = "auto",
     timeout: Timeout = 300.0,
     port: Port = None,
@@ -187,6 +194,7 @@ def plan(
             settings=_read_settings(settings or []),
             out=str(out) if out else "",
             seed=seed,
+            budget_s=budget,
             transport=transport,
             timeout_s=timeout,
             command=["paceline", *sys.argv[1:]],
@@ -218,12 +226,7 @@ def measure(
     settings: Settings = None,
     out: Annotated[Path | None, typer.Option(help="A new directory for what was measured, as JSON.")] = None,
     precision: Annotated[str, typer.Option(help="Of the job, as in train: fp32, bf16, or auto.")] = "auto",
-    budget: Annotated[
-        float | None,
-        typer.Option(
-            min=0.1, help="Seconds that measuring may take, about, beside starting; some 15 by default."
-        ),
-    ] = None,
+    budget: Budget = None,
     transport: Transport = "auto",
     timeout: Timeout = 300.0,
     port: Port = None,

@@ -10,7 +10,8 @@ from torch.utils.data import TensorDataset
 import paceline
 
 WIDTH, BLOCKS = 1024, 16
-BATCH = 8
+BATCH = 2
+"""With so few samples only a few layouts are tried, each of which takes seconds with so many parameters."""
 
 
 class Stack(nn.Module):

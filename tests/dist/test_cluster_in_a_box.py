@@ -96,7 +96,8 @@ def test_two_hosts_train_what_one_process_trains_and_their_gradients_cross_the_c
 def test_the_command_runs_a_plan_under_torchrun_which_measures_the_link_between_the_hosts(tmp_path):
     of_hosts = ["--hosts=2", "--cores=0.95", "--memory=1500M", "--bandwidth=100mbit"]
     box = [sys.executable, str(BENCHMARKS / "box.py"), *of_hosts, "--"]
-    plan = [sys.executable, "-m", "paceline", "plan", str(TOY), "--number=3", f"--out={tmp_path / 'plan'}"]
+    options = ["--budget=2", "--number=3", f"--out={tmp_path / 'plan'}"]
+    plan = [sys.executable, "-m", "paceline", "plan", str(TOY), *options]
     process = subprocess.run([*box, *plan], capture_output=True, text=True, timeout=120, env=ENVIRONMENT, check=False)
     assert process.returncode == 0, process.stderr
     assert "host0 | The fastest of" in process.stdout

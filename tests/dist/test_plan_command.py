@@ -21,7 +21,7 @@ from paceline.records import Layout
 def planned(tmp_path_factory):
     out = tmp_path_factory.mktemp("plan") / "run"
     return out, paceline(
-        "plan", str(TOY), "--number=3", "--noise-scale=50", "--price=2", f"--out={out}"
+        "plan", str(TOY), "--budget=2", "--number=3", "--noise-scale=50", "--price=2", f"--out={out}"
     )  # fmt: skip
 
 

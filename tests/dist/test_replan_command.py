@@ -95,7 +95,7 @@ def test_the_command_takes_another_layout_and_says_so(tmp_path):
     thread.start()
     process = paceline(
         "train", str(SLOWED), "--replan", f"--out={out}", "--seed=3", "--steps=360", "--precision=fp32",
-        f"--set=slower={slower}", timeout_s=250,
+        f"--set=slower={slower}", "--set=sample_s=0.002", timeout_s=250,
     )  # fmt: skip
     thread.join()
     assert process.returncode == 0, process.stdout + process.stderr

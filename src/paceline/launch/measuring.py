@@ -101,7 +101,8 @@ def measure_for_plan(spec: RunSpec, loaded: LoadedJob, world: World) -> None:
     datasets = Datasets(loaded.job, spec.seed)
     agree_on_matmul(spec, loaded, datasets, world, everyone, cluster)
     agree_on_images(spec, loaded, datasets, world, everyone, cluster, "fp32")
-    found = measure_all(loaded.job, datasets, world, everyone, cluster, seed=spec.seed)
+    budget_s = spec.budget_s or JOB_BUDGET_S
+    found = measure_all(loaded.job, datasets, world, everyone, cluster, seed=spec.seed, budget_s=budget_s)
     _leave(spec, found)
 
 
