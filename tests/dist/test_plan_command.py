@@ -30,7 +30,7 @@ def test_it_ranks_layouts_says_why_the_others_lost_and_shows_the_curve(planned):
     assert process.returncode == 0, process.stderr
     assert "layouts, by forecast" in process.stdout
     told = " ".join(process.stdout.split())
-    reasons = r" ms are | takes as long as | do not explain\.| takes [\d.e+]+ ms more than in "
+    reasons = r" ms are | takes as long as | by too little to tell| do not explain\.| takes [\d.e+]+ ms more than in "
     assert len(re.findall(reasons, told)) == 2
     assert "speed-up" in process.stdout
     assert "← knee" in process.stdout

@@ -7,6 +7,7 @@ from planning_examples import linked, profile
 
 from paceline.plan import search as search_module
 from paceline.plan.corrections import corrected
+from paceline.plan.explain import why_it_lost
 from paceline.plan.forecast import Forecaster
 from paceline.plan.profile import Tried
 from paceline.plan.search import search
@@ -48,6 +49,14 @@ def test_what_is_plainer_is_taken_while_it_is_level(fastest, plainer, workers):
         assert str(found[0].layout) == str(Layout.parse(taken))
         # The others stay where they were.
         assert str(found[taken == plainer].layout) == str(Layout.parse(fastest))
+
+
+def test_what_was_a_little_faster_is_told_of():
+    plain, sharded = search(forecaster({SHARDED: FAST_S, DATA: FAST_S * 1.02}), number=2).fastest
+    assert sharded.step_s < plain.step_s
+    told = why_it_lost(sharded, plain)
+    assert told.startswith(str(sharded.layout))
+    assert "by too little to tell" in told
 
 
 def test_of_layouts_that_are_as_plain_the_fastest_is_taken():

@@ -33,6 +33,8 @@ _TELLING = 1 / 3
 def why_it_lost(loser: Forecast, winner: Forecast) -> str:
     """One sentence: `tp=4: 38 of its 52 ms are exchanges of tensor parallelism, 36 ms more than in dp_replicate=4`."""
     more = {name: getattr(loser.terms, name) - getattr(winner.terms, name) for name in _WORDS}
+    if loser.step_s < winner.step_s:
+        return f"{loser.layout} is faster than {winner.layout} by too little to tell, and that does the same with less."
     unexplained_s = more.pop("unexplained_s")
     name = max(more, key=lambda n: more[n])
     own_s, longer_s = getattr(loser.terms, name), loser.step_s - winner.step_s
