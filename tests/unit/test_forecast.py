@@ -170,6 +170,13 @@ def test_of_cuts_that_are_hardly_slower_the_one_that_sends_least_is_taken(seed):
     assert most(costs, found, over) == pytest.approx(wanted[1])
 
 
+def test_a_slow_part_may_begin_before_those_ahead_of_it_have_to_end():
+    """With as much as fits in the first of three, the second would begin with what is too large for it."""
+    assert partition([2.0, 1.0, 3.0, 0.1], 3, speeds=[1.0, 0.5, 1.0]) == [0, 1, 2, 4]
+    sends = [1.0, 0.0, 0.0, 0.0]
+    assert partition([2.0, 1.0, 3.0, 0.1], 3, sends=sends, speeds=[1.0, 0.5, 1.0]) == [0, 1, 2, 4]
+
+
 def test_stages_go_by_the_speed_of_who_computes_them():
     job = profile((1.0,) * 6, 16, ())
     layout = Layout(pp=2, dp_replicate=2, micro=2)

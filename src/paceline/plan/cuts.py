@@ -66,10 +66,12 @@ def partition(
             best, high = found, middle
         if high - low <= 1e-9 * high:
             break
+    if number > 2 and max(row.speeds) > min(row.speeds):
+        # A slow one's part may have to begin earlier than those before it can end.
+        best = _sending_least(row, row.slowest(best), [0.0] * len(costs))
     if not sends or _sent(sends, best) <= (number - 1) * min(sends):
         return best
-    slowest = max(row.cost(part, a, b) for part, (a, b) in enumerate(itertools.pairwise(best)))
-    found = _sending_least(row, slowest * (1 + _SLOWER), sends)
+    found = _sending_least(row, row.slowest(best) * (1 + _SLOWER), sends)
     return found if _sent(sends, found) < _sent(sends, best) else best
 
 
@@ -99,7 +101,11 @@ class _Row:
         """Of a part: its sum over its speed."""
         return self.sum(begin, end) / self.speeds[part]
 
-    def _last(self, part: int, begin: int, most: float) -> int:
+    def slowest(self, bounds: Sequence[int]) -> float:
+        """Of the parts, what the slowest costs."""
+        return max(self.cost(part, a, b) for part, (a, b) in enumerate(itertools.pairwise(bounds)))
+
+    def last(self, part: int, begin: int, most: float) -> int:
         """Where a part from `begin` ends at the latest."""
         most *= self.speeds[part]
         end = bisect.bisect_right(self._costs, self._costs[begin] + most * _ROUNDING) - 1
@@ -118,10 +124,13 @@ class _Row:
         return begin
 
     def furthest(self, most: float) -> list[int] | None:
-        """Parts that cost at most `most`, each as long as it may be, so long as enough is left for the others."""
+        """Parts that cost at most `most`, each as long as it may be, so long as enough is left for the others.
+
+        None where there are none; or, of three and more whose speeds differ, none of which each is as long as it may.
+        """
         bounds, number = [0], len(self.speeds)
         for part in range(number):
-            end = min(self._last(part, bounds[-1], most), self.length - (number - 1 - part))
+            end = min(self.last(part, bounds[-1], most), self.length - (number - 1 - part))
             if end <= bounds[-1]:
                 return None
             bounds.append(end)
@@ -136,12 +145,15 @@ def _rounded(seconds: float) -> float:
 def _sending_least(row: _Row, most: float, sends: Sequence[float]) -> list[int]:
     """Of all cuts into parts that cost at most `most` the one that sends least, and of these the quickest.
 
+    There has to be one.
+
     Dynamic programming over where each part may end: not after where the parts so far end at the latest, nor before
     where the parts to come begin at the earliest.
     """
-    latest, number = row.furthest(most), len(row.speeds)
-    assert latest is not None
-    earliest = [row.length]
+    number = len(row.speeds)
+    latest, earliest = [0], [row.length]
+    for part in range(number):
+        latest.append(min(row.last(part, latest[-1], most), row.length - (number - 1 - part)))
     for part in reversed(range(number)):
         earliest.append(max(part, row.first(part, earliest[-1], most)))
     earliest.reverse()
