@@ -29,7 +29,7 @@ from peers import JOBS as PEER_JOBS
 from paceline.errors import PacelineError
 from paceline.plan.profile import LinkedCluster, Profile
 
-HELD_OUT = ("latents", "mobile")
+HELD_OUT = ("latents", "dense")
 _HELD_OUT_BEFORE = (
     "vit",
     "lstm",
@@ -43,6 +43,7 @@ _HELD_OUT_BEFORE = (
     "seq2seq",
     "resnet",
     "towers",
+    "mobile",
 )
 WAITING = {
     f"waiting-{model}": ("benchmarks/waiting_jobs.py", {"model": model}) for model in ("mlp", "gpt", "conv")

@@ -61,10 +61,11 @@ PAIRS = (
         ("seq2seq", "two-100m"),
         ("resnet", "unequal"),
         ("towers", "two-100m"),
+        *(("mobile", cluster) for cluster in ("here", "two-1g", "unequal")),
     ),
     *((job, cluster) for job in HELD_OUT for cluster in ("here", "two-1g", "unequal")),
 )
-"""Seventeen jobs, of which two are held out; six clusters."""
+"""Eighteen jobs, of which two are held out; six clusters."""
 
 
 def table(pairs: Sequence[Pair], title: str) -> str:

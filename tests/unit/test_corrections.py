@@ -345,6 +345,23 @@ def test_only_exchanges_are_taken_off_what_is_like_nothing_that_was_tried():
     assert forecaster.least_s(two) <= after.step_s
 
 
+def test_pipelines_of_several_stages_a_worker_are_not_like_those_of_one():
+    """Two of one stage each waited less than was foreseen; with two stages each there is not as much to wait for."""
+    made, cluster = profile((1.0,) * 8, tps=()), linked(2, 1)
+    bare = Forecaster(made, cluster)
+    plain, other = Layout.parse("pp=2,micro=4"), Layout.parse("pp=2,micro=2")
+    several = [Layout.parse(f"pp=2,micro=4,schedule={name}") for name in ("interleaved", "bfs")]
+    tried = Tried(layout=plain, step_s=bare.forecast(plain).step_s * 0.6)
+    forecaster = Forecaster(corrected(made, cluster, [tried]), cluster)
+    assert forecaster.forecast(plain).step_s == pytest.approx(tried.step_s)
+    assert forecaster.forecast(other).step_s < 0.7 * bare.forecast(other).step_s
+    for layout in several:
+        before, after = bare.forecast(layout), forecaster.forecast(layout)
+        kept_s = 0.9 * (before.step_s - before.terms.messages_s)
+        assert kept_s * (1 - 1e-9) <= after.step_s < before.step_s
+        assert forecaster.least_s(layout) <= after.step_s
+
+
 def test_where_many_actions_took_more_than_their_share_few_take_theirs():
     made, cluster = profile((1.0,) * 8, tps=()), linked(4, 1)
     bare = Forecaster(made, cluster)

@@ -43,9 +43,9 @@ class Unexplained:
         self._tried_s = {one.layout: one.step_s for one in profile.tried}
         self._rest_s = {one.layout: one.rest_s for one in profile.tried}
         self._most_micro: dict[Any, int] = {}
-        """Micro-batches of layouts that were tried, by their workers and ways."""
+        """Micro-batches of layouts that were tried, by their workers, ways and stages of each worker."""
         for layout in self._tried_s:
-            place = layout.workers, ways_of(layout)
+            place = layout.workers, ways_of(layout), _stages_of_each(layout)
             self._most_micro[place] = max(layout.micro, self._most_micro.get(place, 0))
         self._pipelines: dict[Layout, list[Layout]] = {}
         """Those that were tried, by what they are with one micro-batch."""
@@ -115,9 +115,11 @@ class Unexplained:
         return Neighbours(few, many, (layout.micro - few.micro) / (many.micro - few.micro))
 
     def _is_like_what_was_tried(self, layout: Layout) -> bool:
-        """Whether it was, or others that split in the same one way over as many workers, in no fewer micro-batches."""
+        """Whether it was, or others that split in the same one way over as many workers, each of as many stages, in no
+        fewer micro-batches."""
         ways = ways_of(layout)
-        most = self._most_micro.get((layout.workers, ways), 0) if len(ways) == 1 else 0
+        place = layout.workers, ways, _stages_of_each(layout)
+        most = self._most_micro.get(place, 0) if len(ways) == 1 else 0
         return layout in self._tried_s or layout.micro <= most
 
     def _corrections(self, layout: Layout, ways: tuple[str, ...]) -> list[tuple[Correction, float]]:
@@ -162,6 +164,11 @@ def _weight_action_s(one: Correction, action_s: float) -> float:
 def _is_of_few(one: Correction, layout: Layout) -> bool:
     """Whether a pipeline has so few micro-batches that its actions take what they took in the one that had fewest."""
     return one.few_action_s is not None and layout.micro <= one.few
+
+
+def _stages_of_each(layout: Layout) -> int:
+    """Of a pipeline's workers; 1 without one."""
+    return layout.stages or SCHEDULES[layout.schedule].default_stages if layout.pp > 1 else 1
 
 
 def _micro(layout: Layout) -> int:
