@@ -100,7 +100,7 @@ def taking_turns(
         groups: layouts that share a replica of the model, the fastest first.
         room_bytes: of each worker.
     """
-    if not groups:
+    if not groups or room_bytes <= 0:
         return
     limit_s = max(_CHEAP_S, _SLOW_TIMES * fastest_s(groups[0], found, pauses=pauses))
     together: list[Layout] = []
