@@ -159,6 +159,12 @@ def test_the_first_step_of_a_long_round_does_not_count_among_the_steps():
     assert trial.step_s[0] > 4 * FIRST_S
 
 
+def test_nothing_takes_turns_where_nobody_knows_what_is_free():
+    found = {ALONE: [a_trial(ALONE, 1.0, grown_bytes=0)]}
+    assert list(trying.taking_turns([[ALONE]], found, 0.0, pauses=False)) == []
+    assert list(trying.taking_turns([[ALONE]], found, 1.0, pauses=False)) == [[ALONE]]
+
+
 def visited(
     monkeypatch, takes_s: dict[Layout, float], holds: dict[Layout, int | None]
 ) -> list[list[list[Layout]]]:
