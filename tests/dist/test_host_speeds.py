@@ -24,7 +24,7 @@ def _late(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 def _cut_by(world: World, layout: str, slow: tuple[int, ...], known: list[float]) -> tuple[float, ...]:
-    world.speeds[:] = known
+    world.known.speeds = tuple(known)
     mesh = make_mesh(world, Layout.parse(layout))
     assert mesh is not None
     if world.rank in slow:

@@ -50,6 +50,8 @@ class Mesh:
     """`pp × tp`: the workers that have one model between them."""
     speeds: tuple[float, ...] = ()
     """Of each worker of the pipeline: of the slowest of those that have the same stages. Empty: not known."""
+    cuts: tuple[int, ...] = ()
+    """On rank 0: where the planner cuts the pipeline, as `Forecaster.cuts_of`. Empty: not known."""
 
     def axis(self, *axes: str) -> Group:
         """The group of the workers that differ from this one in these axes only, outermost first.
@@ -92,11 +94,12 @@ def build_mesh(world: World, layout: Layout) -> Mesh | None:
     if world.rank >= layout.workers:
         return None
     each = layout.workers // layout.pp
+    known = world.known
     speeds = tuple(
-        min(world.speeds[at * each : (at + 1) * each]) for at in range(layout.pp if world.speeds else 0)
+        min(known.speeds[at * each : (at + 1) * each]) for at in range(layout.pp if known.speeds else 0)
     )
-    mesh = Mesh(layout, world.rank, coordinates(layout, world.rank), **groups)
-    return dataclasses.replace(mesh, speeds=speeds)
+    cuts = tuple(known.cuts_of(layout)) if layout.pp > 1 and known.cuts_of is not None else ()
+    return Mesh(layout, world.rank, coordinates(layout, world.rank), **groups, speeds=speeds, cuts=cuts)
 
 
 def make_mesh(world: World, layout: Layout) -> Mesh | None:

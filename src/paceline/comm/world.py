@@ -7,7 +7,7 @@ import dataclasses
 import datetime
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from paceline.comm.gloo_threads import let_gloo_wait_its_turn
 from paceline.comm.group import Group
 from paceline.errors import LaunchError, OptionError
 from paceline.measure.machine import describe_host, usable_cores
-from paceline.records import Cluster, Host
+from paceline.records import Cluster, Host, Layout
 
 AUTO = "auto"
 TRANSPORTS = (AUTO, "gloo")
@@ -25,6 +25,16 @@ TRANSPORTS = (AUTO, "gloo")
 TRANSPORT_VARIABLE = "PACELINE_TRANSPORT"
 """The environment's variable that says what `auto` means: one of `TRANSPORTS`."""
 _HOSTS_UNKNOWN = "LOCAL_RANK and LOCAL_WORLD_SIZE of all workers do not tell who shares a host"
+
+
+@dataclasses.dataclass
+class Known:
+    """What the planner knows of hosts and model, by which a pipeline is cut; before it does, nothing."""
+
+    speeds: tuple[float, ...] = ()
+    """Of each rank's host, relative to the first one's."""
+    cuts_of: Callable[[Layout], Sequence[int]] | None = None
+    """On rank 0: where a layout's pipeline is cut, as its forecast has it. See `Forecaster.cuts_of`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +56,7 @@ class World:
     """Of this host, before a worker was bound to its share."""
     hosts: tuple[int, ...] = ()
     """Of each rank, the first rank on its host. Empty where the launcher did not tell, and with NCCL."""
-    speeds: list[float] = dataclasses.field(default_factory=list)
-    """Of each rank's host, relative to the first one's, once the planner knows them; empty before."""
+    known: Known = dataclasses.field(default_factory=Known)
 
     def group(self, size: int) -> Group | None:
         """The group of the first `size` ranks; None on a rank outside it.

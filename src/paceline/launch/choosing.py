@@ -105,11 +105,12 @@ class Choosing:
             if known is not None and known[0].how_noisy:
                 self._write("message", level="warning", text=known[0].how_noisy)
         speeds = None if known is None else list(known[1].speeds_of_workers)
-        self._world.speeds[:] = self._everyone.gather_json(speeds, "the hosts' speeds")[0]
+        self._world.known.speeds = tuple(self._everyone.gather_json(speeds, "the hosts' speeds")[0])
         if known is None:
             return None
         profile = known[0].model_copy(update={"past_error": store.past_error()})
         planned = JobForecasts(profile, known[1])
+        self._world.known.cuts_of = planned.forecaster.cuts_of
         if profile.how_measured:
             self._write("message", level="info", text=profile.how_measured)
         reasons = list(filter(None, map(planned.why_not, self._always)))

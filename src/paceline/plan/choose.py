@@ -26,20 +26,20 @@ class JobForecasts:
     """The forecasts of one job on one cluster, the fastest first."""
 
     def __init__(self, profile: Profile, linked: LinkedCluster) -> None:
-        self._forecaster = Forecaster(profile, linked)
-        self.found = search(self._forecaster, number=_FORECASTS)
+        self.forecaster = Forecaster(profile, linked)
+        self.found = search(self.forecaster, number=_FORECASTS)
 
     def of(self, layout: Layout) -> Forecast:
         """The forecast of one layout."""
-        return self._forecaster.forecast(layout)
+        return self.forecaster.forecast(layout)
 
     def why_not(self, layout: Layout) -> str:
         """Why a layout would not fit; empty if it would."""
-        return why_not(self._forecaster, layout)
+        return why_not(self.forecaster, layout)
 
     def by_turns(self, layouts: Sequence[Layout]) -> list[list[Layout]]:
         """The layouts in groups whose models can all be in memory at the same time."""
-        return by_turns(self._forecaster, layouts)
+        return by_turns(self.forecaster, layouts)
 
     def steps_s(self, trials: Sequence[Trial]) -> dict[Layout, float]:
         """Forecast seconds of a step of the layouts that were timed."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 _SLOWER = 0.05
 """Share by which the slowest stage may be slower than it must be where that sends less. What two measurements of the
 same blocks differ by does not move a cut to where much more has to be sent."""
+_MUCH_SLOWER = (0.1, 0.2, 0.4, 0.8, 1.6)
+"""The same where it is to be seen what sending takes."""
 _ROUNDING = 1 + 1e-12
 
 
@@ -46,17 +48,56 @@ def partition(
     Raises:
         ValueError: there is less in the row, or every cut has a larger part.
     """
-    if number > len(costs):
-        raise ValueError(f"{len(costs)} costs cannot be cut into {number} parts")
     row = _Row(costs, speeds or [1.0] * number, sizes, largest)
-    whole = row.sum(0, len(costs))
+    return next(_sending_ever_less(row, sends, (_SLOWER,)))
+
+
+def partitions(
+    costs: Sequence[float], number: int, *, sends: Sequence[float] = (), speeds: Sequence[float] = ()
+) -> list[list[int]]:
+    """Some ways to cut a row: as `partition` does, and others whose largest part is larger, while less crosses them.
+
+    Each sends less than the one before it.
+    """
+    return list(_sending_ever_less(_Row(costs, speeds or [1.0] * number), sends, (_SLOWER, *_MUCH_SLOWER)))
+
+
+def _sending_ever_less(row: _Row, sends: Sequence[float], slower: Sequence[float]) -> Iterator[list[int]]:
+    """
+    Args:
+        slower: ascending shares by which the slowest part may be slower than it must be.
+    """
+    best = _quickest(row)
+    if not sends:
+        yield best
+        return
+    sent, least, slowest_s = _sent(sends, best), (len(row.speeds) - 1) * min(sends), row.slowest(best)
+    for share in slower:
+        if sent > least:
+            found = _sending_least(row, slowest_s * (1 + share), sends)
+            if _sent(sends, found) < sent:
+                best = found
+            elif share > slower[0]:
+                continue
+        elif share > slower[0]:
+            return
+        sent = _sent(sends, best)
+        yield best
+
+
+def _quickest(row: _Row) -> list[int]:
+    """The cut whose slowest part is fastest."""
+    number = len(row.speeds)
+    if number > row.length:
+        raise ValueError(f"{row.length} costs cannot be cut into {number} parts")
+    whole = row.sum(0, row.length)
     high = whole / min(row.speeds)
     best = row.furthest(high)
     if best is None:
         raise ValueError(
-            f"of {len(costs)} sizes cut into {number} parts one is always larger than {largest:g}"
+            f"of {row.length} sizes cut into {number} parts one is always larger than {row.largest:g}"
         )
-    low = max(max(costs) / max(row.speeds), whole / sum(row.speeds))
+    low = max(row.most / max(row.speeds), whole / sum(row.speeds))
     for _ in range(60):
         middle = (low + high) / 2
         found = row.furthest(middle)
@@ -68,11 +109,8 @@ def partition(
             break
     if number > 2 and max(row.speeds) > min(row.speeds):
         # A slow one's part may have to begin earlier than those before it can end.
-        best = _sending_least(row, row.slowest(best), [0.0] * len(costs))
-    if not sends or _sent(sends, best) <= (number - 1) * min(sends):
-        return best
-    found = _sending_least(row, row.slowest(best) * (1 + _SLOWER), sends)
-    return found if _sent(sends, found) < _sent(sends, best) else best
+        best = _sending_least(row, row.slowest(best), [0.0] * row.length)
+    return best
 
 
 def _sent(sends: Sequence[float], bounds: Sequence[int]) -> float:
@@ -92,7 +130,7 @@ class _Row:
         self.length, self.speeds = len(costs), speeds
         self._costs = [0.0, *itertools.accumulate(costs)]
         self._sizes = [0.0, *itertools.accumulate(sizes)] if sizes and largest < math.inf else []
-        self._largest = largest
+        self.largest, self.most = largest, max(costs, default=0.0)
 
     def sum(self, begin: int, end: int) -> float:
         return self._costs[end] - self._costs[begin]
@@ -111,7 +149,7 @@ class _Row:
         end = bisect.bisect_right(self._costs, self._costs[begin] + most * _ROUNDING) - 1
         if self._sizes:
             end = min(
-                end, bisect.bisect_right(self._sizes, self._sizes[begin] + self._largest * _ROUNDING) - 1
+                end, bisect.bisect_right(self._sizes, self._sizes[begin] + self.largest * _ROUNDING) - 1
             )
         return end
 
@@ -120,7 +158,7 @@ class _Row:
         most *= self.speeds[part]
         begin = bisect.bisect_left(self._costs, self._costs[end] - most * _ROUNDING)
         if self._sizes:
-            begin = max(begin, bisect.bisect_left(self._sizes, self._sizes[end] - self._largest * _ROUNDING))
+            begin = max(begin, bisect.bisect_left(self._sizes, self._sizes[end] - self.largest * _ROUNDING))
         return begin
 
     def furthest(self, most: float) -> list[int] | None:

@@ -14,7 +14,7 @@ from statistics import mean
 from typing import Any
 
 from paceline.errors import LayoutError
-from paceline.plan.cuts import partition, uneven
+from paceline.plan.cuts import partitions, uneven
 from paceline.plan.links import Placement
 from paceline.plan.memory import evaluation_memory, training_memory
 from paceline.plan.orders import peak_stored, stages_of_workers, workers_of_stages
@@ -62,6 +62,8 @@ class Forecaster:
 
     def __init__(self, profile: Profile, linked: LinkedCluster) -> None:
         self.profile, self.linked = profile, linked
+        self._ways: dict[Any, list[tuple[int, ...]]] = {}
+        self._cuts: dict[Layout, tuple[int, ...]] = {}
         self._stages: dict[Any, tuple[Stage, ...]] = {}
         self._places = Places(linked)
         self._pipelines = Pipelines(profile, self._places)
@@ -79,16 +81,9 @@ class Forecaster:
         """
         self.check(layout)
         costs, stages = self.costs_of(layout), self.stages_of(layout)
-        held = [
-            [stages[s] for s in mine] for mine in stages_of_workers(layout.schedule, layout.pp, layout.stages)
-        ]
-        computing = self._computing(layout, stages, held, apart=apart)
-        speeds = self._places.speeds_along(layout)
-        updating = [
-            self._updating(layout, costs, mine, speed) for mine, speed in zip(held, speeds, strict=True)
-        ]
+        computing = self._computing(layout, stages, apart=apart)
         # Whoever takes longest for its gradients and its update keeps the others waiting.
-        slowest = max(updating, key=lambda terms: sum(terms.values()))
+        slowest = max(self._updates(layout, stages), key=lambda terms: sum(terms.values()))
         data_s = costs.data_s(self.profile.batch_size / layout.data_parallel)
         terms = computing.model_copy(update={**slowest, "data_s": data_s})
         step_s = self._unexplained.step_s(layout, terms)
@@ -207,38 +202,90 @@ class Forecaster:
         return self._places.of(layout, axis)
 
     def stages_of(self, layout: Layout) -> tuple[Stage, ...]:
-        """All stages in the model's order, cut where the slowest is fastest, each as fast as who computes it."""
-        micro = self.micro_samples(layout)
-        number = sum(map(len, stages_of_workers(layout.schedule, layout.pp, layout.stages)))
-        key: tuple[Any, ...] = (
-            layout.threads,
-            min(layout.workers, self.linked.per_host),
-            layout.tp,
-            micro,
-            number,
-            layout.recompute,
-        )
-        along = self._places.speeds_along(layout)
-        speeds = tuple(along[w] for w in workers_of_stages(layout.schedule, layout.pp, layout.stages))
-        key += (speeds, self.place(layout, "tp"), self.place(layout, "data"))
+        """All stages in the model's order, cut as `cuts_of` says, each as fast as who computes it."""
         actions_s = self._unexplained.actions_s(layout) if layout.pp > 1 else (0.0, 0.0)
-        sharing = self.sharing_of(layout)
-        key += actions_s, 1.0 if sharing is None else sharing.times
-        if key not in self._stages:
-            rows = {speed: self._row(layout, speed) for speed in dict.fromkeys(speeds)}
+        return self._stages_cut(layout, self._cut(layout), actions_s)
+
+    def cuts_of(self, layout: Layout) -> tuple[int, ...]:
+        """Where the row of the model's pieces is cut: of each stage the first of them, and their number.
+
+        Where the slowest stage is fastest; or where less is sent, if the step is faster by that. What follows the last
+        piece, as the loss, is no piece of its own. Empty: the cluster does not allow the layout.
+        """
+        try:
+            self.check(layout)
+        except LayoutError:
+            return ()
+        return self._cut(layout)
+
+    def _cut(self, layout: Layout) -> tuple[int, ...]:
+        ways = self._ways_to_cut(layout)
+        if len(ways) == 1:
+            return ways[0]
+        if layout not in self._cuts:
+            # What was tried has no part in it: what is cut to be tried is to be cut so afterwards.
+            self._cuts[layout] = min(ways, key=lambda cuts: self._bare_s(layout, cuts))
+        return self._cuts[layout]
+
+    def _ways_to_cut(self, layout: Layout) -> list[tuple[int, ...]]:
+        """Whatever the links: the least of some sums, of which none grows with a faster link, does not either."""
+        speeds = self._speeds_of_stages(layout)
+        key = self._kind_of_row(layout), speeds
+        if key not in self._ways:
             row, costs = self._row(layout, 1.0), self.costs_of(layout)
-            # Whatever the links: a faster one does not move the cuts, and so never makes a forecast slower.
             most = costs.most_stages
             busy_s = [piece.busy_s - piece.tensor_s for piece in row]
             busy_s = [*busy_s[: most - 1], sum(busy_s[most - 1 :])]
-            sends = [num_bytes * micro for num_bytes in costs.sends_bytes]
-            cuts = partition(busy_s, number, sends=sends[:most], speeds=uneven(speeds))
-            cuts[-1] = len(row)
+            sends = [num_bytes * self.micro_samples(layout) for num_bytes in costs.sends_bytes[:most]]
+            ways = partitions(busy_s, len(speeds), sends=sends, speeds=uneven(speeds))
+            self._ways[key] = [tuple(cuts) for cuts in ways]
+        return self._ways[key]
+
+    def _bare_s(self, layout: Layout, cuts: tuple[int, ...]) -> float:
+        """Of a pipeline that is cut so: its schedule, and the update, as measured by themselves."""
+        stages = self._stages_cut(layout, cuts, (0.0, 0.0))
+        sends = self._pipelines.sending(layout, stages)
+        played_s, _ = self._pipelines.play(layout, stages, sends, self.sharing_of(layout))
+        return played_s + max(sum(terms.values()) for terms in self._updates(layout, stages))
+
+    def _stages_cut(
+        self, layout: Layout, cuts: tuple[int, ...], actions_s: tuple[float, float]
+    ) -> tuple[Stage, ...]:
+        """
+        Args:
+            actions_s: as `Unexplained.actions_s`.
+        """
+        speeds = self._speeds_of_stages(layout)
+        key = self._kind_of_row(layout), speeds, cuts, actions_s
+        if key not in self._stages:
+            rows = {speed: self._row(layout, speed) for speed in dict.fromkeys(speeds)}
+            sends = [
+                num_bytes * self.micro_samples(layout) for num_bytes in self.costs_of(layout).sends_bytes
+            ]
+            bounds = [*cuts[:-1], len(sends)]
             self._stages[key] = tuple(
                 join(rows[speed][a:b], sends[b - 1], *(seconds / speed for seconds in actions_s))
-                for speed, (a, b) in zip(speeds, itertools.pairwise(cuts), strict=True)
+                for speed, (a, b) in zip(speeds, itertools.pairwise(bounds), strict=True)
             )
         return self._stages[key]
+
+    def _speeds_of_stages(self, layout: Layout) -> tuple[float, ...]:
+        along = self._places.speeds_along(layout)
+        return tuple(along[w] for w in workers_of_stages(layout.schedule, layout.pp, layout.stages))
+
+    def _kind_of_row(self, layout: Layout) -> tuple[Any, ...]:
+        """What layouts have in common whose blocks cost the same."""
+        sharing = self.sharing_of(layout)
+        return (
+            layout.threads,
+            min(layout.workers, self.linked.per_host),
+            layout.tp,
+            self.micro_samples(layout),
+            layout.recompute,
+            self.place(layout, "tp"),
+            self.place(layout, "data"),
+            1.0 if sharing is None else sharing.times,
+        )
 
     def _row(self, layout: Layout, speed: float) -> list[Stage]:
         """Each block of the model as a stage of its own, on a host of this speed."""
@@ -319,16 +366,14 @@ class Forecaster:
     def _exchange_s(self, exchanges: Sequence[tuple[str, float]], place: Placement, micro: float) -> float:
         return sum(self._places.seconds(kind, place, num_bytes * micro) for kind, num_bytes in exchanges)
 
-    def _computing(
-        self, layout: Layout, stages: tuple[Stage, ...], held: Sequence[Sequence[Stage]], *, apart: bool
-    ) -> Terms:
+    def _computing(self, layout: Layout, stages: tuple[Stage, ...], *, apart: bool) -> Terms:
         busy = [
             (
                 layout.micro * sum(s.busy_s for s in mine),
                 layout.micro * sum(s.tensor_s for s in mine),
                 layout.micro * sum(s.overhead_s for s in mine),
             )
-            for mine in held
+            for mine in _held(layout, stages)
         ]
         if layout.pp == 1:
             ((busy_s, tensor_s, _),) = busy
@@ -361,19 +406,23 @@ class Forecaster:
 
     def parts(self, layout: Layout) -> Parts:
         """What the forecast of a layout is added up from."""
-        costs, stages = self.costs_of(layout), self.stages_of(layout)
-        mine_of = stages_of_workers(layout.schedule, layout.pp, layout.stages)
+        stages = self.stages_of(layout)
         shard_bytes = stages[0].trained_bytes / layout.dp_shard if layout.pp == 1 else 0.0
         return Parts(
             stages=stages,
             sending=self._pipelines.sending(layout, stages) if layout.pp > 1 else Sending(),
-            updating=tuple(
-                self._updating(layout, costs, [stages[s] for s in mine], speed)
-                for mine, speed in zip(mine_of, self._places.speeds_along(layout), strict=True)
-            ),
+            updating=tuple(self._updates(layout, stages)),
             copies_s=self._places.seconds("all-reduce", self.place(layout, "dp_replicate"), shard_bytes),
             sharing=self.sharing_of(layout),
         )
+
+    def _updates(self, layout: Layout, stages: Sequence[Stage]) -> list[dict[str, float]]:
+        """Of each worker of the pipeline: the terms between its gradients and its updated parameters."""
+        costs, speeds = self.costs_of(layout), self._places.speeds_along(layout)
+        return [
+            self._updating(layout, costs, mine, speed)
+            for mine, speed in zip(_held(layout, stages), speeds, strict=True)
+        ]
 
     def _updating(
         self, layout: Layout, costs: Costs, mine: Sequence[Stage], speed: float
@@ -403,15 +452,19 @@ class Forecaster:
         if layout.pp > 1:
             stored = list(peak_stored(layout.schedule, layout.pp, layout.micro, layout.stages))
         sharers = self.place(layout, "data").per_host if one_copy(self.profile, self._places, layout) else 1
-        workers = stages_of_workers(layout.schedule, layout.pp, layout.stages)
-        held = [[stages[s] for s in mine] for mine in workers]
         return [
             (
                 training_memory(self.profile, layout, mine, stored=number, sharers=sharers),
                 evaluation_memory(self.profile, layout, mine, sharers=sharers),
             )
-            for mine, number in zip(held, stored, strict=True)
+            for mine, number in zip(_held(layout, stages), stored, strict=True)
         ]
+
+
+def _held(layout: Layout, stages: Sequence[Stage]) -> list[list[Stage]]:
+    """The stages of each worker of the pipeline."""
+    mine_of = stages_of_workers(layout.schedule, layout.pp, layout.stages)
+    return [[stages[s] for s in mine] for mine in mine_of]
 
 
 def _total(memory: Memory) -> int:

@@ -109,7 +109,8 @@ def find_stages(
     speeds = by.speeds_of(workers)
 
     def plan(run: Run) -> dict[str, Any]:
-        return plan_stages(model, calls, run, len(workers), room=by.room, speeds=speeds).to_json()
+        how: dict[str, Any] = {"room": by.room, "speeds": speeds, "cuts": by.cuts}
+        return plan_stages(model, calls, run, len(workers), **how).to_json()
 
     def find() -> tuple[dict[str, Any], str]:
         if by.timed is None:

@@ -67,6 +67,8 @@ class CutBy:
     """Parameters that a stage may have, whatever the others have."""
     speeds: tuple[float, ...] = ()
     """Of each worker of the pipeline; empty: all alike."""
+    cuts: tuple[int, ...] = ()
+    """Where each stage begins in the row of calls, and their number, as the planner cuts it; empty: it is not known."""
 
     def speeds_of(self, workers: Sequence[int]) -> tuple[float, ...]:
         """Of each stage, whose worker is given."""
@@ -199,6 +201,7 @@ def plan_stages(
     *,
     room: float = 0.0,
     speeds: Sequence[float] = (),
+    cuts: Sequence[int] = (),
 ) -> Stages:
     """Where to compute what, in `num_stages` stages of about equal time, and of about equal size where that is needed.
 
@@ -206,6 +209,7 @@ def plan_stages(
         run: one forward of the model, of as many samples as a micro-batch has: of few, small blocks seem large.
         room: as of `CutBy`.
         speeds: of who computes each stage; empty: all alike.
+        cuts: as of `CutBy`; kept to if the model has as many calls: there is room for what is planned.
 
     Raises:
         LayoutError: the model has fewer pieces than stages.
@@ -219,14 +223,17 @@ def plan_stages(
             next_step=f"use at most pp={len(trace.seen)}" if len(trace.seen) > 1 else "use another axis",
         )
     modules = {piece.name: piece.module for piece in calls.pieces}
-    kinds = [
-        (_kind(modules[name]), shapes) for (name, _), shapes in zip(trace.seen, trace.shapes, strict=True)
-    ]
-    key = torch.get_num_threads(), tuple(kinds)
-    seconds = _seconds_of(key, trace.seconds, lambda: _follow(model, calls, run, names).seconds)
-    seconds = _alike(seconds, kinds)
     elements = [float(sum(p.numel() for p in modules[name].parameters())) for name, _ in trace.seen]
-    stage_of = cut_in_balance(seconds, elements, num_stages, room, trace.bytes_after(), speeds)
+    if len(cuts) == num_stages + 1 and cuts[-1] == len(elements):
+        stage_of = _stage_of_each(cuts)
+    else:
+        kinds = [
+            (_kind(modules[name]), shapes) for (name, _), shapes in zip(trace.seen, trace.shapes, strict=True)
+        ]
+        key = torch.get_num_threads(), tuple(kinds)
+        seconds = _seconds_of(key, trace.seconds, lambda: _follow(model, calls, run, names).seconds)
+        seconds = _alike(seconds, kinds)
+        stage_of = cut_in_balance(seconds, elements, num_stages, room, trace.bytes_after(), speeds)
     where = dict(zip(trace.seen, stage_of, strict=True))
     holders: dict[str, set[int]] = {}
     by_id = {id(p): name for name, p in model.named_parameters()}
@@ -294,8 +301,11 @@ def cut_in_balance(
         sends: of each call, what would cross a cut after it.
         speeds: of who computes each part; empty, or where they hardly differ: all alike.
     """
-    evenly = partition(sizes, num_parts)
-    must = max(sum(sizes[a:b]) for a, b in itertools.pairwise(evenly))
+    must = max(sum(sizes[a:b]) for a, b in itertools.pairwise(partition(sizes, num_parts)))
     largest = max(room, _SIZE_TO_SPARE * must)
     bounds = partition(seconds, num_parts, sends=sends, sizes=sizes, largest=largest, speeds=uneven(speeds))
+    return _stage_of_each(bounds)
+
+
+def _stage_of_each(bounds: Sequence[int]) -> list[int]:
     return [part for part, (a, b) in enumerate(itertools.pairwise(bounds)) for _ in range(b - a)]

@@ -31,7 +31,7 @@ def cut_by(mesh: Mesh, timed: Callable[[], Any] | None) -> CutBy:
     Args:
         timed: a forward of a batch as large as a micro-batch.
     """
-    return CutBy(timed, _room(mesh), _speeds(mesh))
+    return CutBy(timed, _room(mesh), _speeds(mesh), mesh.cuts)
 
 
 def relative(step_s: Sequence[float], workers: Sequence[int]) -> tuple[float, ...]:

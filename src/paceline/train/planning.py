@@ -132,7 +132,7 @@ def measure_all(
         speeds=speeds,
         launcher_bytes=launcher_memory_bytes() if kind == "cpu" else 0,
     )
-    world.speeds[:] = linked.speeds_of_workers
+    world.known.speeds = linked.speeds_of_workers
     threads_of_all, here = conditions[-1]
     among = num_divided(cluster)
     can_divide = among > 1
@@ -156,6 +156,7 @@ def measure_all(
         else:
             profile = _with_memory(profile, linked, conditions[0][0], held)
         forecaster = Forecaster(profile, linked)
+        world.known.cuts_of = forecaster.cuts_of
         every = layouts_to_try(job.batch_size, cluster, conditions[-1][0], can_divide=divided is not None)
         fit = ([layout for layout in group if not why_not(forecaster, layout)] for group in every)
         groups = [group for group in fit if group]
