@@ -2,7 +2,8 @@
 
     python in_blocks_worker.py FOLDER JOB WHY       # or under torchrun
 
-An empty WHY: whole. Rank 0 leaves `profile.json` and `cluster.json`.
+An empty WHY: whole. Rank 0 leaves `profile.json` and `cluster.json`; and of two workers `cuts.json`: where the training
+then cuts a pipeline.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import paceline
-from paceline.comm.world import gather_cluster, join
+from paceline.comm.mesh import make_mesh
+from paceline.comm.world import World, gather_cluster, join
+from paceline.records import Layout
 from paceline.train.allocator import keep_freed_memory
 from paceline.train.planning import measure_all
-from paceline.train.session import Datasets
+from paceline.train.session import Datasets, Session
 
 
 def normed() -> paceline.Job:
@@ -39,6 +42,18 @@ def normed() -> paceline.Job:
         optimizer=lambda parameters: torch.optim.SGD(parameters, 0.1, momentum=0.9),
         batch_size=16,
     )
+
+
+def trained_cuts(job: paceline.Job, world: World, layout: Layout) -> list[int]:
+    """Of each stage the first call of a piece, and the number of calls."""
+    mesh = make_mesh(world, layout)
+    session = Session(job, layout, world=world, mesh=mesh)
+    session.step(next(iter(session.batches(steps=1))))
+    parts = session._replica.parts
+    assert parts is not None
+    assert parts.stages is not None
+    stage_of = list(parts.stages.calls.values())
+    return [*(stage_of.index(stage) for stage in range(layout.pp)), len(stage_of)]
 
 
 def main(folder: Path, name: str, why: str) -> None:
@@ -61,6 +76,10 @@ def main(folder: Path, name: str, why: str) -> None:
     )
     for record_name, record in zip(("profile", "cluster"), found or (), strict=found is not None):
         (folder / f"{record_name}.json").write_text(json.dumps(record.to_json()))
+    if world.size == 2:
+        cuts = trained_cuts(job, world, Layout(pp=2, micro=2, threads=1))
+        if found is not None:
+            (folder / "cuts.json").write_text(json.dumps(cuts))
     world.leave()
 
 

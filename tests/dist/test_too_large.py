@@ -68,6 +68,13 @@ def test_in_blocks_a_job_is_found_to_hold_what_it_holds_whole(tmp_path):
         assert totals[1] == pytest.approx(totals[0], rel=0.08)
 
 
+def check_cuts(folder: Path, forecaster: Forecaster) -> None:
+    """What was measured says where the training cuts a pipeline."""
+    cuts = forecaster.cuts_of(Layout(pp=2, micro=2, threads=1))
+    assert len(cuts) == 3
+    assert json.loads((folder / "cuts.json").read_text()) == list(cuts)
+
+
 def test_two_workers_measure_blocks_at_once_with_their_statistics_and_their_parts(tmp_path):
     profile, linked = measured(tmp_path / "found", "normed", "a test asks for it", workers=2)
     assert [costs.active for costs in profile.costs] == [1, 2]
@@ -88,6 +95,7 @@ def test_two_workers_measure_blocks_at_once_with_their_statistics_and_their_part
     }
     assert all(one.peak_bytes is None or one.peak_bytes > profile.base_bytes for one in profile.tried)
     assert linked.cluster.workers == 2
+    check_cuts(tmp_path / "found", Forecaster(profile, linked))
 
 
 def test_hosts_of_one_worker_each_divide_blocks_among_them(tmp_path):
@@ -116,6 +124,7 @@ def test_hosts_of_one_worker_each_divide_blocks_among_them(tmp_path):
         assert layout in {one.layout for one in forecaster.profile.tried}
         assert forecaster.forecast(layout).terms.tensor_s > 0
         assert layout in set(layouts(forecaster))
+        check_cuts(folder, forecaster)
 
 
 @pytest.fixture

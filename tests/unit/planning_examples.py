@@ -110,9 +110,17 @@ def linked(
 def random_profile(random: random.Random) -> Profile:
     length = random.randint(2, 6)
     scales = tuple(random.choice((0.25, 1.0, 1.0, 3.0)) for _ in range(length))
-    return profile(
+    found = profile(
         scales, random.choice((4, 6, 8)), random.choice(((), (2,))), shares_update=random.random() < 0.5
     )
+    sends = tuple(random.choice((1e4, 1e5, 2e6)) for _ in range(length))
+    return sending(found, *sends) if random.random() < 0.5 else found
+
+
+def sending(found: Profile, *crossing_bytes: float) -> Profile:
+    """A profile in which this crosses the cuts after its blocks."""
+    costs = (one.model_copy(update={"crossing_bytes": crossing_bytes}) for one in found.costs)
+    return found.model_copy(update={"costs": tuple(costs)})
 
 
 def random_linked(random: random.Random) -> LinkedCluster:

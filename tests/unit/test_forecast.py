@@ -8,7 +8,7 @@ import random
 from collections.abc import Sequence
 
 import pytest
-from planning_examples import CABLE, GIB, MEMORY, linked, profile, random_linked, random_profile
+from planning_examples import CABLE, GIB, MEMORY, linked, profile, random_linked, random_profile, sending
 
 from paceline.errors import LayoutError
 from paceline.plan import links
@@ -17,10 +17,10 @@ from paceline.plan.cuts import partition
 from paceline.plan.explain import limited_by, why_it_lost
 from paceline.plan.forecast import Forecaster
 from paceline.plan.links import KINDS, Link, MeasuredCollective, Placement
-from paceline.plan.profile import Block, Costs, Profile
+from paceline.plan.profile import Block, Correction, Costs, Profile, Tried
 from paceline.plan.scaling import find_knee, scaling
 from paceline.plan.schedules import SCHEDULES, make_schedule
-from paceline.plan.search import layouts, search
+from paceline.plan.search import layouts, room_bytes, search
 from paceline.plan.terms import Forecast, Memory, Terms
 from paceline.plan.timeline import Hop, coded, makespan_s, simulate
 from paceline.records import Layout
@@ -331,12 +331,9 @@ def test_terms_add_up_and_no_bound_is_above_its_forecast(seed):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_search_finds_what_looking_at_everything_finds(seed):
     forecaster, every = drawn_case(seed)
-    host = forecaster.linked.cluster.hosts[0]
 
     def fits(forecast: Forecast) -> bool:
-        """Hosts are alike, and filled one after the other."""
-        here = min(host.workers, forecast.layout.workers)
-        return forecast.memory.own <= int(host.memory_bytes // here * 0.9)
+        return forecaster.needed_bytes(forecast.layout) <= room_bytes(forecaster.linked, forecast.layout)
 
     fitting: dict[Layout, Forecast] = {}
     for forecast in map(forecaster.forecast, every):
@@ -379,6 +376,37 @@ def test_a_faster_link_makes_nothing_slower(seed):
         other = Forecaster(forecaster.profile, there.model_copy(update={name: faster}))
         for layout in every:
             assert other.forecast(layout).step_s <= forecaster.forecast(layout).step_s * (1 + 1e-9), layout
+
+
+def test_a_pipeline_is_cut_where_the_step_is_fastest():
+    """Four blocks of about 3 s a step: between the middle ones 2 MB cross for each sample, after the third 10 kB."""
+    job = sending(profile((1.0, 1.0, 1.0, 1.0)), 1e6, 2e6, 1e4, 1e4)
+    two = Layout(pp=2, micro=4)
+    slow = CABLE.model_copy(update={"bytes_per_s": 1.25e7})
+    over = [Forecaster(job, linked(2, 1, between=cable)) for cable in (MEMORY, CABLE, slow)]
+    assert [forecaster.cuts_of(two) for forecaster in over] == [(0, 2, 4), (0, 3, 4), (0, 3, 4)]
+    whole_s = over[0].forecast(Layout()).terms.compute_s
+    assert over[-1].forecast(two).step_s < whole_s < 4 * 4 * 2 * 2e6 / 1.25e7
+    assert over[-1].forecast(two).memory.parameters == 3 * 4e7
+
+
+def test_where_a_pipeline_is_cut_does_not_depend_on_what_was_tried():
+    """It was tried as it was cut before anything had been tried."""
+    job = sending(profile((1.0, 1.0, 1.0, 1.0)), 1e6, 2e6, 1e4, 1e4)
+    two, target = Layout(pp=2, micro=4), linked(2, 1)
+    before = Forecaster(job, target)
+    costly = Correction(ways=("pipeline",), workers=2, over_network=True, action_s=0.2)
+    tried = Tried(layout=two, step_s=2 * before.forecast(two).step_s)
+    after = Forecaster(job.model_copy(update={"corrections": (costly,), "tried": (tried,)}), target)
+    assert after.forecast(two).step_s > 1.5 * before.forecast(two).step_s
+    assert after.cuts_of(two) == before.cuts_of(two) == (0, 3, 4)
+
+
+def test_no_cuts_of_a_layout_that_cannot_be():
+    forecaster = Forecaster(profile(), linked(1, 2))
+    assert forecaster.cuts_of(Layout(pp=3)) == ()
+    assert forecaster.cuts_of(Layout(pp=2, micro=5)) == ()
+    assert forecaster.cuts_of(Layout()) == (0, 6)
 
 
 def test_a_collective_of_more_bytes_never_takes_less():

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from paceline.comm.group import Group
 from paceline.errors import LayoutError
+from paceline.plan.cuts import partition, partitions
 from paceline.split import rules  # noqa: F401 - fills the tables
 from paceline.split.finding import _nearest_tp, find_stages
 from paceline.split.pieces import find_pieces, pieces_for
@@ -173,6 +174,46 @@ def test_a_faster_worker_gets_more_of_the_model():
     assert cut() == cut(1.0, 0.9) == [0, 0, 0, 1, 1, 1]
     assert cut(1.0, 0.5) == [0, 0, 0, 0, 1, 1]
     assert cut(0.4, 2.0) == [0, 1, 1, 1, 1, 1]
+
+
+def test_a_model_is_cut_where_its_forecast_has_it_if_that_is_of_its_pieces():
+    def cut(*cuts: int) -> list[int]:
+        model = nn.Sequential(*(nn.Linear(40, 40) for _ in range(6)))
+        calls = PieceCalls(model, find_pieces(model))
+        run = lambda: model(torch.randn(30, 40))  # noqa: E731
+        stages, _ = find_stages(Group.alone(CPU), model, calls, run, [0, 1], CutBy(room=1e9, cuts=cuts))
+        return list(stages.calls.values())
+
+    assert cut(0, 1, 6) == [0, 1, 1, 1, 1, 1]
+    assert cut(0, 5, 6) == [0, 0, 0, 0, 0, 1]
+    assert cut(0, 1, 7) == cut(0, 1, 2, 6) == cut() == [0, 0, 0, 1, 1, 1]
+
+
+@given(st.data())
+def test_ways_to_cut_send_ever_less(data):
+    """The first as the best cut of all; of each other, none that sends as little has a faster slowest part by more than
+    the steps in which they are looked for."""
+    costs = data.draw(st.lists(st.integers(1, 20).map(float), min_size=1, max_size=7))
+    sends = data.draw(st.lists(st.integers(1, 9).map(float), min_size=len(costs), max_size=len(costs)))
+    number = data.draw(st.integers(1, len(costs)))
+    every = [[0, *where, len(costs)] for where in itertools.combinations(range(1, len(costs)), number - 1)]
+
+    def slowest(cuts: list[int]) -> float:
+        return max(sum(costs[a:b]) for a, b in itertools.pairwise(cuts))
+
+    def sent(cuts: list[int]) -> float:
+        return sum(sends[end - 1] for end in cuts[1:-1])
+
+    found = partitions(costs, number, sends=sends)
+    assert found[0] == partition(costs, number, sends=sends)
+    assert all(cuts in every for cuts in found)
+    assert all(sent(b) < sent(a) for a, b in itertools.pairwise(found))
+    least_s = min(map(slowest, every))
+    for cuts in found[1:]:
+        best_s = min(slowest(other) for other in every if sent(other) <= sent(cuts))
+        assert slowest(cuts) <= max(2 * best_s, 1.1 * least_s)
+    near = [cuts for cuts in every if slowest(cuts) <= 2.6 * least_s * (1 - 1e-9)]
+    assert sent(found[-1]) <= min(map(sent, near))
 
 
 def test_more_stages_than_pieces_are_refused_with_what_works():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from planning_examples import linked, profile
+from planning_examples import linked, profile, sending
 
+from paceline.plan.forecast import Forecaster
 from paceline.plan.traffic import Traffic
 from paceline.records import Layout
 
@@ -39,3 +40,11 @@ GRADIENTS = 4 * 4e7
 def test_what_a_host_sends(hosts, per_host, layout, sent):
     traffic = Traffic(JOB, linked(hosts, per_host))
     assert traffic.sent_bytes(Layout.parse(layout)) == pytest.approx(sent)
+
+
+def test_a_pipeline_sends_what_crosses_where_it_is_cut():
+    """2 MB a sample between the middle blocks, 10 kB after the third, where it is cut over this cable."""
+    job, target = sending(profile((1.0,) * 4, 16), 1e6, 2e6, 1e4, 1e4), linked(2, 1)
+    layout = Layout(pp=2, micro=4)
+    assert Forecaster(job, target).cuts_of(layout) == (0, 3, 4)
+    assert Traffic(job, target).sent_bytes(layout) == pytest.approx(16 * 1e4)

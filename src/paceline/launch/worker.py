@@ -232,6 +232,8 @@ class Worker:
             layout = Layout.parse(spec.layout)
             layout.check_batch(job.batch_size)
             self._check_enough(layout, world)
+            if layout.pp > 1:
+                choosing.cut_as_forecast()
             local = min(world.local_size, layout.workers)
             label = describe_layout(layout, threads_for(local, layout.threads), cluster.device)
             return Plan(layout=layout, label=label, reason="as asked for", chosen_by="user")

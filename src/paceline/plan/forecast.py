@@ -60,8 +60,12 @@ class Parts:
 class Forecaster:
     """Forecasts layouts of one job on one cluster. What several layouts have in common is computed once."""
 
-    def __init__(self, profile: Profile, linked: LinkedCluster) -> None:
-        self.profile, self.linked = profile, linked
+    def __init__(self, profile: Profile, linked: LinkedCluster, cut_as: Forecaster | None = None) -> None:
+        """
+        Args:
+            cut_as: pipelines are cut where this one cuts them; None: as `cuts_of` says.
+        """
+        self.profile, self.linked, self._cut_as = profile, linked, cut_as
         self._ways: dict[Any, list[tuple[int, ...]]] = {}
         self._cuts: dict[Layout, tuple[int, ...]] = {}
         self._stages: dict[Any, tuple[Stage, ...]] = {}
@@ -219,6 +223,8 @@ class Forecaster:
         return self._cut(layout)
 
     def _cut(self, layout: Layout) -> tuple[int, ...]:
+        if self._cut_as is not None:
+            return self._cut_as._cut(layout)
         ways = self._ways_to_cut(layout)
         if len(ways) == 1:
             return ways[0]

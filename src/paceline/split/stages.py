@@ -1,10 +1,11 @@
 """Cutting a model into pipeline stages: which piece is computed where.
 
-The model's forward runs, whole, on as many samples as a micro-batch has. Each call of a piece is timed, in the order of
-the program, and the row of calls is cut where the slowest stage is fastest, or hardly slower, if that sends less; where
-memory may be short, of those cuts in which no stage has over a tenth more parameters than it must. Workers on faster
-hosts get more of the row. A piece that is called several times may fall into several stages; each of them then has its
-parameters, as has each stage that reads a parameter between the pieces.
+The model's forward runs, whole, on as many samples as a micro-batch has, and the row of its calls of pieces is cut as
+the planner has it. Where that knows nothing of the model each call is timed, in the order of the program, and the row
+is cut where the slowest stage is fastest, or hardly slower, if that sends less; where memory may be short, of those
+cuts in which no stage has over a tenth more parameters than it must. Workers on faster hosts get more of the row. A
+piece that is called several times may fall into several stages; each of them then has its parameters, as has each stage
+that reads a parameter between the pieces.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""By what a pipeline is cut into stages: what a worker has room for, and how fast the workers are."""
+"""By what a pipeline is cut into stages: the planner's word, or what a worker has room for, and how fast they are."""
 
 from __future__ import annotations
 
