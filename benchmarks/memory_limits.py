@@ -34,7 +34,7 @@ from memory_forecast import (
 from paceline.errors import LayoutError
 from paceline.plan.forecast import Forecaster
 from paceline.plan.kept import read_kept
-from paceline.plan.search import memory_margin
+from paceline.plan.room import memory_margin
 from paceline.records import Layout
 
 LIMITED = ("dp_replicate=1,threads=1", f"dp_replicate={CORES},threads=1", f"dp_shard={CORES},zero=3,threads=1",

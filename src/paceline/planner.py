@@ -89,7 +89,7 @@ def plan(
             f"there is no {CLUSTER_FILE} beside {kept}",
             next_step="give --cluster FILE, or the directory that `paceline plan JOB --out DIR` has made",
         )
-    forecaster = Forecaster(profile, linked)
+    forecaster = Forecaster(profile, linked, memory_bytes=memory_bytes)
     found = search(forecaster, number=number, memory_bytes=memory_bytes)
     curve = scaling(forecaster, memory_bytes=memory_bytes)
     whole = planned(forecaster, found, curve, job=name, memory_bytes=memory_bytes)

@@ -99,10 +99,7 @@ class Layout(Record):
     @property
     def workers(self) -> int:
         """The product of all axes."""
-        product = 1
-        for axis in AXES:
-            product *= getattr(self, axis)
-        return product
+        return self.pp * self.dp_replicate * self.dp_shard * self.cp * self.ep * self.tp
 
     @property
     def splits_model(self) -> bool:

@@ -1,4 +1,4 @@
-"""How fast the workers of a pipeline are, for where it is cut: as the planner has found, or found out there."""
+"""By what a pipeline is cut: the planner's word, or else how fast its workers are, which is found out there."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from groups import run_group
 from paceline.comm.mesh import make_mesh
 from paceline.comm.world import World
 from paceline.records import Layout
+from paceline.split.stages import CutBy
 from paceline.train.cutting import cut_by
 
 _ITSELF = torch.mm
@@ -23,8 +24,9 @@ def _late(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def _cut_by(world: World, layout: str, slow: tuple[int, ...], known: list[float]) -> tuple[float, ...]:
-    world.known.speeds = tuple(known)
+def _cut_by(world: World, layout: str, slow: tuple[int, ...], cuts: tuple[int, ...] = ()) -> CutBy:
+    if cuts and world.rank == 0:
+        world.known.cuts_of = lambda layout: cuts
     mesh = make_mesh(world, Layout.parse(layout))
     assert mesh is not None
     if world.rank in slow:
@@ -32,21 +34,22 @@ def _cut_by(world: World, layout: str, slow: tuple[int, ...], known: list[float]
     elif slow:
         torch.mm = lambda one, other: (_ITSELF(one, other), time.sleep(0.02))[0]
     try:
-        return cut_by(mesh, None).speeds
+        return cut_by(mesh, None)
     finally:
         torch.mm = _ITSELF
 
 
-def test_what_the_planner_has_measured_is_taken_of_the_slowest_worker_with_the_same_stages():
-    told = run_group(_cut_by, 4, "pp=2,dp_replicate=2", (), [1.0, 0.9, 0.5, 0.6], per_host=1)
-    assert set(told.values()) == {(0.9, 0.5)}
+def test_rank_0_has_the_planners_word_and_nobody_measures():
+    told = run_group(_cut_by, 4, "pp=2,dp_replicate=2", (3,), (0, 3, 4), per_host=1)
+    assert told == {0: CutBy(cuts=(0, 3, 4)), **dict.fromkeys((1, 2, 3), CutBy())}
 
 
 def test_where_nothing_is_known_of_several_hosts_they_are_measured():
-    told = run_group(_cut_by, 4, "pp=2,dp_replicate=2", (3,), [], per_host=1)
+    told = run_group(_cut_by, 4, "pp=2,dp_replicate=2", (3,), per_host=1)
     assert len(set(told.values())) == 1
-    assert told[0] == pytest.approx((1.0, 0.5), abs=0.1)
+    assert told[0].speeds == pytest.approx((1.0, 0.5), abs=0.1)
+    assert told[0].room > 0
 
 
 def test_workers_of_one_host_are_alike():
-    assert set(run_group(_cut_by, 2, "pp=2", (1,), []).values()) == {()}
+    assert {by.speeds for by in run_group(_cut_by, 2, "pp=2", (1,)).values()} == {()}

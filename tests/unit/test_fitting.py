@@ -10,7 +10,7 @@ from paceline.plan.choose import JobForecasts
 from paceline.plan.fitting import by_turns, why_not
 from paceline.plan.forecast import Forecaster
 from paceline.plan.profile import Profile
-from paceline.plan.search import memory_margin
+from paceline.plan.room import memory_margin
 from paceline.records import Layout
 
 MIB = 1 << 20

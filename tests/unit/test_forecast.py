@@ -18,9 +18,10 @@ from paceline.plan.explain import limited_by, why_it_lost
 from paceline.plan.forecast import Forecaster
 from paceline.plan.links import KINDS, Link, MeasuredCollective, Placement
 from paceline.plan.profile import Block, Correction, Costs, Profile, Tried
+from paceline.plan.room import room_bytes
 from paceline.plan.scaling import find_knee, scaling
 from paceline.plan.schedules import SCHEDULES, make_schedule
-from paceline.plan.search import layouts, room_bytes, search
+from paceline.plan.search import layouts, search
 from paceline.plan.terms import Forecast, Memory, Terms
 from paceline.plan.timeline import Hop, coded, makespan_s, simulate
 from paceline.records import Layout

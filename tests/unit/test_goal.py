@@ -19,7 +19,8 @@ from paceline.plan.curves import Curve
 from paceline.plan.forecast import Forecaster
 from paceline.plan.goal import GoalCurve, samples_needed, steps_needed, time_to_goal
 from paceline.plan.profile import Profile
-from paceline.plan.search import layouts, room_bytes
+from paceline.plan.room import room_bytes
+from paceline.plan.search import layouts
 from paceline.report.goal_figures import drawing
 from paceline.report.goal_page import goal_section
 from paceline.report.goals import goal_lines, print_goal

@@ -43,7 +43,6 @@ def test_a_pipeline_that_the_user_asks_for_is_cut_as_its_kept_forecast_has_it(tm
     assert world.known == Known()
     Measuring(*about).measure()
     choosing.cut_as_forecast()
-    assert world.known.speeds == (1.0, 1.0)
     assert world.known.cuts_of is not None
     assert world.known.cuts_of(Layout(pp=2, micro=4)) == (0, 3, 4)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 
 import pytest
-from planning_examples import GIB, linked, profile, random_linked, random_profile
+from planning_examples import GIB, linked, profile, random_linked, random_profile, sending
 
+from paceline.errors import LayoutError
 from paceline.plan.corrections import corrected
 from paceline.plan.forecast import Forecaster
 from paceline.plan.profile import Correction, Tried
-from paceline.plan.search import layouts, memory_margin, room_bytes, search
+from paceline.plan.room import memory_margin, room_bytes
+from paceline.plan.search import layouts, search
 from paceline.records import Cluster, Layout
 
 SEEDS = range(25)
@@ -33,6 +35,48 @@ def test_hosts_of_more_memory_never_shrink_the_choice(seed):
             {x for x in every if forecaster.forecast(x).memory.own <= room_bytes(linked, x, None, 0.1)}
         )
     assert fitting[0] <= fitting[1] <= fitting[2]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_of_hosts_of_more_memory_a_plan_is_no_slower(seed):
+    """Pipelines are cut by what there is room for."""
+    drawn = random.Random(seed)
+    job, there = random_profile(drawn), random_linked(drawn)
+    fitting: list[set[Layout]] = []
+    fastest_s: list[float] = []
+    for times in (1, 2, 4, 40):
+        hosts = tuple(
+            h.model_copy(update={"memory_bytes": times * h.memory_bytes // 4}) for h in there.cluster.hosts
+        )
+        target = there.model_copy(update={"cluster": Cluster(hosts=hosts)})
+        forecaster = Forecaster(job, target)
+        every = list(layouts(forecaster))
+        fitting.append({x for x in every if forecaster.needed_bytes(x) <= room_bytes(target, x)})
+        if fitting[-1]:
+            fastest_s.append(search(forecaster, number=1).fastest[0].step_s)
+    assert fitting[0] <= fitting[1] <= fitting[2] <= fitting[3]
+    assert fastest_s == sorted(fastest_s, reverse=True)
+
+
+def test_a_pipeline_is_cut_as_there_is_room():
+    """Where three of four blocks on one worker are fastest over a slow link, and two and two all that fits."""
+    job, layout = sending(profile((1.0,) * 4, 16), 1e6, 2e6, 1e4, 1e4), Layout(pp=2, micro=4)
+    even = Forecaster(sending(job, *[1e5] * 4), linked(2, 1))
+    assert even.cuts_of(layout) == (0, 2, 4)
+    needed = int(even.needed_bytes(layout) / (1 - memory_margin(linked()))) + MIB
+    tight, ample = linked(2, 1, worker_bytes=needed), linked(2, 1)
+    assert Forecaster(job, ample).cuts_of(layout) == (0, 3, 4)
+    forecaster = Forecaster(job, tight)
+    assert forecaster.cuts_of(layout) == (0, 2, 4)
+    assert not forecaster.has_room(layout)
+    assert forecaster.needed_bytes(layout) <= room_bytes(tight, layout)
+    assert forecaster.least_s(layout) <= Forecaster(job, ample).forecast(layout).step_s
+    assert Forecaster(job, ample).forecast(layout).step_s < forecaster.forecast(layout).step_s
+    # The same where a worker's memory is asked for, whatever its host has.
+    assert Forecaster(job, ample, memory_bytes=needed).cuts_of(layout) == (0, 2, 4)
+    # With no room for any cut the message is of the one that lacks least.
+    with pytest.raises(LayoutError, match="no layout fits"):
+        search(Forecaster(job, linked(2, 1, worker_bytes=needed // 2)))
 
 
 def test_fewer_workers_have_more_of_their_hosts_memory():

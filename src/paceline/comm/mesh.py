@@ -48,8 +48,6 @@ class Mesh:
     """All that differ in `tp` not at all."""
     model: Group
     """`pp × tp`: the workers that have one model between them."""
-    speeds: tuple[float, ...] = ()
-    """Of each worker of the pipeline: of the slowest of those that have the same stages. Empty: not known."""
     cuts: tuple[int, ...] = ()
     """On rank 0: where the planner cuts the pipeline, as `Forecaster.cuts_of`. Empty: not known."""
 
@@ -93,13 +91,9 @@ def build_mesh(world: World, layout: Layout) -> Mesh | None:
                 groups[name] = group
     if world.rank >= layout.workers:
         return None
-    each = layout.workers // layout.pp
-    known = world.known
-    speeds = tuple(
-        min(known.speeds[at * each : (at + 1) * each]) for at in range(layout.pp if known.speeds else 0)
-    )
-    cuts = tuple(known.cuts_of(layout)) if layout.pp > 1 and known.cuts_of is not None else ()
-    return Mesh(layout, world.rank, coordinates(layout, world.rank), **groups, speeds=speeds, cuts=cuts)
+    cuts_of = world.known.cuts_of
+    cuts = tuple(cuts_of(layout)) if layout.pp > 1 and cuts_of is not None else ()
+    return Mesh(layout, world.rank, coordinates(layout, world.rank), **groups, cuts=cuts)
 
 
 def make_mesh(world: World, layout: Layout) -> Mesh | None:

@@ -29,10 +29,8 @@ _HOSTS_UNKNOWN = "LOCAL_RANK and LOCAL_WORLD_SIZE of all workers do not tell who
 
 @dataclasses.dataclass
 class Known:
-    """What the planner knows of hosts and model, by which a pipeline is cut; before it does, nothing."""
+    """What the planner knows that a training keeps to; before it does, nothing."""
 
-    speeds: tuple[float, ...] = ()
-    """Of each rank's host, relative to the first one's."""
     cuts_of: Callable[[Layout], Sequence[int]] | None = None
     """On rank 0: where a layout's pipeline is cut, as its forecast has it. See `Forecaster.cuts_of`."""
 

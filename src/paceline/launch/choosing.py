@@ -97,22 +97,10 @@ class Choosing:
         )
 
     def cut_as_forecast(self) -> None:
-        """Have pipelines cut as a forecast has them, if what it takes is kept: for a layout that the user asks for.
-
-        A collective call.
-        """
+        """Have pipelines cut as a forecast has them, if what it takes is kept: for a layout that the user asks for."""
         known = self._measuring.kept()
-        self._cut_by(None if known is None else Forecaster(*known))
-
-    def _cut_by(self, forecaster: Forecaster | None) -> None:
-        """
-        Args:
-            forecaster: None: nothing is known, or this is not rank 0.
-        """
-        speeds = [] if forecaster is None else list(forecaster.linked.speeds_of_workers)
-        known = self._world.known
-        known.speeds = tuple(self._everyone.gather_json(speeds, "the hosts' speeds")[0])
-        known.cuts_of = None if forecaster is None else forecaster.cuts_of
+        if known is not None:
+            self._world.known.cuts_of = Forecaster(*known).cuts_of
 
     def _forecast(self) -> JobForecasts | None:
         """On rank 0 the forecasts of this job's layouts."""
@@ -124,11 +112,10 @@ class Choosing:
             if known is not None and known[0].how_noisy:
                 self._write("message", level="warning", text=known[0].how_noisy)
         if known is None:
-            self._cut_by(None)
             return None
         profile = known[0].model_copy(update={"past_error": store.past_error()})
         planned = JobForecasts(profile, known[1])
-        self._cut_by(planned.forecaster)
+        self._world.known.cuts_of = planned.forecaster.cuts_of
         if profile.how_measured:
             self._write("message", level="info", text=profile.how_measured)
         reasons = list(filter(None, map(planned.why_not, self._always)))

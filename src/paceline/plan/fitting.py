@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from paceline.errors import LayoutError
 from paceline.plan.forecast import Forecaster
-from paceline.plan.search import memory_margin, room_bytes
+from paceline.plan.room import memory_margin, room_bytes
 from paceline.records import Layout
 
 

@@ -10,11 +10,10 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from statistics import mean
 from typing import Any
 
 from paceline.errors import LayoutError
-from paceline.plan.cuts import partitions, uneven
+from paceline.plan.cutting import Cuts, Cutting
 from paceline.plan.links import Placement
 from paceline.plan.memory import evaluation_memory, training_memory
 from paceline.plan.orders import peak_stored, stages_of_workers, workers_of_stages
@@ -60,15 +59,23 @@ class Parts:
 class Forecaster:
     """Forecasts layouts of one job on one cluster. What several layouts have in common is computed once."""
 
-    def __init__(self, profile: Profile, linked: LinkedCluster, cut_as: Forecaster | None = None) -> None:
+    def __init__(
+        self,
+        profile: Profile,
+        linked: LinkedCluster,
+        *,
+        memory_bytes: int | None = None,
+        cut_as: Forecaster | None = None,
+    ) -> None:
         """
         Args:
-            cut_as: pipelines are cut where this one cuts them; None: as `cuts_of` says.
+            memory_bytes: what a worker has, for where a pipeline is cut; None: its share of its host's memory.
+            cut_as: pipelines are cut where this one cuts them.
         """
-        self.profile, self.linked, self._cut_as = profile, linked, cut_as
-        self._ways: dict[Any, list[tuple[int, ...]]] = {}
-        self._cuts: dict[Layout, tuple[int, ...]] = {}
+        self.profile, self.linked = profile, linked
+        self._cutting: Cutting = Cutting(self, memory_bytes) if cut_as is None else cut_as._cutting
         self._stages: dict[Any, tuple[Stage, ...]] = {}
+        self._held: dict[Any, list[tuple[Memory, Memory]]] = {}
         self._places = Places(linked)
         self._pipelines = Pipelines(profile, self._places)
         self._unexplained = Unexplained(profile, linked, self._places)
@@ -132,7 +139,9 @@ class Forecaster:
         A worker of a pipeline cannot begin before a micro-batch has come to its first stage, nor end before the last
         gradients have gone back from there; and who has most parameters has to update them.
         """
-        costs, stages = self.costs_of(layout), self.stages_of(layout)
+        # However it has to be cut to fit: no faster than this.
+        cuts = self._cutting.freely(layout)
+        costs, stages = self.costs_of(layout), self._stages_cut(layout, cuts, self._actions_s(layout))
         updating = self._updating(layout, costs, *self._heaviest(layout, stages))
         data_s = costs.data_s(self.profile.batch_size / layout.data_parallel)
         least_s = self._least_computing_s(layout, stages) + sum(updating.values()) + data_s
@@ -207,64 +216,39 @@ class Forecaster:
 
     def stages_of(self, layout: Layout) -> tuple[Stage, ...]:
         """All stages in the model's order, cut as `cuts_of` says, each as fast as who computes it."""
-        actions_s = self._unexplained.actions_s(layout) if layout.pp > 1 else (0.0, 0.0)
-        return self._stages_cut(layout, self._cut(layout), actions_s)
+        return self._stages_cut(layout, self._cutting.of(layout), self._actions_s(layout))
 
-    def cuts_of(self, layout: Layout) -> tuple[int, ...]:
-        """Where the row of the model's pieces is cut: of each stage the first of them, and their number.
-
-        Where the slowest stage is fastest; or where less is sent, if the step is faster by that. What follows the last
-        piece, as the loss, is no piece of its own. Empty: the cluster does not allow the layout.
-        """
+    def cuts_of(self, layout: Layout) -> Cuts:
+        """Where the row of the model's pieces is cut; empty: the cluster does not allow the layout. See `Cutting`."""
         try:
             self.check(layout)
         except LayoutError:
             return ()
-        return self._cut(layout)
+        return self._cutting.of(layout)
 
-    def _cut(self, layout: Layout) -> tuple[int, ...]:
-        if self._cut_as is not None:
-            return self._cut_as._cut(layout)
-        ways = self._ways_to_cut(layout)
-        if len(ways) == 1:
-            return ways[0]
-        if layout not in self._cuts:
-            # What was tried has no part in it: what is cut to be tried is to be cut so afterwards.
-            self._cuts[layout] = min(ways, key=lambda cuts: self._bare_s(layout, cuts))
-        return self._cuts[layout]
+    def has_room(self, layout: Layout) -> bool:
+        """Whether there is room for a layout that is cut as if memory had no end."""
+        return self._cutting.of(layout) == self._cutting.freely(layout)
 
-    def _ways_to_cut(self, layout: Layout) -> list[tuple[int, ...]]:
-        """Whatever the links: the least of some sums, of which none grows with a faster link, does not either."""
-        speeds = self._speeds_of_stages(layout)
-        key = self._kind_of_row(layout), speeds
-        if key not in self._ways:
-            row, costs = self._row(layout, 1.0), self.costs_of(layout)
-            most = costs.most_stages
-            busy_s = [piece.busy_s - piece.tensor_s for piece in row]
-            busy_s = [*busy_s[: most - 1], sum(busy_s[most - 1 :])]
-            sends = [num_bytes * self.micro_samples(layout) for num_bytes in costs.sends_bytes[:most]]
-            ways = partitions(busy_s, len(speeds), sends=sends, speeds=uneven(speeds))
-            self._ways[key] = [tuple(cuts) for cuts in ways]
-        return self._ways[key]
-
-    def _bare_s(self, layout: Layout, cuts: tuple[int, ...]) -> float:
+    def bare_s(self, layout: Layout, cuts: Cuts) -> float:
         """Of a pipeline that is cut so: its schedule, and the update, as measured by themselves."""
         stages = self._stages_cut(layout, cuts, (0.0, 0.0))
         sends = self._pipelines.sending(layout, stages)
         played_s, _ = self._pipelines.play(layout, stages, sends, self.sharing_of(layout))
         return played_s + max(sum(terms.values()) for terms in self._updates(layout, stages))
 
-    def _stages_cut(
-        self, layout: Layout, cuts: tuple[int, ...], actions_s: tuple[float, float]
-    ) -> tuple[Stage, ...]:
+    def _actions_s(self, layout: Layout) -> tuple[float, float]:
+        return self._unexplained.actions_s(layout) if layout.pp > 1 else (0.0, 0.0)
+
+    def _stages_cut(self, layout: Layout, cuts: Cuts, actions_s: tuple[float, float]) -> tuple[Stage, ...]:
         """
         Args:
             actions_s: as `Unexplained.actions_s`.
         """
-        speeds = self._speeds_of_stages(layout)
-        key = self._kind_of_row(layout), speeds, cuts, actions_s
+        speeds = self.speeds_of_stages(layout)
+        key = self.kind_of_row(layout), speeds, cuts, actions_s
         if key not in self._stages:
-            rows = {speed: self._row(layout, speed) for speed in dict.fromkeys(speeds)}
+            rows = {speed: self.row(layout, speed) for speed in dict.fromkeys(speeds)}
             sends = [
                 num_bytes * self.micro_samples(layout) for num_bytes in self.costs_of(layout).sends_bytes
             ]
@@ -275,11 +259,12 @@ class Forecaster:
             )
         return self._stages[key]
 
-    def _speeds_of_stages(self, layout: Layout) -> tuple[float, ...]:
+    def speeds_of_stages(self, layout: Layout) -> tuple[float, ...]:
+        """Of who computes each stage."""
         along = self._places.speeds_along(layout)
         return tuple(along[w] for w in workers_of_stages(layout.schedule, layout.pp, layout.stages))
 
-    def _kind_of_row(self, layout: Layout) -> tuple[Any, ...]:
+    def kind_of_row(self, layout: Layout) -> tuple[Any, ...]:
         """What layouts have in common whose blocks cost the same."""
         sharing = self.sharing_of(layout)
         return (
@@ -293,7 +278,7 @@ class Forecaster:
             1.0 if sharing is None else sharing.times,
         )
 
-    def _row(self, layout: Layout, speed: float) -> list[Stage]:
+    def row(self, layout: Layout, speed: float = 1.0) -> list[Stage]:
         """Each block of the model as a stage of its own, on a host of this speed."""
         costs, micro = self.costs_of(layout), self.micro_samples(layout)
         computed = {id(b): self._compute(layout, b, micro, speed) for b in costs.blocks}
@@ -433,38 +418,55 @@ class Forecaster:
     def _updating(
         self, layout: Layout, costs: Costs, mine: Sequence[Stage], speed: float
     ) -> dict[str, float]:
-        row = functools.partial(self._row, layout, speed)
+        row = functools.partial(self.row, layout, speed)
         return updating(self.profile, self._places, layout, costs, mine, row, speed)
 
-    def memories(self, layout: Layout) -> tuple[Memory, Memory]:
-        """In steps and in evaluations: of the worker that needs most then."""
-        training, evaluating = zip(*self._memories(layout), strict=True)
+    def memories(self, layout: Layout, cuts: Cuts | None = None) -> tuple[Memory, Memory]:
+        """In steps and in evaluations: of the worker that needs most then.
+
+        Args:
+            cuts: None: as `cuts_of` says.
+        """
+        training, evaluating = zip(*self._memories(layout, cuts), strict=True)
         return max(training, key=_total), max(evaluating, key=_total)
 
-    def needed_bytes(self, layout: Layout) -> int:
-        """Of its host's memory, a worker on average: on the host where that is most. On GPUs each has its own."""
-        own = [max(training.own, evaluating.own) for training, evaluating in self._memories(layout)]
+    def needed_bytes(self, layout: Layout, cuts: Cuts | None = None) -> int:
+        """Of its host's memory, a worker on average: on the host where that is most. On GPUs each has its own.
+
+        Args:
+            cuts: as of `memories`.
+        """
+        found = self._memories(layout, cuts)
+        own = [max(training.own, evaluating.own) for training, evaluating in found]
         cluster = self.linked.cluster
         if layout.pp == 1 or cluster.device != "cpu":
             return max(own)
         workers = iter(range(layout.workers))
         hosts = [list(itertools.islice(workers, host.workers)) for host in cluster.hosts]
         each = layout.workers // layout.pp
-        return max(round(mean(own[worker // each] for worker in here)) for here in hosts if here)
+        return max(round(sum(own[worker // each] for worker in here) / len(here)) for here in hosts if here)
 
-    def _memories(self, layout: Layout) -> list[tuple[Memory, Memory]]:
+    def _memories(self, layout: Layout, cuts: Cuts | None) -> list[tuple[Memory, Memory]]:
         """`memories`, of each worker of a pipeline."""
-        stages, stored = self.stages_of(layout), [1]
+        cuts = self._cutting.of(layout) if cuts is None else cuts
+        if (layout, cuts) not in self._held:
+            self._held[layout, cuts] = self._find_memories(layout, cuts)
+        return self._held[layout, cuts]
+
+    def _find_memories(self, layout: Layout, cuts: Cuts) -> list[tuple[Memory, Memory]]:
+        stages, stored = self._stages_cut(layout, cuts, self._actions_s(layout)), [1]
         if layout.pp > 1:
             stored = list(peak_stored(layout.schedule, layout.pp, layout.micro, layout.stages))
         sharers = self.place(layout, "data").per_host if one_copy(self.profile, self._places, layout) else 1
-        return [
-            (
+        held = [(tuple(mine), number) for mine, number in zip(_held(layout, stages), stored, strict=True)]
+        found = {
+            (mine, number): (
                 training_memory(self.profile, layout, mine, stored=number, sharers=sharers),
                 evaluation_memory(self.profile, layout, mine, sharers=sharers),
             )
-            for mine, number in zip(_held(layout, stages), stored, strict=True)
-        ]
+            for mine, number in dict.fromkeys(held)
+        }
+        return [found[one] for one in held]
 
 
 def _held(layout: Layout, stages: Sequence[Stage]) -> list[list[Stage]]:

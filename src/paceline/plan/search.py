@@ -12,15 +12,12 @@ from collections.abc import Iterator
 
 from paceline.errors import LayoutError
 from paceline.plan.forecast import Forecaster
-from paceline.plan.profile import LinkedCluster, Profile
+from paceline.plan.profile import Profile
+from paceline.plan.room import memory_margin, room_bytes
 from paceline.plan.schedules import SCHEDULES
 from paceline.plan.terms import Forecast
 from paceline.records import RECOMPUTE, Layout
 
-_MEMORY_MARGIN, _MEMORY_MARGIN_OF_GPUS = 0.2, 0.1
-"""Share of a worker's memory that a plan leaves free: forecasts err, and allocators do not fill what they take. A
-program holds more or less by a tenth from run to run on CPUs, where malloc fits its tensors in, and by less than a
-hundredth on GPUs (docs/memory_forecasts.md, docs/gpus.md)."""
 FEW = 16
 """Up to this number of workers every size of every axis is tried; above, those that divide the number of workers."""
 _LEVEL_ERRORS, _LEVEL = 2.0, 0.03
@@ -99,7 +96,7 @@ def search(
             needed = forecaster.needed_bytes(layout) if memory_bytes is None else found.memory.own
             if needed <= room:
                 fit.append((found.step_s, str(layout), found))
-                if layout.recompute == RECOMPUTE[0]:
+                if layout.recompute == RECOMPUTE[0] and forecaster.has_room(layout):
                     break  # computing anything again takes longer
                 continue
             refused = Refused(layout, needed, room)
@@ -166,23 +163,6 @@ def _plainer(profile: Profile, layout: Layout, workers: int | None) -> Iterator[
                 yield [layout.model_copy(update={**update, "micro": micro})]
     for micro in in_parts:
         yield [layout.model_copy(update={"micro": micro})]
-
-
-def memory_margin(linked: LinkedCluster) -> float:
-    """Share of the memory of its workers that a plan leaves free."""
-    return _MEMORY_MARGIN if linked.cluster.device == "cpu" else _MEMORY_MARGIN_OF_GPUS
-
-
-def room_bytes(
-    linked: LinkedCluster, layout: Layout, memory_bytes: int | None = None, margin: float | None = None
-) -> int:
-    """What a plan lets each worker of a layout take of its host's memory.
-
-    Args:
-        memory_bytes, margin: as in `search`.
-    """
-    most = linked.worker_bytes(layout.workers) if memory_bytes is None else memory_bytes
-    return int(most * (1 - (memory_margin(linked) if margin is None else margin)))
 
 
 def layouts(forecaster: Forecaster, workers: int | None = None) -> Iterator[Layout]:

@@ -40,7 +40,19 @@ def sending(places: Places, layout: Layout, stages: Sequence[Stage], worker_of: 
     inner = layout.workers // layout.pp
     together = min(layout.tp, place.beside)
     host_of = places.host_of
+    mine = Placement(hosts=2, per_host=1, beside=together, used=place.used)
+    everyone = dataclasses.replace(mine, beside=place.beside)
+    neighbours = Placement(hosts=1, per_host=2, used=place.used)
+
+    def hop_of(num_bytes: float, crosses: bool) -> Hop:
+        if not crosses:
+            there_s, busy_s = (places.seconds(kind, neighbours, num_bytes) for kind in ("message", STREAM))
+            return Hop(there_s, busy_s, _WITHIN)
+        there_s = places.seconds("message", mine, num_bytes)
+        return Hop(there_s, places.seconds(STREAM, everyone, num_bytes), _BETWEEN)
+
     hops, behind_s = [], 0.0
+    known: dict[tuple[float, bool], Hop] = {}
     for cut, stage in enumerate(stages[:-1]):
         here, there = worker_of[cut], worker_of[cut + 1]
         if here == there:
@@ -49,15 +61,11 @@ def sending(places: Places, layout: Layout, stages: Sequence[Stage], worker_of: 
         crosses = place.hosts > 1 and any(
             host_of(here * inner + at) != host_of(there * inner + at) for at in (0, inner - 1)
         )
-        if not crosses:
-            hop = Placement(hosts=1, per_host=2, used=place.used)
-            there_s, busy_s = (places.seconds(kind, hop, stage.output_bytes) for kind in ("message", STREAM))
-            hops.append(Hop(there_s, busy_s, _WITHIN))
-            continue
-        mine = Placement(hosts=2, per_host=1, beside=together, used=place.used)
-        everyone = dataclasses.replace(mine, beside=place.beside)
-        there_s = places.seconds("message", mine, stage.output_bytes)
-        busy_s = places.seconds(STREAM, everyone, stage.output_bytes)
-        hops.append(Hop(there_s, busy_s, _BETWEEN))
-        behind_s = max(behind_s, busy_s * (1 - together / place.beside))
+        key = stage.output_bytes, crosses
+        if key not in known:
+            # Most models send the same over every cut.
+            known[key] = hop_of(*key)
+        hops.append(known[key])
+        if crosses:
+            behind_s = max(behind_s, known[key].busy_s * (1 - together / place.beside))
     return Sending(tuple(hops), behind_s)

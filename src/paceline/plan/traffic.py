@@ -28,7 +28,7 @@ class Traffic:
             cluster=linked.cluster, within=within, between=_CABLE if linked.between else None
         )
         self._cluster = linked.cluster
-        self._forecaster = Forecaster(_without_seconds(profile), bare, Forecaster(profile, linked))
+        self._forecaster = Forecaster(_without_seconds(profile), bare, cut_as=Forecaster(profile, linked))
 
     def sent_bytes(self, layout: Layout) -> float:
         """What the host that sends most sends to other hosts in a step, headers apart.

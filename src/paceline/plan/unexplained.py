@@ -63,6 +63,8 @@ class Unexplained:
 
     def corrected_s(self, layout: Layout, step_s: float) -> float:
         """A step with what its ways of splitting took beyond the sum of the terms, when they were tried."""
+        if not self._profile.corrections and not self._profile.tried:
+            return step_s
         more_s = 0.0
         ways = ways_of(layout)
         for some in dict.fromkeys([*((way,) for way in ways), *([ways] if ways else [])]):

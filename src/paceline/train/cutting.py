@@ -31,7 +31,9 @@ def cut_by(mesh: Mesh, timed: Callable[[], Any] | None) -> CutBy:
     Args:
         timed: a forward of a batch as large as a micro-batch.
     """
-    return CutBy(timed, _room(mesh), _speeds(mesh), mesh.cuts)
+    if mesh.everyone.gather_json(len(mesh.cuts), "whether the planner has cut the model")[0]:
+        return CutBy(timed, cuts=mesh.cuts)
+    return CutBy(timed, _room(mesh), _speeds(mesh))
 
 
 def relative(step_s: Sequence[float], workers: Sequence[int]) -> tuple[float, ...]:
@@ -50,11 +52,11 @@ def relative(step_s: Sequence[float], workers: Sequence[int]) -> tuple[float, ..
 def _speeds(mesh: Mesh) -> tuple[float, ...]:
     """Of each worker of the pipeline, which is as fast as the slowest of those that have the same stages.
 
-    As the planner has measured the hosts; where it has not, and there are several, by products of matrices.
+    Of several hosts by products of matrices. Empty: all are alike.
     """
     everyone = mesh.everyone
-    if mesh.speeds or not everyone.is_over_network:
-        return mesh.speeds
+    if not everyone.is_over_network:
+        return ()
     one, other = (torch.ones(_PRODUCT, _PRODUCT, device=everyone.device) for _ in range(2))
     everyone.barrier("before measuring speeds")
     number, taken_s, begin_s = 0, 0.0, time.perf_counter()

@@ -132,7 +132,6 @@ def measure_all(
         speeds=speeds,
         launcher_bytes=launcher_memory_bytes() if kind == "cpu" else 0,
     )
-    world.known.speeds = linked.speeds_of_workers
     threads_of_all, here = conditions[-1]
     among = num_divided(cluster)
     can_divide = among > 1
