@@ -29,7 +29,7 @@ from peers import JOBS as PEER_JOBS
 from paceline.errors import PacelineError
 from paceline.plan.profile import LinkedCluster, Profile
 
-HELD_OUT = ("latents", "dense")
+HELD_OUT = ("latents", "experts", "pyramid")
 _HELD_OUT_BEFORE = (
     "vit",
     "lstm",
@@ -44,6 +44,7 @@ _HELD_OUT_BEFORE = (
     "resnet",
     "towers",
     "mobile",
+    "dense",
 )
 WAITING = {
     f"waiting-{model}": ("benchmarks/waiting_jobs.py", {"model": model}) for model in ("mlp", "gpt", "conv")
