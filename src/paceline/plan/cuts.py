@@ -68,21 +68,20 @@ def _sending_ever_less(row: _Row, sends: Sequence[float], slower: Sequence[float
         slower: ascending shares by which the slowest part may be slower than it must be.
     """
     best = _quickest(row)
-    if not sends:
-        yield best
-        return
-    sent, least, slowest_s = _sent(sends, best), (len(row.speeds) - 1) * min(sends), row.slowest(best)
-    for share in slower:
-        if sent > least:
-            found = _sending_least(row, slowest_s * (1 + share), sends)
-            if _sent(sends, found) < sent:
-                best = found
-            elif share > slower[0]:
-                continue
-        elif share > slower[0]:
-            return
-        sent = _sent(sends, best)
-        yield best
+    least, slowest_s = (len(row.speeds) - 1) * min(sends, default=0.0), row.slowest(best)
+
+    def sending_less(share: float) -> list[int] | None:
+        if not sends or _sent(sends, best) <= least:
+            return None
+        found = _sending_least(row, slowest_s * (1 + share), sends)
+        return found if _sent(sends, found) < _sent(sends, best) else None
+
+    best = sending_less(slower[0]) or best
+    yield best
+    for share in slower[1:]:
+        if found := sending_less(share):
+            best = found
+            yield best
 
 
 def _quickest(row: _Row) -> list[int]:

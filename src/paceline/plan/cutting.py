@@ -1,7 +1,7 @@
 """Where a layout's pipeline is cut into stages: where its step is fastest, of what fits.
 
-None of this depends on layouts that were tried. A layout is cut to be tried before anything is known of that, and is to
-be cut so afterwards.
+How long layouts took that were tried has no part in it. A layout is cut to be tried before anything is known of that,
+and is to be cut so afterwards.
 """
 
 from __future__ import annotations
