@@ -29,7 +29,7 @@ from peers import JOBS as PEER_JOBS
 from paceline.errors import PacelineError
 from paceline.plan.profile import LinkedCluster, Profile
 
-HELD_OUT = ("latents", "experts", "pyramid")
+HELD_OUT = ("latents", "experts")
 _HELD_OUT_BEFORE = (
     "vit",
     "lstm",
@@ -45,6 +45,7 @@ _HELD_OUT_BEFORE = (
     "towers",
     "mobile",
     "dense",
+    "pyramid",
 )
 WAITING = {
     f"waiting-{model}": ("benchmarks/waiting_jobs.py", {"model": model}) for model in ("mlp", "gpt", "conv")

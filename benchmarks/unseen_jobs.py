@@ -1,4 +1,4 @@
-"""Three jobs on random data with whose cells in sight nothing in the planner was ever changed.
+"""Two jobs on random data with whose cells in sight nothing in the planner was ever changed.
 
     paceline train benchmarks/unseen_jobs.py --set model=latents
 
@@ -7,8 +7,6 @@
     latents 32 vectors that four times look at 128 inputs and at each other (1.1 M parameters), 32 sets, AdamW
     experts four layers of attention, behind each of which four experts are asked, all of them by some part (1.5 M
             parameters), 16 windows of 48 tokens, AdamW
-    pyramid convolutions on four scales, and back again from the smallest, joined with each (0.8 M parameters), 16
-            images 3×64×64, SGD with momentum
 
 Once one of their cells has led to a change they belong to held_out_jobs.py, and others come here.
 """
@@ -16,13 +14,10 @@ Once one of their cells has led to a change they belong to held_out_jobs.py, and
 from __future__ import annotations
 
 import functools
-import itertools
 
 import torch
-from random_jobs import adamw, class_loss, labelled, make, next_token_loss, sgd, tokens
+from random_jobs import adamw, class_loss, labelled, make, next_token_loss, tokens
 from torch import nn
-from torch.nn import functional as F
-from torch.utils.data import TensorDataset
 
 import paceline
 
@@ -105,45 +100,6 @@ class Experts(nn.Module):
         return self.head(self.norm(x))
 
 
-class Pyramid(nn.Module):
-    """Images [b, 3, n, n] -> scores of 10 classes, from four scales, of which each hears of the smaller ones."""
-
-    def __init__(self, width: int, joined: int, scales: int) -> None:
-        super().__init__()
-        sizes = [3, *(width * 2**scale for scale in range(scales))]
-        self.down = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(before, after, 3, stride=2, padding=1),
-                nn.ReLU(),
-                nn.Conv2d(after, after, 3, padding=1),
-                nn.ReLU(),
-            )
-            for before, after in itertools.pairwise(sizes)
-        )
-        self.across = nn.ModuleList(nn.Conv2d(size, joined, 1) for size in sizes[1:])
-        self.smooth = nn.ModuleList(nn.Conv2d(joined, joined, 3, padding=1) for _ in range(scales))
-        self.head = nn.Linear(scales * joined, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        seen = []
-        for down in self.down:
-            x = down(x)
-            seen.append(x)
-        told: list[torch.Tensor] = []
-        above: torch.Tensor | None = None
-        for found, across, smooth in zip(seen[::-1], self.across[::-1], self.smooth, strict=True):
-            here = across(found)
-            above = here if above is None else here + F.interpolate(above, scale_factor=2.0)
-            told.append(smooth(above).mean((2, 3)))
-        return self.head(torch.cat(told, 1))
-
-
-def large_images(generator: torch.Generator) -> TensorDataset:
-    return TensorDataset(
-        torch.randn(256, 3, 64, 64, generator=generator), torch.randint(10, (256,), generator=generator)
-    )
-
-
 JOBS = {
     "latents": lambda: make(
         functools.partial(Latents, 32, 32, 128, 4, 4),
@@ -159,7 +115,6 @@ JOBS = {
         adamw,
         16,
     ),
-    "pyramid": lambda: make(functools.partial(Pyramid, 24, 48, 4), large_images, class_loss, sgd, 16),
 }
 if options.model not in JOBS:
     raise paceline.OptionError(f"option model={options.model!r}", next_step=f"use one of: {', '.join(JOBS)}")

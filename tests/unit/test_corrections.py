@@ -9,6 +9,7 @@ from paceline.plan.corrections import corrected
 from paceline.plan.forecast import Forecaster
 from paceline.plan.places import Places
 from paceline.plan.profile import Correction, Tried
+from paceline.plan.unexplained import Unexplained
 from paceline.plan.ways import corrections_of
 from paceline.records import Layout
 
@@ -429,3 +430,21 @@ def test_what_was_tried_is_forecast_as_it_was_found_and_what_lies_between_on_a_l
     assert told.forecast(between).step_s == pytest.approx(without_s + line_s)
     # Corrected again nothing changes.
     assert corrected(found, cluster, found.tried) == found
+
+
+@pytest.mark.parametrize(
+    ("cuts", "rest_s", "on_a_line"),
+    [
+        ({2: 3, 4: 3, 8: 3}, 0.02, True),
+        ({2: 3, 4: 3, 8: 5}, 0.01, False),
+        ({2: 5, 4: 3, 8: 3}, 0.04, False),
+        ({2: 5, 4: 4, 8: 3}, 0.02, False),
+    ],
+)
+def test_between_two_pipelines_a_third_is_like_the_one_that_is_cut_as_it_is(cuts, rest_s, on_a_line):
+    few, between, many = (Layout(pp=2, micro=micro) for micro in (2, 4, 8))
+    tried = Tried(layout=few, step_s=1.0, rest_s=0.01), Tried(layout=many, step_s=1.0, rest_s=0.04)
+    made, cluster = profile().model_copy(update={"tried": tried}), linked()
+    found = Unexplained(made, cluster, Places(cluster), lambda layout: (0, cuts[layout.micro], 6))
+    assert found.corrected_s(between, 1.0) == pytest.approx(1.0 + rest_s)
+    assert (found.neighbours(between) is not None) == on_a_line

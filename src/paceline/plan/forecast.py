@@ -78,7 +78,7 @@ class Forecaster:
         self._held: dict[Any, list[tuple[Memory, Memory]]] = {}
         self._places = Places(linked)
         self._pipelines = Pipelines(profile, self._places)
-        self._unexplained = Unexplained(profile, linked, self._places)
+        self._unexplained = Unexplained(profile, linked, self._places, self._cutting.of)
         self._costs: dict[Any, Costs] = {}
 
     def forecast(self, layout: Layout, *, apart: bool = True) -> Forecast:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from paceline.plan.cutting import Cuts
 from paceline.plan.places import Places
 from paceline.plan.profile import GATHERED, PIPELINE, TENSOR, Correction, LinkedCluster, Profile
 from paceline.plan.schedules import SCHEDULES
@@ -38,8 +39,14 @@ class Neighbours:
 class Unexplained:
     """What is added to the forecasts of one job on one cluster."""
 
-    def __init__(self, profile: Profile, linked: LinkedCluster, places: Places) -> None:
-        self._profile, self._linked, self._places = profile, linked, places
+    def __init__(
+        self, profile: Profile, linked: LinkedCluster, places: Places, cuts_of: Callable[[Layout], Cuts]
+    ) -> None:
+        """
+        Args:
+            cuts_of: where a pipeline is cut.
+        """
+        self._profile, self._linked, self._places, self._cuts_of = profile, linked, places, cuts_of
         self._tried_s = {one.layout: one.step_s for one in profile.tried}
         self._rest_s = {one.layout: one.rest_s for one in profile.tried}
         self._most_micro: dict[Any, int] = {}
@@ -88,11 +95,15 @@ class Unexplained:
         return max(step_s + more_s + self._left_s(layout), least_s)
 
     def _left_s(self, layout: Layout) -> float:
-        """What corrections leave of this layout, if it was tried; between two that were, on a straight line."""
-        between = self.neighbours(layout)
+        """What corrections leave of this layout, if it was tried; between two that were, on a straight line; or as of
+        the one of them that is cut as it is."""
+        between = self._between(layout)
         if between is None:
             return self._rest_s.get(layout, 0.0)
         few_s, many_s = self._rest_s[between.few], self._rest_s[between.many]
+        is_few, is_many = (self._cuts_of(x) == self._cuts_of(layout) for x in (between.few, between.many))
+        if is_few != is_many:
+            return few_s if is_few else many_s
         return few_s + (many_s - few_s) * between.share
 
     def actions_s(self, layout: Layout) -> tuple[float, float]:
@@ -106,7 +117,14 @@ class Unexplained:
         return action_s, weight_s * SCHEDULES[layout.schedule].in_parts
 
     def neighbours(self, layout: Layout) -> Neighbours | None:
-        """None where it was timed itself, or not both fewer and more micro-batches were."""
+        """None where it was timed itself, or not both fewer and more micro-batches were, or not all are cut alike."""
+        between = self._between(layout)
+        if between is None or len({self._cuts_of(x) for x in (layout, between.few, between.many)}) > 1:
+            return None
+        return between
+
+    def _between(self, layout: Layout) -> Neighbours | None:
+        """The same, however they are cut."""
         if layout.pp == 1 or layout in self._tried_s:
             return None
         there = self._pipelines.get(layout.model_copy(update={"micro": 1}), ())
