@@ -7,10 +7,12 @@ from planning_examples import linked, profile
 
 from paceline.plan import search as search_module
 from paceline.plan.corrections import corrected
+from paceline.plan.curves import Curve
 from paceline.plan.explain import why_it_lost
 from paceline.plan.forecast import Forecaster
 from paceline.plan.profile import Tried
 from paceline.plan.search import search
+from paceline.plan.terms import Forecast
 from paceline.records import Layout
 
 ALONE, DATA = "threads=1", "dp_replicate=2,threads=1"
@@ -86,3 +88,44 @@ def test_where_nothing_was_tried_the_fastest_is_taken(monkeypatch):
     found = search(bare).fastest
     assert found[0].layout.splits_model
     assert found[0].step_s == min(forecast.step_s for forecast in found)
+
+
+@pytest.mark.parametrize("text", [ALONE, DATA])
+def test_without_a_pipeline_more_micro_batches_are_no_faster_than_fewer_that_were_tried(text):
+    """Small batches of blocks measured by themselves take less a sample here; whether four save more than two did, who
+    knows."""
+    made, cluster = profile((1.0,) * 4, tps=()), linked(1, 2)
+    curve = Curve.of({2: 1.8e-3, 4: 4e-3, 8: 9e-3, 16: 20e-3})
+    (costs,) = made.costs
+    slow = {"forward_s": curve, "backward_s": curve.scaled(2.0)}
+    blocks = tuple(block.model_copy(update=slow) for block in costs.blocks)
+    made = made.model_copy(update={"costs": (costs.model_copy(update={"blocks": blocks}),)})
+    one, two, four = (Layout.parse(f"{text},micro={micro}") for micro in (1, 2, 4))
+    bare = Forecaster(made, cluster)
+    once_s, twice_s, often_s = (bare.forecast(layout).step_s for layout in (one, two, four))
+    assert often_s < 0.95 * twice_s < twice_s < once_s
+    tried = [Tried(layout=one, step_s=once_s), Tried(layout=two, step_s=twice_s)]
+    told = Forecaster(corrected(made, cluster, tried), cluster).forecast(four)
+    assert told.step_s == pytest.approx(twice_s)
+    assert sum(told.terms.to_json().values()) == pytest.approx(twice_s)
+
+
+@pytest.mark.parametrize(("share", "is_taken"), [(0.9, True), (0.96, True), (0.98, False), (1.02, False)])
+@pytest.mark.parametrize("workers", [None, 2])
+def test_what_was_tried_is_taken_before_what_was_not_while_it_is_level(monkeypatch, share, is_taken, workers):
+    told = forecaster(dict.fromkeys((PIPELINE, SPLIT), 0.1))
+    between = Layout.parse(PIPELINE.replace("micro=2", "micro=4"))
+    itself = told.forecast
+
+    def forecast(layout: Layout, **how: bool) -> Forecast:
+        found = itself(layout, **how)
+        if layout != between:
+            return found
+        more_s = found.terms.unexplained_s + 0.1 * share - found.step_s
+        return found.model_copy(update={"terms": found.terms.model_copy(update={"unexplained_s": more_s})})
+
+    monkeypatch.setattr(told, "forecast", forecast)
+    monkeypatch.setattr(told, "least_s", lambda layout: 0.0)
+    first = search(told, number=1, workers=workers).fastest[0].layout
+    assert (first == between) == is_taken
+    assert is_taken or first in {Layout.parse(PIPELINE), Layout.parse(SPLIT)}

@@ -14,6 +14,7 @@ from paceline.launch.spec import MEASURED_FILES, RunSpec
 from paceline.load import LoadedJob
 from paceline.measure import store
 from paceline.measure.machine import versions
+from paceline.plan.cutting import REVISION
 from paceline.plan.hardware import HARDWARE_FILE
 from paceline.plan.profile import MOST_SPREAD, LinkedCluster, Profile
 from paceline.records import Cluster, Record
@@ -88,6 +89,7 @@ class Measuring:
             self._datasets.matmul.library,
             # Fields that came since are missing in what was kept before.
             [record.model_json_schema() for record in (Profile, LinkedCluster)],
+            REVISION,
         )
         return store.key_of(loaded.path, loaded.options, *about)
 

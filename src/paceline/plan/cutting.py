@@ -16,6 +16,8 @@ from paceline.records import Layout
 if TYPE_CHECKING:
     from paceline.plan.forecast import Forecaster
 
+REVISION = 2
+"""Of how pipelines are cut: what was tried while a job was measured was cut so."""
 Cuts = tuple[int, ...]
 """Of each stage its first piece, and their number. What follows the last piece, as the loss, is none of its own."""
 

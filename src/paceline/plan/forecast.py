@@ -102,7 +102,8 @@ class Forecaster:
         if neighbours is not None:
             step_s = min(step_s, neighbours.chord_s(lambda one: self.forecast(one).step_s))
         if not self._unexplained.was_tried(layout):
-            step_s = max(step_s, self._one_after_the_other_s(layout, terms.optimizer_s))
+            one_by_one_s = self._one_after_the_other_s(layout, terms.optimizer_s)
+            step_s = max(step_s, one_by_one_s, self._unexplained.least_s(layout))
         terms = terms.model_copy(update={"unexplained_s": step_s - terms.step_s})
         return Forecast(
             layout=layout,

@@ -148,9 +148,11 @@ def _plainer(profile: Profile, layout: Layout, workers: int | None) -> Iterator[
     """What does the same with less: layouts that are as plain as each other, the plainest first.
 
     Whatever splits the model or shards its state, one process, and plain data parallelism over as many workers; the
-    same with less of the state sharded; without a pipeline, the same in fewer micro-batches.
+    same with less of the state sharded; without a pipeline, the same in fewer micro-batches. And what was tried in
+    place of what was not.
     """
     in_parts = range(1, layout.micro if layout.pp == 1 else 1)
+    tried = [one.layout for one in profile.tried if workers in (None, one.layout.workers)]
     if profile.tried:
         if layout.splits_model:
             alone = [Layout(threads=costs.threads) for costs in profile.costs] if workers is None else []
@@ -163,6 +165,8 @@ def _plainer(profile: Profile, layout: Layout, workers: int | None) -> Iterator[
                 yield [layout.model_copy(update={**update, "micro": micro})]
     for micro in in_parts:
         yield [layout.model_copy(update={"micro": micro})]
+    if layout not in tried:
+        yield tried
 
 
 def layouts(forecaster: Forecaster, workers: int | None = None) -> Iterator[Layout]:

@@ -106,6 +106,14 @@ class Unexplained:
             return few_s if is_few else many_s
         return few_s + (many_s - few_s) * between.share
 
+    def least_s(self, layout: Layout) -> float:
+        """What a layout without a pipeline takes at least that was not tried: as long as in fewer micro-batches, which
+        were. What small batches seem to take less by themselves is noise, or what blocks leave in caches."""
+        if layout.pp > 1 or layout in self._tried_s:
+            return 0.0
+        fewer = (layout.model_copy(update={"micro": micro}) for micro in range(1, layout.micro))
+        return min((self._tried_s[one] for one in fewer if one in self._tried_s), default=0.0)
+
     def actions_s(self, layout: Layout) -> tuple[float, float]:
         """What actions of a pipeline take beside their blocks, on the device that was measured: forward and backward
         passes, and gradients of weights where these are actions of their own."""
