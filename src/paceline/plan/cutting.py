@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from paceline.plan.cuts import partition, partitions, uneven
+from paceline.plan.cuts import partitions, uneven
 from paceline.plan.room import room_bytes
 from paceline.records import Layout
 
@@ -53,9 +53,7 @@ class Cutting:
         fit = [cuts for cuts in ways if lacking[cuts] <= 0]
         if fit:
             return self.freely(layout) if len(fit) == len(ways) else self._quickest(layout, fit)
-        even = self._evenly(layout)
-        lacking[even] = self._lacking_bytes(layout, even)
-        return min(lacking, key=lambda cuts: lacking[cuts])
+        return min(ways, key=lambda cuts: lacking[cuts])
 
     def _ways_of(self, layout: Layout) -> list[Cuts]:
         """Whatever the links: the least of some sums, of which none grows with a faster link, does not either."""
@@ -74,16 +72,6 @@ class Cutting:
         if len(ways) == 1:
             return ways[0]
         return min(ways, key=lambda cuts: self._forecaster.bare_s(layout, cuts))
-
-    def _evenly(self, layout: Layout) -> Cuts:
-        """So that the largest stage is smallest: in parameters, gradients, state, and what is kept of micro-batches."""
-        stored, state = min(layout.micro, layout.pp), self._forecaster.profile.state_per_byte
-        sizes = [
-            piece.parameter_bytes + piece.trained_bytes * (1 + state) + piece.saved_bytes * stored
-            for piece in self._forecaster.row(layout)
-        ]
-        number = len(self._forecaster.speeds_of_stages(layout))
-        return tuple(partition(self._of_pieces(layout, sizes), number))
 
     def _of_pieces(self, layout: Layout, of_blocks: Sequence[float]) -> list[float]:
         """With what follows the last piece as a part of that."""
