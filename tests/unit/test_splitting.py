@@ -163,13 +163,18 @@ def test_a_model_that_is_cut_again_is_not_timed_again():
     assert number == timed + 1
 
 
+def stage_of_each(by: CutBy) -> list[int]:
+    """Of six equal layers over two workers."""
+    model = nn.Sequential(*(nn.Linear(40, 40) for _ in range(6)))
+    calls = PieceCalls(model, find_pieces(model))
+    run = lambda: model(torch.randn(30, 40))  # noqa: E731
+    stages, _ = find_stages(Group.alone(CPU), model, calls, run, [0, 1], by)
+    return list(stages.calls.values())
+
+
 def test_a_faster_worker_gets_more_of_the_model():
     def cut(*speeds: float) -> list[int]:
-        model = nn.Sequential(*(nn.Linear(40, 40) for _ in range(6)))
-        calls = PieceCalls(model, find_pieces(model))
-        run = lambda: model(torch.randn(30, 40))  # noqa: E731
-        stages, _ = find_stages(Group.alone(CPU), model, calls, run, [0, 1], CutBy(room=1e9, speeds=speeds))
-        return list(stages.calls.values())
+        return stage_of_each(CutBy(room=1e9, speeds=speeds))
 
     assert cut() == cut(1.0, 0.9) == [0, 0, 0, 1, 1, 1]
     assert cut(1.0, 0.5) == [0, 0, 0, 0, 1, 1]
@@ -178,11 +183,7 @@ def test_a_faster_worker_gets_more_of_the_model():
 
 def test_a_model_is_cut_where_its_forecast_has_it_if_that_is_of_its_pieces():
     def cut(*cuts: int) -> list[int]:
-        model = nn.Sequential(*(nn.Linear(40, 40) for _ in range(6)))
-        calls = PieceCalls(model, find_pieces(model))
-        run = lambda: model(torch.randn(30, 40))  # noqa: E731
-        stages, _ = find_stages(Group.alone(CPU), model, calls, run, [0, 1], CutBy(room=1e9, cuts=cuts))
-        return list(stages.calls.values())
+        return stage_of_each(CutBy(room=1e9, cuts=cuts))
 
     assert cut(0, 1, 6) == [0, 1, 1, 1, 1, 1]
     assert cut(0, 5, 6) == [0, 0, 0, 0, 0, 1]

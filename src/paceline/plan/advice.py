@@ -128,9 +128,8 @@ def _forecast_changes(forecaster: Forecaster, found: Found, memory_bytes: int | 
     best = found.fastest[0]
     for case in _cases(profile, linked, found, memory_bytes):
         try:
-            memory_bytes = case.memory_bytes
-            forecaster = Forecaster(case.profile, case.linked, memory_bytes=memory_bytes)
-            (then,) = search(forecaster, number=1, memory_bytes=memory_bytes).fastest
+            changed = Forecaster(case.profile, case.linked, memory_bytes=case.memory_bytes)
+            (then,) = search(changed, number=1, memory_bytes=case.memory_bytes).fastest
         except LayoutError:
             continue  # such as a batch that does not fit
         yield Change(what=case.what, factor=then.samples_per_s / best.samples_per_s, layout=then.layout)
