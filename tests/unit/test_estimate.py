@@ -266,6 +266,7 @@ def test_a_faster_link_of_one_host_makes_nothing_slower(within, between, at, whi
     )
     for layout in list(layouts(slow))[::12]:
         assert fast.forecast(layout).step_s <= slow.forecast(layout).step_s * (1 + 1e-9), layout
+        assert fast.floor_s(layout) <= fast.least_s(layout) * (1 + 1e-9)
         assert fast.least_s(layout) <= fast.forecast(layout).step_s * (1 + 1e-9)
 
 

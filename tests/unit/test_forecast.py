@@ -326,7 +326,9 @@ def test_terms_add_up_and_no_bound_is_above_its_forecast(seed):
         assert all(part >= -1e-12 for part in parts), (layout, found.terms)
         assert sum(parts) == pytest.approx(found.step_s)
         assert found.memory.total == sum(getattr(found.memory, name) for name in Memory.model_fields)
-        assert forecaster.least_s(layout) <= found.step_s * (1 + 1e-9), layout
+        least_s = forecaster.least_s(layout)
+        assert forecaster.floor_s(layout) <= least_s * (1 + 1e-9), layout
+        assert least_s <= found.step_s * (1 + 1e-9), layout
 
 
 @pytest.mark.parametrize("seed", SEEDS)

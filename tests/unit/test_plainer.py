@@ -125,7 +125,8 @@ def test_what_was_tried_is_taken_before_what_was_not_while_it_is_level(monkeypat
         return found.model_copy(update={"terms": found.terms.model_copy(update={"unexplained_s": more_s})})
 
     monkeypatch.setattr(told, "forecast", forecast)
-    monkeypatch.setattr(told, "least_s", lambda layout: 0.0)
+    for bound in ("floor_s", "least_s"):
+        monkeypatch.setattr(told, bound, lambda layout: 0.0)
     first = search(told, number=1, workers=workers).fastest[0].layout
     assert (first == between) == is_taken
     assert is_taken or first in {Layout.parse(PIPELINE), Layout.parse(SPLIT)}

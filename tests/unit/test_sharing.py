@@ -170,7 +170,9 @@ def test_the_search_finds_the_fastest_of_all_and_timelines_end_with_their_foreca
     some = drawn.sample(every, min(40, len(every)))
     assert any(map(forecaster.sharing_of, every)) == (job.slowdown(job.costs[1], 8.0) >= 1.3)
     for layout in every:
-        assert forecaster.least_s(layout) <= forecaster.forecast(layout).step_s * (1 + 1e-12), layout
+        least_s = forecaster.least_s(layout)
+        assert forecaster.floor_s(layout) <= least_s * (1 + 1e-12), layout
+        assert least_s <= forecaster.forecast(layout).step_s * (1 + 1e-12), layout
     best_s = min(forecaster.forecast(layout).step_s for layout in every)
     assert search(forecaster).fastest[0].step_s == pytest.approx(best_s)
     for layout in some:

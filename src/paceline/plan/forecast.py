@@ -80,6 +80,8 @@ class Forecaster:
         self._pipelines = Pipelines(profile, self._places)
         self._unexplained = Unexplained(profile, linked, self._places, self._cutting.of)
         self._costs: dict[Any, Costs] = {}
+        self._rows_s: dict[Any, float] = {}
+        """Of all blocks, one after the other, in one micro-batch."""
 
     def forecast(self, layout: Layout, *, apart: bool = True) -> Forecast:
         """The forecast of a layout.
@@ -150,6 +152,27 @@ class Forecaster:
         neighbours = self._unexplained.neighbours(layout)
         return least_s if neighbours is None else min(least_s, neighbours.chord_s(self.least_s))
 
+    def floor_s(self, layout: Layout) -> float:
+        """No more than `least_s`, and found without cutting the model, nor looking at what is exchanged.
+
+        Somebody computes its share of all blocks in all micro-batches. Where nobody can begin before the stages before
+        its own, nor end before they have, with the shares of that which take least: where `x` of a micro-batch is one
+        worker's and `P` is before it, `P + micro · x` is no more than the whole, so that what is left of the whole
+        falls by a `micro`-th at most with each worker.
+        """
+        speeds = self._places.speeds_along(layout)
+        key = self.kind_of_row(layout), max(speeds)
+        if key not in self._rows_s:
+            self._rows_s[key] = sum(block.busy_s for block in self.row(layout, max(speeds)))
+        share, schedule = layout.micro / layout.pp, SCHEDULES[layout.schedule]
+        if layout.pp > 1 and not schedule.in_parts and schedule.default_stages == 1:
+            share = 1 / (1 - (1 - 1 / layout.micro) ** layout.pp)
+        sharing = self.sharing_of(layout)
+        floor_s = self._rows_s[key] * share / (1.0 if sharing is None else sharing.rates[0])
+        floor_s = self._unexplained.corrected_s(layout, floor_s)
+        neighbours = self._unexplained.between(layout)
+        return floor_s if neighbours is None else min(floor_s, neighbours.chord_s(self.floor_s))
+
     def _heaviest(self, layout: Layout, stages: Sequence[Stage]) -> tuple[list[Stage], float]:
         """The stages of the worker that has most parameters to update for its speed, and that."""
         mine_of = stages_of_workers(layout.schedule, layout.pp, layout.stages)
@@ -162,10 +185,12 @@ class Forecaster:
         if layout.pp == 1:
             return layout.micro * stages[0].busy_s
         sends = self._pipelines.sending(layout, stages)
+        in_parts = SCHEDULES[layout.schedule].in_parts
         each_s = [*(hop.there_s for hop in sends.hops), 0.0]
+        backward_s = [s.input_s + (0.0 if in_parts else s.weight_s) for s in stages]
         there_s, back_s = (
             [0.0, *itertools.accumulate(s + hop_s for s, hop_s in zip(own_s, each_s, strict=True))]
-            for own_s in ([s.forward_s for s in stages], [s.input_s for s in stages])
+            for own_s in ([s.forward_s for s in stages], backward_s)
         )
         least_s = 0.0
         for mine in stages_of_workers(layout.schedule, layout.pp, layout.stages):
@@ -173,7 +198,7 @@ class Forecaster:
             weights_s = layout.micro * sum(stages[s].weight_s for s in mine)
             others_s = layout.micro * sum(stages[s].forward_s + stages[s].input_s for s in mine)
             # The gradients of weights may be computed while those of the inputs go back.
-            hidden_s = min(back_s[first], weights_s) if SCHEDULES[layout.schedule].in_parts else 0.0
+            hidden_s = min(back_s[first], weights_s) if in_parts else 0.0
             least_s = max(least_s, there_s[first] + others_s + weights_s + back_s[first] - hidden_s)
         sharing = self.sharing_of(layout)
         # All might compute as fast as one by itself.

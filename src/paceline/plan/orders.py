@@ -31,5 +31,4 @@ def workers_of_stages(schedule: str, pp: int, stages: int | None) -> tuple[int, 
 @functools.cache
 def peak_stored(schedule: str, pp: int, micro: int, stages: int | None) -> tuple[int, ...]:
     """`Timeline.peak_stored` of a schedule, which does not depend on what its actions take."""
-    made = make_schedule(schedule, pp, micro, stages)
-    return tuple(peak_of(made.actions(worker)) for worker in range(pp))
+    return tuple(map(peak_of, orders(schedule, pp, micro, stages)[0]))

@@ -1,13 +1,15 @@
 """The fastest layouts of a job on a cluster, found without forecasting all of them.
 
-Exact: what is left out cannot be faster than what is found. Each layout has a bound that is found quickly
-(`Forecaster.least_s`); they are forecast in its order, until the bound itself is slower than what is wanted.
+Exact: what is left out cannot be faster than what is found. Each layout has a bound that is found at once
+(`Forecaster.floor_s`), and in the order of these a closer one (`Forecaster.least_s`); in the order of those they are
+forecast, until the bound itself is slower than what is wanted.
 """
 
 from __future__ import annotations
 
 import bisect
 import dataclasses
+import heapq
 from collections.abc import Iterator
 
 from paceline.errors import LayoutError
@@ -81,13 +83,18 @@ def search(
             f"{len(forecaster.profile.costs[0].model)} blocks of the model cannot be divided so",
             next_step="use another number of workers, or another batch size",
         )
-    bounded = sorted((forecaster.least_s(layout), index) for index, layout in enumerate(possible))
+    bounded = [(forecaster.floor_s(layout), False, index) for index, layout in enumerate(possible)]
+    heapq.heapify(bounded)
     fastest: list[tuple[float, str, Forecast]] = []
     smallest: Refused | None = None
     num_forecast = 0
-    for least_s, index in bounded:
+    while bounded:
+        least_s, is_close, index = heapq.heappop(bounded)
         if len(fastest) >= number and least_s > fastest[number - 1][0]:
             break
+        if not is_close:
+            heapq.heappush(bounded, (forecaster.least_s(possible[index]), True, index))
+            continue
         fit: list[tuple[float, str, Forecast]] = []
         for layout in _recomputing(possible[index]):
             num_forecast += 1

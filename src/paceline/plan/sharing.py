@@ -88,12 +88,13 @@ def simulate_sharing(
     orders = [schedule.actions(worker) for worker in range(schedule.pp)]
     worker_of = [schedule.worker_of(stage) for stage in range(schedule.num_stages)]
     costs_s = [s for of_stage in zip(forward_s, input_s, weight_s, strict=True) for s in of_stage]
-    played = play_sharing(list(map(coded, orders)), worker_of, schedule.num_micro, costs_s, hops, sharing)
+    in_numbers = list(map(coded, orders))
+    played = play_sharing(in_numbers, worker_of, schedule.num_micro, costs_s, hops, sharing)
     spans = (
         tuple(Span(action, *span) for action, span in zip(order, mine, strict=True))
         for order, mine in zip(orders, played, strict=True)
     )
-    return Timeline(tuple(spans), tuple(map(peak_of, orders)))
+    return Timeline(tuple(spans), tuple(map(peak_of, in_numbers)))
 
 
 class _Play:

@@ -108,7 +108,7 @@ def simulate(
                 way_free_s[way] = sent_s + hops[cut].busy_s
                 there_s[result] = sent_s + hops[cut].there_s
         spans[worker].append(Span(action, begin_s, end_s))
-    return Timeline(tuple(map(tuple, spans)), tuple(peak_of(order) for order in orders))
+    return Timeline(tuple(map(tuple, spans)), tuple(peak_of(coded(order)) for order in orders))
 
 
 def makespan_s(
@@ -192,6 +192,8 @@ def makespan_s(
 
 Coded = tuple[int, int, int]
 """Kind, stage and micro-batch of an action. Kinds: 0 `F`, 1 `I`, 2 `W`, 3 `B`."""
+_STORES = (1, 0, -1, -1)
+"""By how many pairs of a stage and a micro-batch each kind changes what its worker holds."""
 
 
 def coded(order: Sequence[Action]) -> list[Coded]:
@@ -199,10 +201,10 @@ def coded(order: Sequence[Action]) -> list[Coded]:
     return [("FIWB".index(action.kind), action.stage, action.micro) for action in order]
 
 
-def peak_of(order: Sequence[Action]) -> int:
+def peak_of(order: Sequence[Coded]) -> int:
     """The largest number of (stage, micro-batch) pairs that a worker holds who works in this order."""
     stored = peak = 0
-    for action in order:
-        stored += (action.kind == "F") - (action.kind in "BW")
+    for kind, _, _ in order:
+        stored += _STORES[kind]
         peak = max(peak, stored)
     return peak

@@ -97,7 +97,7 @@ class Unexplained:
     def _left_s(self, layout: Layout) -> float:
         """What corrections leave of this layout, if it was tried; between two that were, on a straight line; or as of
         the one of them that is cut as it is."""
-        between = self._between(layout)
+        between = self.between(layout)
         if between is None:
             return self._rest_s.get(layout, 0.0)
         few_s, many_s = self._rest_s[between.few], self._rest_s[between.many]
@@ -126,14 +126,14 @@ class Unexplained:
 
     def neighbours(self, layout: Layout) -> Neighbours | None:
         """None where it was timed itself, or not both fewer and more micro-batches were, or not all are cut alike."""
-        between = self._between(layout)
+        between = self.between(layout)
         if between is None or len({self._cuts_of(x) for x in (layout, between.few, between.many)}) > 1:
             return None
         return between
 
-    def _between(self, layout: Layout) -> Neighbours | None:
+    def between(self, layout: Layout) -> Neighbours | None:
         """The same, however they are cut."""
-        if layout.pp == 1 or layout in self._tried_s:
+        if layout.pp == 1 or not self._pipelines or layout in self._tried_s:
             return None
         there = self._pipelines.get(layout.model_copy(update={"micro": 1}), ())
         few = max((x for x in there if x.micro < layout.micro), key=_micro, default=None)
