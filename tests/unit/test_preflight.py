@@ -20,6 +20,7 @@ from paceline.errors import (
 from paceline.launch.local import free_port
 from paceline.launch.preflight import preflight
 from paceline.launch.spec import RunSpec
+from paceline.train.target import Length
 
 TOY = str(Path(__file__).parents[1] / "toy.py")
 
@@ -121,3 +122,8 @@ def test_no_length(tmp_path):
     path.write_text(text)
     with pytest.raises(RunError, match="the training has no length"):
         preflight(RunSpec(job_file=str(path), out=""), "cpu", 2)
+    for purpose in ("verify", "plan", "measure"):
+        spec = RunSpec(purpose=purpose, job_file=str(path), out="")
+        loaded = preflight(spec, "cpu", 2)
+        assert spec.length(loaded.job, 7) == Length(7, 1)
+        assert spec.model_copy(update={"steps": 3}).length(loaded.job, 7) == Length(3, None)

@@ -163,13 +163,17 @@ def test_a_model_that_is_cut_again_is_not_timed_again():
     assert number == timed + 1
 
 
-def stage_of_each(by: CutBy) -> list[int]:
-    """Of six equal layers over two workers."""
+def cut_of_six(by: CutBy) -> tuple[list[int], str]:
+    """Of six equal layers over two workers: the stage of each, and why they are cut so."""
     model = nn.Sequential(*(nn.Linear(40, 40) for _ in range(6)))
     calls = PieceCalls(model, find_pieces(model))
     run = lambda: model(torch.randn(30, 40))  # noqa: E731
-    stages, _ = find_stages(Group.alone(CPU), model, calls, run, [0, 1], by)
-    return list(stages.calls.values())
+    stages, why = find_stages(Group.alone(CPU), model, calls, run, [0, 1], by)
+    return list(stages.calls.values()), why
+
+
+def stage_of_each(by: CutBy) -> list[int]:
+    return cut_of_six(by)[0]
 
 
 def test_a_faster_worker_gets_more_of_the_model():
@@ -182,12 +186,23 @@ def test_a_faster_worker_gets_more_of_the_model():
 
 
 def test_a_model_is_cut_where_its_forecast_has_it_if_that_is_of_its_pieces():
-    def cut(*cuts: int) -> list[int]:
-        return stage_of_each(CutBy(room=1e9, cuts=cuts))
+    def cut(*cuts: int) -> tuple[list[int], str]:
+        return cut_of_six(CutBy(room=1e9, cuts=cuts))
 
-    assert cut(0, 1, 6) == [0, 1, 1, 1, 1, 1]
-    assert cut(0, 5, 6) == [0, 0, 0, 0, 0, 1]
-    assert cut(0, 1, 7) == cut(0, 1, 2, 6) == cut() == [0, 0, 0, 1, 1, 1]
+    assert cut(0, 1, 6) == ([0, 1, 1, 1, 1, 1], "")
+    assert cut(0, 5, 6) == ([0, 0, 0, 0, 0, 1], "")
+    assert cut() == ([0, 0, 0, 1, 1, 1], "")
+    for cuts in ((0, 1, 7), (0, 1, 2, 6)):
+        stages, why = cut(*cuts)
+        assert stages == cut()[0]
+        assert why.startswith("Stages were not cut as planned: the model calls 6 pieces, and")
+
+
+def test_where_the_planner_has_cut_the_model_nothing_is_timed():
+    def timed() -> None:
+        raise AssertionError("a batch as large as a micro-batch was run")
+
+    assert cut_of_six(CutBy(timed, cuts=(0, 2, 6))) == ([0, 0, 1, 1, 1, 1], "")
 
 
 @given(st.data())
@@ -238,7 +253,7 @@ def test_where_small_batches_cannot_be_put_together_a_small_one_is_timed_and_the
 
     stages, why = find(large)
     assert stages.num_stages == 2
-    assert why == "the model does not take small ones put together: RuntimeError: shape mismatch"
+    assert why.endswith("the model does not take small ones put together: RuntimeError: shape mismatch.")
     for run in (None, lambda: model(torch.randn(8, 4))):
         assert find(run)[1] == ""
 

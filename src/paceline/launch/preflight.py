@@ -25,7 +25,7 @@ from paceline.train.precision import check_precision
 from paceline.train.replica import Replica
 from paceline.train.room import MEASURING_BYTES, TRAINING_BYTES, why_no_room
 from paceline.train.session import Datasets
-from paceline.train.target import Target, plan_length
+from paceline.train.target import Target
 
 
 def preflight(spec: RunSpec, device: str, max_workers: int) -> LoadedJob:
@@ -56,7 +56,7 @@ def preflight(spec: RunSpec, device: str, max_workers: int) -> LoadedJob:
     datasets = Datasets(job, spec.seed)
     dataset = _build(datasets, "train")
     per_epoch = num_batches(dataset, job.batch_size)
-    planned = plan_length(job, steps=spec.steps, epochs=spec.epochs, batches_per_epoch=per_epoch)
+    planned = spec.length(job, per_epoch)
     num_samples(_build(datasets, "test"), "test")
     if device == "cpu" and not _why_no_trial(spec, job, device):
         _try_step(loaded, datasets, spec.seed, planned.steps)

@@ -7,8 +7,10 @@ import os
 from pathlib import Path
 from typing import Literal
 
+from paceline.job import Job
 from paceline.plan.kept import CLUSTER_FILE, PROFILE_FILE
 from paceline.records import Record
+from paceline.train.target import Length, plan_length
 
 AUTO = "auto"
 MEASURED_FILES = (PROFILE_FILE, CLUSTER_FILE)
@@ -51,6 +53,17 @@ class RunSpec(Record):
     @property
     def directory(self) -> Path:
         return Path(self.out)
+
+    def length(self, job: Job, batches_per_epoch: int | None) -> Length:
+        """How long the run is; one that does not train, and whose job does not say, is an epoch long.
+
+        Raises:
+            RunError: as of `plan_length`.
+        """
+        epochs = self.epochs
+        if self.purpose != "train" and not any((self.steps, epochs, job.steps, job.epochs)):
+            epochs = 1
+        return plan_length(job, steps=self.steps, epochs=epochs, batches_per_epoch=batches_per_epoch)
 
     def write(self) -> Path:
         """Write `run.json` into the run's directory."""

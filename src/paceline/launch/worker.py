@@ -42,7 +42,7 @@ from paceline.train.data import num_batches, num_samples
 from paceline.train.loop import TrainingLoop, save, showcase
 from paceline.train.proof import require
 from paceline.train.session import Datasets, Session
-from paceline.train.target import Length, Target, plan_length
+from paceline.train.target import Length, Target
 from paceline.train.watch import Watch
 
 _PR_SET_PDEATHSIG = 1
@@ -195,9 +195,8 @@ class Worker:
         for piece, why in session.left_whole.items():
             text = f"{piece} is not divided by tp, as it would not compute the same on parts ({why})."
             self._write("message", level="warning", text=text)
-        if session.why_timed_small:
-            text = f"Stages were cut by the times of a small batch, not a micro-batch's: {session.why_timed_small}."
-            self._write("message", level="warning", text=text)
+        if session.why_cut_so:
+            self._write("message", level="warning", text=session.why_cut_so)
         if session.why_not_shared:
             text = f"Every worker keeps all parameters and updates them all: {session.why_not_shared}."
             self._write("message", level="info", text=text)
@@ -222,9 +221,7 @@ class Worker:
 
     def _length(self, loaded: LoadedJob, datasets: Datasets) -> Length:
         per_epoch = num_batches(datasets["train"], loaded.job.batch_size)
-        return plan_length(
-            loaded.job, steps=self._spec.steps, epochs=self._spec.epochs, batches_per_epoch=per_epoch
-        )
+        return self._spec.length(loaded.job, per_epoch)
 
     def _plan(self, job: Job, world: World, cluster: Cluster, choosing: Choosing) -> Plan:
         spec = self._spec

@@ -220,7 +220,7 @@ class SplitModel:
             found = dataclasses.replace(found, tensor=split, left_whole=failed)
         if layout.pp > 1:
             stages, why = find_stages(group, self.model, self.calls, runs[0], workers, cut_by)
-            found = dataclasses.replace(found, stages=stages, why_timed_small=why)
+            found = dataclasses.replace(found, stages=stages, why_cut_so=why)
         return found
 
     def _holders(

@@ -45,8 +45,9 @@ class Found:
     left_whole: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Pieces that could have been divided and were not, and why."""
     stages: Stages | None = None
-    why_timed_small: str = ""
-    """Why stages were cut by the times of a small batch, where one of a micro-batch's size had been put together."""
+    why_cut_so: str = ""
+    """Why stages are not cut as planned, or by the times of a small batch where one of a micro-batch's size had been
+    put together: in a sentence."""
 
 
 def agree(group: Group, what: str, function: Callable[[], Any]) -> Any:
@@ -100,7 +101,8 @@ def find_stages(
     workers: Sequence[int],
     by: CutBy,
 ) -> tuple[Stages, str]:
-    """Where to cut the model, and why that was found out with a small batch, if it was. See `plan_stages`.
+    """Where to cut the model, and in a sentence why it is not as planned, or not by the times of a micro-batch, if that
+    was to be expected. See `plan_stages`.
 
     Args:
         small: a forward of a small batch; the model may not take one that is made of several.
@@ -108,11 +110,11 @@ def find_stages(
     """
     speeds = by.speeds_of(workers)
 
-    def plan(run: Run) -> dict[str, Any]:
+    def plan(run: Run) -> Stages:
         how: dict[str, Any] = {"room": by.room, "speeds": speeds, "cuts": by.cuts}
-        return plan_stages(model, calls, run, len(workers), **how).to_json()
+        return plan_stages(model, calls, run, len(workers), **how)
 
-    def find() -> tuple[dict[str, Any], str]:
+    def timed() -> tuple[Stages, str]:
         if by.timed is None:
             return plan(small), ""
         try:
@@ -121,10 +123,27 @@ def find_stages(
             raise
         except Exception as error:
             told = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-            return plan(small), f"the model does not take small ones put together: {told}"
+            why = "Stages were cut by the times of a small batch, not a micro-batch's: "
+            return plan(small), f"{why}the model does not take small ones put together: {told}."
 
-    stages, why_timed_small = agree(group, "the pipeline's stages", find)
-    return Stages.from_json(stages), why_timed_small
+    def find() -> tuple[dict[str, Any], str]:
+        if not by.cuts:
+            stages, why = timed()
+            return stages.to_json(), why
+        # Nothing has to be timed: of a small batch the model calls the same.
+        stages = plan(small)
+        if not by.is_kept_to(stages):
+            stages, _ = timed()
+        if by.is_kept_to(stages):
+            return stages.to_json(), ""
+        why = (
+            f"Stages were not cut as planned: the model calls {len(stages.calls)} pieces, and {by.cuts[-1]} were "
+            "measured. Measure the job again."
+        )
+        return stages.to_json(), why
+
+    stages, why_cut_so = agree(group, "the pipeline's stages", find)
+    return Stages.from_json(stages), why_cut_so
 
 
 def find_tensor_split(

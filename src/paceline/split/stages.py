@@ -1,11 +1,11 @@
 """Cutting a model into pipeline stages: which piece is computed where.
 
-The model's forward runs, whole, on as many samples as a micro-batch has, and the row of its calls of pieces is cut as
-the planner has it. Where that knows nothing of the model each call is timed, in the order of the program, and the row
-is cut where the slowest stage is fastest, or hardly slower, if that sends less; where memory may be short, of those
-cuts in which no stage has over a tenth more parameters than it must. Workers on faster hosts get more of the row. A
-piece that is called several times may fall into several stages; each of them then has its parameters, as has each stage
-that reads a parameter between the pieces.
+The model's forward runs, whole, and the row of its calls of pieces is cut as the planner has it. Where that knows
+nothing of the model the forward has as many samples as a micro-batch, each call is timed, in the order of the program,
+and the row is cut where the slowest stage is fastest, or hardly slower, if that sends less; where memory may be short,
+of those cuts in which no stage has over a tenth more parameters than it must. Workers on faster hosts get more of the
+row. A piece that is called several times may fall into several stages; each of them then has its parameters, as has
+each stage that reads a parameter between the pieces.
 """
 
 from __future__ import annotations
@@ -70,6 +70,10 @@ class CutBy:
     """Of each worker of the pipeline; empty: all alike."""
     cuts: tuple[int, ...] = ()
     """Where each stage begins in the row of calls, and their number, as the planner cuts it; empty: it is not known."""
+
+    def is_kept_to(self, stages: Stages) -> bool:
+        """Whether these stages are the planner's: it knows as many calls as the model makes."""
+        return len(self.cuts) == stages.num_stages + 1 and self.cuts[-1] == len(stages.calls)
 
     def speeds_of(self, workers: Sequence[int]) -> tuple[float, ...]:
         """Of each stage, whose worker is given."""
@@ -207,7 +211,8 @@ def plan_stages(
     """Where to compute what, in `num_stages` stages of about equal time, and of about equal size where that is needed.
 
     Args:
-        run: one forward of the model, of as many samples as a micro-batch has: of few, small blocks seem large.
+        run: one forward of the model; without `cuts` of as many samples as a micro-batch has: of few, small blocks
+            seem large.
         room: as of `CutBy`.
         speeds: of who computes each stage; empty: all alike.
         cuts: as of `CutBy`; kept to if the model has as many calls: there is room for what is planned.

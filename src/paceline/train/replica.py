@@ -136,9 +136,9 @@ class Replica:
         return {} if self.found is None else dict(self.found.left_whole)
 
     @property
-    def why_timed_small(self) -> str:
-        """Why the pipeline's stages were cut by the times of a small batch; empty where they were not."""
-        return "" if self.found is None else self.found.why_timed_small
+    def why_cut_so(self) -> str:
+        """Why the pipeline's stages are not cut as was to be expected, in a sentence; empty where they are."""
+        return "" if self.found is None else self.found.why_cut_so
 
     @property
     def found(self) -> Found | None:

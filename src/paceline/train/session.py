@@ -166,9 +166,9 @@ class Session:
         return self._replica.left_whole
 
     @property
-    def why_timed_small(self) -> str:
-        """Why the pipeline's stages were cut by the times of a small batch; empty where they were not."""
-        return self._replica.why_timed_small
+    def why_cut_so(self) -> str:
+        """Why the pipeline's stages are not cut as was to be expected, in a sentence; empty where they are."""
+        return self._replica.why_cut_so
 
     @property
     def why_not_shared(self) -> str:
