@@ -83,11 +83,27 @@ def test_over_hosts_of_one_worker_each_few_divide_blocks(hosts, expected):
 @pytest.mark.parametrize("hosts", [2, 3, 4, 8])
 def test_of_many_hosts_of_one_worker_two_are_tried_by_themselves(hosts):
     layouts = [x for group in tried(*[1] * hosts, batch_size=96) for x in group if x.workers > 1]
-    assert {x.workers for x in layouts} == ({2, hosts} if hosts >= 4 else {hosts})
+    assert {x.workers for x in layouts} == {2: {2}, 3: {3}, 4: {2, 4}, 8: {2, 4, 8}}[hosts]
     for way in ("data", "sharded", "gathered", "pipeline"):
         of_all = [x for x in layouts if ways_of(x) == (way,) and x.workers == hosts]
         assert len({x.micro for x in of_all}) == 2
     assert not any(x.workers == 2 for group in tried(4, 4) for x in group)
+
+
+@pytest.mark.parametrize(
+    ("workers", "expected"), [((1,) * 8, 4), ((1,) * 20, 4), ((8,) * 4, 16), ((8,) * 8, 16), ((8,) * 128, 64)]
+)
+def test_some_between_few_and_many_workers_are_tried(workers, expected):
+    few, everyone = max(2, workers[0]), sum(workers)
+    layouts = [x for group in tried(*workers, batch_size=7680) for x in group if few < x.workers < everyone]
+    assert {x.workers for x in layouts} == {expected}
+    assert {(ways_of(x), x.micro) for x in layouts} == {(("data",), 1), (("data",), 2)}
+
+
+@pytest.mark.parametrize("workers", [(8,), (4, 4), (1, 1, 1, 1), (8, 8, 8)])
+def test_where_all_are_few_times_the_few_none_between_are_tried(workers):
+    sizes = {x.workers for group in tried(*workers, batch_size=96) for x in group}
+    assert sizes == {1, max(2, workers[0]), sum(workers)}
 
 
 def test_of_pipelines_beside_another_way_several_are_tried():

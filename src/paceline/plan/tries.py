@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from paceline.records import Cluster, Layout
@@ -11,7 +12,8 @@ _SEVERAL = 2
 _MOST_TIMES = 4
 """So many times as many micro-batches as stages the pipeline with most has."""
 _MANY = 4
-"""Workers, of which two are looked at by themselves."""
+"""Workers, of which two are looked at by themselves; and so many times as many as the few, of which some between are
+too."""
 
 
 def num_divided(cluster: Cluster) -> int:
@@ -27,7 +29,8 @@ def layouts_to_try(
     """Some of each way of splitting, and of ways combined, over the first host's workers and over all.
 
     Where hosts have one worker each, over two of four and more as well: what a way costs among all is not what it costs
-    among few.
+    among few. Where all are many times the few, plain data parallelism is also tried over a number of workers between
+    them: a speed-up curve bends there.
 
     Args:
         threads: of each worker, on CPUs.
@@ -45,6 +48,8 @@ def layouts_to_try(
         groups += _in_one_way(n, batch_size)
         if n == few and can_divide:
             groups.append((Layout(tp=n), Layout(tp=n, micro=_SEVERAL)))
+    if (some := _between(few, everyone)) is not None:
+        groups.append((Layout(dp_replicate=some), Layout(dp_replicate=some, micro=_SEVERAL)))
     if sizes:
         groups += _in_two_ways(here, everyone, few if can_divide else 1)
     found = []
@@ -55,6 +60,12 @@ def layouts_to_try(
         if fit:
             found.append(fit)
     return found
+
+
+def _between(few: int, everyone: int) -> int | None:
+    """So many times the few, by doubling, as all are times that, or the next smaller; None where there is none."""
+    doublings = int(math.log2(everyone / few)) // 2
+    return few << doublings if everyone >= _MANY * few else None
 
 
 def _alone(cluster: Cluster) -> list[Iterable[Layout]]:
