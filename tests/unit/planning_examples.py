@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import random
 
+from paceline.errors import LayoutError
+from paceline.plan.corrections import corrected
 from paceline.plan.curves import Curve
+from paceline.plan.forecast import Forecaster
 from paceline.plan.links import Link
-from paceline.plan.profile import Block, Costs, Division, LinkedCluster, Profile
+from paceline.plan.profile import Block, Costs, Division, LinkedCluster, Profile, Tried
+from paceline.plan.tries import layouts_to_try
 from paceline.records import Cluster, Host
 
 GIB = 1 << 30
@@ -115,6 +119,23 @@ def random_profile(random: random.Random) -> Profile:
     )
     sends = tuple(random.choice((1e4, 1e5, 2e6)) for _ in range(length))
     return sending(found, *sends) if random.random() < 0.5 else found
+
+
+def random_tried(random: random.Random, found: Profile, cluster: LinkedCluster) -> Profile:
+    """The profile with what layouts took that were tried: more than their forecasts, or less, each by a share of its
+    own."""
+    forecaster = Forecaster(found, cluster)
+    can_divide = any(block.divisions for block in found.costs[0].blocks)
+    every = layouts_to_try(found.batch_size, cluster.cluster, 1, can_divide=can_divide)
+    more = random.choice((1.0, 1.0, 1.3, 0.9))
+    tried = []
+    for layout in (layout for group in every for layout in group):
+        try:
+            step_s = forecaster.forecast(layout).step_s
+        except LayoutError:
+            continue
+        tried.append(Tried(layout=layout, step_s=step_s * more * random.uniform(0.8, 1.4)))
+    return corrected(found, cluster, tried)
 
 
 def sending(found: Profile, *crossing_bytes: float) -> Profile:

@@ -192,10 +192,13 @@ def test_a_model_is_cut_where_its_forecast_has_it_if_that_is_of_its_pieces():
     assert cut(0, 1, 6) == ([0, 1, 1, 1, 1, 1], "")
     assert cut(0, 5, 6) == ([0, 0, 0, 0, 0, 1], "")
     assert cut() == ([0, 0, 0, 1, 1, 1], "")
-    for cuts in ((0, 1, 7), (0, 1, 2, 6)):
+    for cuts, planned in (((0, 1, 7), "7 pieces into 2"), ((0, 1, 2, 6), "6 pieces into 3")):
         stages, why = cut(*cuts)
         assert stages == cut()[0]
-        assert why.startswith("Stages were not cut as planned: the model calls 6 pieces, and")
+        assert why == (
+            f"Stages were not cut as planned: the plan cuts {planned} stages, and the model calls 6, for 2. "
+            "Measure the job again."
+        )
 
 
 def test_where_the_planner_has_cut_the_model_nothing_is_timed():

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from paceline.plan.cuts import partitions, uneven
 from paceline.plan.room import room_bytes
-from paceline.records import Layout
+from paceline.plan.schedules import SCHEDULES
+from paceline.records import RECOMPUTE, Layout
 
 if TYPE_CHECKING:
     from paceline.plan.forecast import Forecaster
@@ -46,6 +47,12 @@ class Cutting:
         if layout not in self._free:
             self._free[layout] = self._quickest(layout, self._ways_of(layout))
         return self._free[layout]
+
+    def all_of(self, layout: Layout) -> set[Cuts]:
+        """All that may be taken, whatever memory there is and whatever of its activations is computed again."""
+        again = RECOMPUTE[: 1 if SCHEDULES[layout.schedule].in_parts or layout.pp == 1 else None]
+        some = (layout.model_copy(update={"recompute": one}) for one in again)
+        return {cuts for one in some for cuts in self._ways_of(one)}
 
     def _with_room(self, layout: Layout) -> Cuts:
         ways = self._ways_of(layout)

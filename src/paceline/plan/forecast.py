@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from paceline.errors import LayoutError
@@ -87,7 +87,7 @@ class Forecaster:
         """The forecast of a layout.
 
         Args:
-            apart: tell messages between stages and waiting for stages apart; else both are in `bubble_s`.
+            apart: tell messages between stages and waiting for stages apart; else both may be in `bubble_s`.
 
         Raises:
             LayoutError: the batch, the model or the cluster does not allow it.
@@ -100,6 +100,8 @@ class Forecaster:
         data_s = costs.data_s(self.profile.batch_size / layout.data_parallel)
         terms = computing.model_copy(update={**slowest, "data_s": data_s})
         step_s = self._unexplained.step_s(layout, terms)
+        if not apart and step_s < terms.step_s:
+            return self.forecast(layout)  # how much may be taken off depends on what is sent
         neighbours = self._unexplained.neighbours(layout)
         if neighbours is not None:
             step_s = min(step_s, neighbours.chord_s(lambda one: self.forecast(one).step_s))
@@ -118,7 +120,7 @@ class Forecaster:
     def _one_after_the_other_s(self, layout: Layout, optimizer_s: float) -> float:
         """What a pipeline takes at least, as what a process does by itself is done one after the other there: all of
         it where there is one micro-batch, or one core, up to the update. No bound: 0."""
-        if layout.pp == 1 or layout.data_parallel * layout.tp > 1 or layout.recompute != "none":
+        if layout.pp == 1 or layout.data_parallel * layout.tp > 1:
             return 0.0
         sharing, at_once = self.sharing_of(layout), 1.0
         if layout.micro > 1 or SCHEDULES[layout.schedule].in_parts:
@@ -137,20 +139,23 @@ class Forecaster:
         return math.hypot(self.profile.past_error * times, self.profile.spread)
 
     def least_s(self, layout: Layout) -> float:
-        """What a step of a layout takes at least: no more than its forecast, and found without playing its schedule.
+        """What a step of a layout takes at least, and of what computes some of it again: no more than its forecast, and
+        found without playing its schedule.
 
         A worker of a pipeline cannot begin before a micro-batch has come to its first stage, nor end before the last
         gradients have gone back from there; and who has most parameters has to update them.
         """
-        # However it has to be cut to fit: no faster than this.
-        cuts = self._cutting.freely(layout)
-        costs, stages = self.costs_of(layout), self._stages_cut(layout, cuts, self._actions_s(layout))
-        updating = self._updating(layout, costs, *self._heaviest(layout, stages))
+        costs, actions_s = self.costs_of(layout), self._actions_s(layout)
+
+        def cut_s(cuts: Cuts) -> float:
+            stages = self._stages_cut(layout, cuts, actions_s)
+            updating = self._updating(layout, costs, *self._heaviest(layout, stages))
+            return self._least_computing_s(layout, stages) + sum(updating.values())
+
+        # However it has to be cut to fit.
         data_s = costs.data_s(self.profile.batch_size / layout.data_parallel)
-        least_s = self._least_computing_s(layout, stages) + sum(updating.values()) + data_s
-        least_s = self._unexplained.corrected_s(layout, least_s)
-        neighbours = self._unexplained.neighbours(layout)
-        return least_s if neighbours is None else min(least_s, neighbours.chord_s(self.least_s))
+        least_s = min(map(cut_s, self._cutting.all_of(layout))) + data_s
+        return self._bound_s(layout, least_s, self.least_s)
 
     def floor_s(self, layout: Layout) -> float:
         """No more than `least_s`, and found without cutting the model, nor looking at what is exchanged.
@@ -169,9 +174,17 @@ class Forecaster:
             share = 1 / (1 - (1 - 1 / layout.micro) ** layout.pp)
         sharing = self.sharing_of(layout)
         floor_s = self._rows_s[key] * share / (1.0 if sharing is None else sharing.rates[0])
-        floor_s = self._unexplained.corrected_s(layout, floor_s)
-        neighbours = self._unexplained.between(layout)
-        return floor_s if neighbours is None else min(floor_s, neighbours.chord_s(self.floor_s))
+        return self._bound_s(layout, floor_s, self.floor_s)
+
+    def _bound_s(self, layout: Layout, step_s: float, bound_s: Callable[[Layout], float]) -> float:
+        """What such a step takes at least with what is unexplained, however it is cut.
+
+        Args:
+            bound_s: of the pipelines between which it lies.
+        """
+        least_s = self._unexplained.corrected_s(layout, step_s, is_bound=True)
+        between = self._unexplained.between(layout)
+        return least_s if between is None else min(least_s, between.chord_s(bound_s))
 
     def _heaviest(self, layout: Layout, stages: Sequence[Stage]) -> tuple[list[Stage], float]:
         """The stages of the worker that has most parameters to update for its speed, and that."""

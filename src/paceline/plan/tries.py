@@ -12,8 +12,9 @@ _SEVERAL = 2
 _MOST_TIMES = 4
 """So many times as many micro-batches as stages the pipeline with most has."""
 _MANY = 4
-"""Workers, of which two are looked at by themselves; and so many times as many as the few, of which some between are
-too."""
+"""Workers, of which two are looked at by themselves."""
+_FAR = 4
+"""So many times as many workers as the few, or more, are so far from them that some between are tried."""
 
 
 def num_divided(cluster: Cluster) -> int:
@@ -65,7 +66,7 @@ def layouts_to_try(
 def _between(few: int, everyone: int) -> int | None:
     """So many times the few, by doubling, as all are times that, or the next smaller; None where there is none."""
     doublings = int(math.log2(everyone / few)) // 2
-    return few << doublings if everyone >= _MANY * few else None
+    return few << doublings if everyone >= _FAR * few else None
 
 
 def _alone(cluster: Cluster) -> list[Iterable[Layout]]:

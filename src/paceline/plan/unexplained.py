@@ -13,7 +13,7 @@ from paceline.plan.profile import GATHERED, PIPELINE, TENSOR, Correction, Linked
 from paceline.plan.schedules import SCHEDULES
 from paceline.plan.terms import Terms
 from paceline.plan.ways import corrections_of, size_of, ways_of
-from paceline.records import Layout
+from paceline.records import RECOMPUTE, Layout
 
 _MOST_TAKEN_OFF = 0.5
 """Share of a forecast that what is unexplained may take off it, where the layout itself was not tried."""
@@ -68,8 +68,12 @@ class Unexplained:
         step_s = self.corrected_s(layout, terms.step_s)
         return step_s if self._is_like_what_was_tried(layout) else max(step_s, _kept_s(terms))
 
-    def corrected_s(self, layout: Layout, step_s: float) -> float:
-        """A step with what its ways of splitting took beyond the sum of the terms, when they were tried."""
+    def corrected_s(self, layout: Layout, step_s: float, *, is_bound: bool = False) -> float:
+        """A step with what its ways of splitting took beyond the sum of the terms, when they were tried.
+
+        Args:
+            is_bound: the least that this is, however the layout is cut.
+        """
         if not self._profile.corrections and not self._profile.tried:
             return step_s
         more_s = 0.0
@@ -92,15 +96,18 @@ class Unexplained:
         more_s /= self._linked.slowest(layout.workers)
         # What was tried is believed; on other hosts and links, too, nothing takes no time.
         least_s = min(step_s * (1 - _MOST_TAKEN_OFF), self._tried_s.get(layout, math.inf))
-        return max(step_s + more_s + self._left_s(layout), least_s)
+        return max(step_s + more_s + self._left_s(layout, is_bound=is_bound), least_s)
 
-    def _left_s(self, layout: Layout) -> float:
+    def _left_s(self, layout: Layout, *, is_bound: bool) -> float:
         """What corrections leave of this layout, if it was tried; between two that were, on a straight line; or as of
-        the one of them that is cut as it is."""
-        between = self.between(layout)
+        the one of them that is cut as it is. With something computed again, as without."""
+        like = layout.model_copy(update={"recompute": RECOMPUTE[0]})
+        between = self.between(like)
         if between is None:
-            return self._rest_s.get(layout, 0.0)
+            return self._rest_s.get(like, 0.0)
         few_s, many_s = self._rest_s[between.few], self._rest_s[between.many]
+        if is_bound:
+            return min(few_s, many_s)
         is_few, is_many = (self._cuts_of(x) == self._cuts_of(layout) for x in (between.few, between.many))
         if is_few != is_many:
             return few_s if is_few else many_s
@@ -108,10 +115,12 @@ class Unexplained:
 
     def least_s(self, layout: Layout) -> float:
         """What a layout without a pipeline takes at least that was not tried: as long as in fewer micro-batches, which
-        were. What small batches seem to take less by themselves is noise, or what blocks leave in caches."""
+        were, with nothing computed again. What small batches seem to take less by themselves is noise, or what blocks
+        leave in caches."""
         if layout.pp > 1 or layout in self._tried_s:
             return 0.0
-        fewer = (layout.model_copy(update={"micro": micro}) for micro in range(1, layout.micro))
+        like = layout.model_copy(update={"recompute": RECOMPUTE[0]})
+        fewer = (like.model_copy(update={"micro": micro}) for micro in range(1, layout.micro))
         return min((self._tried_s[one] for one in fewer if one in self._tried_s), default=0.0)
 
     def actions_s(self, layout: Layout) -> tuple[float, float]:

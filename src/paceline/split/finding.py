@@ -131,16 +131,16 @@ def find_stages(
             stages, why = timed()
             return stages.to_json(), why
         # Nothing has to be timed: of a small batch the model calls the same.
-        stages = plan(small)
+        stages, also = plan(small), ""
         if not by.is_kept_to(stages):
-            stages, _ = timed()
+            stages, also = timed()
         if by.is_kept_to(stages):
             return stages.to_json(), ""
         why = (
-            f"Stages were not cut as planned: the model calls {len(stages.calls)} pieces, and {by.cuts[-1]} were "
-            "measured. Measure the job again."
+            f"Stages were not cut as planned: the plan cuts {by.cuts[-1]} pieces into {len(by.cuts) - 1} stages, and "
+            f"the model calls {len(stages.calls)}, for {stages.num_stages}. Measure the job again. {also}"
         )
-        return stages.to_json(), why
+        return stages.to_json(), why.strip()
 
     stages, why_cut_so = agree(group, "the pipeline's stages", find)
     return Stages.from_json(stages), why_cut_so
