@@ -71,9 +71,7 @@ def corrected(profile: Profile, linked: LinkedCluster, tried: Sequence[Tried]) -
             known.setdefault(kind, corrections[-1])
     found = bare.model_copy(update={"corrections": tuple(corrections), **_bytes(bare, linked, tried)})
     told = Forecaster(found, linked)
-    rests = (
-        one.model_copy(update={"rest_s": one.step_s - told.forecast(one.layout).step_s}) for one in tried
-    )
+    rests = (one.model_copy(update={"rest_s": one.step_s - told.on_the_lines_s(one.layout)}) for one in tried)
     return found.model_copy(update={"tried": tuple(rests)})
 
 

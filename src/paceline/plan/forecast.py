@@ -117,6 +117,11 @@ class Forecaster:
             error_s=terms.step_s * self.relative_error(layout),
         )
 
+    def on_the_lines_s(self, layout: Layout) -> float:
+        """Seconds of a step by its terms and the corrections alone, which may take more off it than a forecast does."""
+        terms = self.forecast(layout).terms
+        return terms.step_s - terms.unexplained_s + self._unexplained.more_s(layout)
+
     def _one_after_the_other_s(self, layout: Layout, optimizer_s: float) -> float:
         """What a pipeline takes at least, as what a process does by itself is done one after the other there: all of
         it where there is one micro-batch, or one core, up to the update. No bound: 0."""

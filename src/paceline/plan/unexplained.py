@@ -49,11 +49,11 @@ class Unexplained:
         self._profile, self._linked, self._places, self._cuts_of = profile, linked, places, cuts_of
         self._tried_s = {one.layout: one.step_s for one in profile.tried}
         self._rest_s = {one.layout: one.rest_s for one in profile.tried}
-        self._most_micro: dict[Any, int] = {}
+        self._micro: dict[Any, list[int]] = {}
         """Micro-batches of layouts that were tried, by their workers, ways and stages of each worker."""
         for layout in self._tried_s:
             place = layout.workers, ways_of(layout), _stages_of_each(layout)
-            self._most_micro[place] = max(layout.micro, self._most_micro.get(place, 0))
+            self._micro.setdefault(place, []).append(layout.micro)
         self._pipelines: dict[Layout, list[Layout]] = {}
         """Those that were tried, by what they are with one micro-batch."""
         for layout in self._tried_s:
@@ -76,6 +76,12 @@ class Unexplained:
         """
         if not self._profile.corrections and not self._profile.tried:
             return step_s
+        more_s = self.more_s(layout) + self._left_s(layout, is_bound=is_bound)
+        # What was tried is believed; on other hosts and links, too, nothing takes no time.
+        return max(step_s + more_s, min(step_s * (1 - _MOST_TAKEN_OFF), self._tried_s.get(layout, math.inf)))
+
+    def more_s(self, layout: Layout) -> float:
+        """What its ways of splitting add to its step, or take off it, by the lines through what was tried."""
         more_s = 0.0
         ways = ways_of(layout)
         for some in dict.fromkeys([*((way,) for way in ways), *([ways] if ways else [])]):
@@ -93,18 +99,17 @@ class Unexplained:
                     # What few did not wait for passed while they computed; each of more computes as much less.
                     weight = min(weight, 1.0, one.workers / layout.workers)
                 more_s += found_s * weight
-        more_s /= self._linked.slowest(layout.workers)
-        # What was tried is believed; on other hosts and links, too, nothing takes no time.
-        least_s = min(step_s * (1 - _MOST_TAKEN_OFF), self._tried_s.get(layout, math.inf))
-        return max(step_s + more_s + self._left_s(layout, is_bound=is_bound), least_s)
+        return more_s / self._linked.slowest(layout.workers)
 
     def _left_s(self, layout: Layout, *, is_bound: bool) -> float:
-        """What corrections leave of this layout, if it was tried; between two that were, on a straight line; or as of
-        the one of them that is cut as it is. With something computed again, as without."""
+        """What corrections leave of this layout, if it was tried; between two that were, on a straight line, or as of
+        the one of them that is cut as it is; of a pipeline of fewer micro-batches, or more, as of the next that was.
+        With something computed again, as without."""
         like = layout.model_copy(update={"recompute": RECOMPUTE[0]})
         between = self.between(like)
         if between is None:
-            return self._rest_s.get(like, 0.0)
+            there = self._pipelines.get(like.model_copy(update={"micro": 1}), [like])
+            return self._rest_s.get(min(there, key=lambda one: abs(one.micro - like.micro)), 0.0)
         few_s, many_s = self._rest_s[between.few], self._rest_s[between.many]
         if is_bound:
             return min(few_s, many_s)
@@ -152,12 +157,11 @@ class Unexplained:
         return Neighbours(few, many, (layout.micro - few.micro) / (many.micro - few.micro))
 
     def _is_like_what_was_tried(self, layout: Layout) -> bool:
-        """Whether it was, or others that split in the same one way over as many workers, each of as many stages, in no
-        fewer micro-batches."""
+        """Whether it was, or others that split in the same one way over as many workers, each of as many stages, in as
+        many micro-batches, or some in fewer and some in more."""
         ways = ways_of(layout)
-        place = layout.workers, ways, _stages_of_each(layout)
-        most = self._most_micro.get(place, 0) if len(ways) == 1 else 0
-        return layout in self._tried_s or layout.micro <= most
+        tried = self._micro.get((layout.workers, ways, _stages_of_each(layout))) if len(ways) == 1 else None
+        return layout in self._tried_s or (tried is not None and min(tried) <= layout.micro <= max(tried))
 
     def _corrections(self, layout: Layout, ways: tuple[str, ...]) -> list[tuple[Correction, float]]:
         return corrections_of(self._profile.corrections, layout, ways, self._places)
