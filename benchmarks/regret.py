@@ -1,6 +1,6 @@
 """What the planner's choice loses against the best layout that there is, and against rules of thumb.
 
-    python benchmarks/regret.py --results build/cells --out regret.md     # 31 pairs; root, for the boxes
+    python benchmarks/regret.py --results build/cells --out regret.md     # 55 pairs; root, for the boxes
     python benchmarks/regret.py --jobs text conv --boxes here two-1g      # these jobs on these clusters
     python benchmarks/regret.py --from build/cells                        # the tables again, from the files
 
