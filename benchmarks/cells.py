@@ -29,7 +29,7 @@ from peers import JOBS as PEER_JOBS
 from paceline.errors import PacelineError
 from paceline.plan.profile import LinkedCluster, Profile
 
-HELD_OUT = ("latents", "experts")
+HELD_OUT = ("latents", "experts", "fourier", "retention", "squeeze", "splines")
 _HELD_OUT_BEFORE = (
     "vit",
     "lstm",

@@ -141,11 +141,11 @@ def _of_a_step(
         micro_s=micro_s,
         micro=many.layout.micro,
     )
-    if not in_whole or PIPELINE not in ways or TENSOR in ways:
+    if not in_whole or PIPELINE not in ways:
         return found
     if in_parts:
         return _in_parts_beside(profile, linked, found, in_parts)
-    if known is None or known.split_step_s is None:
+    if TENSOR in ways or known is None or known.split_step_s is None:
         return found
     more_s = known.split_step_s - known.step_s
     return found.model_copy(update={"split_step_s": step_s + more_s, "split_micro_s": known.split_micro_s})

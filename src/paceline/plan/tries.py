@@ -107,17 +107,15 @@ def _in_two_ways(here: int, everyone: int, divided: int) -> list[tuple[Layout, .
     pipeline = Layout(pp=outer, micro=outer)
     # What each further micro-batch takes where pipelines share a cable.
     long = Layout(pp=outer, micro=_MOST_TIMES * outer)
+    pipelines = pipeline, long, _apart(pipeline), _apart(long)
     found = [
-        *(
-            x.model_copy(update={"dp_replicate": inner})
-            for x in (pipeline, long, _apart(pipeline), _apart(long))
-        ),
+        *(x.model_copy(update={"dp_replicate": inner}) for x in pipelines),
         *(x.model_copy(update={"dp_shard": inner, "zero": 1}) for x in (pipeline, long)),
         *(Layout(dp_replicate=outer, dp_shard=inner, zero=zero) for zero in (1, 3)),
     ]
     if divided > 1 and inner == here:
         found += [
-            *(x.model_copy(update={"tp": inner}) for x in (pipeline, long)),
+            *(x.model_copy(update={"tp": inner}) for x in pipelines),
             Layout(dp_replicate=outer, tp=inner),
             *(Layout(dp_shard=outer, tp=inner, zero=zero) for zero in (1, 3)),
         ]
