@@ -115,6 +115,9 @@ def table(pairs: Sequence[Pair], title: str) -> str:
             f"{CLUSTERS[name].describe()} (`{name}`)": [cell for cell in known if cell.cluster == name]
             for name in clusters
         },
+        "all other jobs than tuned on, tried or not": [
+            cell for cell in [*known, *tried] if cell.job not in TUNED_ON
+        ],
         "layouts that were tried": tried,
         **{f"… `{name}`": [cell for cell in tried if cell.cluster == name] for name in clusters},
         "all, tried or not": [*known, *tried],
