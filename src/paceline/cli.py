@@ -39,6 +39,9 @@ Budget = Annotated[
         min=0.1, help="Seconds that measuring may take, about, beside starting; some 15 by default."
     ),
 ]
+Remeasure = Annotated[
+    bool, typer.Option("--remeasure", help="Measure the job again, even if it was within the last week.")
+]
 Port = Annotated[int | None, typer.Option(help="Loopback port of the workers' store; by default a free one.")]
 
 
@@ -65,10 +68,7 @@ def train(
     transport: Transport = "auto",
     timeout: Timeout = 300.0,
     port: Port = None,
-    remeasure: Annotated[
-        bool,
-        typer.Option("--remeasure", help="Measure the job again, even if it was within the last week."),
-    ] = False,
+    remeasure: Remeasure = False,
     replan: Annotated[
         bool,
         typer.Option("--replan", help="Change the layout while training, when steps part from the forecast."),
@@ -176,6 +176,7 @@ def plan(
     price: Annotated[
         float | None, typer.Option(help="Of a worker for an hour, in any currency: what a target costs.")
     ] = None,
+    remeasure: Remeasure = False,
     budget: Budget = None,
     transport: Transport = "auto",
     timeout: Timeout = 300.0,
@@ -194,6 +195,7 @@ def plan(
             settings=_read_settings(settings or []),
             out=str(out) if out else "",
             seed=seed,
+            remeasure=remeasure,
             budget_s=budget,
             transport=transport,
             timeout_s=timeout,

@@ -18,9 +18,10 @@ from paceline.comm.world import resolve_transport
 from paceline.errors import ClusterError
 from paceline.launch.local import free_port, launch
 from paceline.launch.preflight import preflight
-from paceline.launch.spec import RunSpec
+from paceline.launch.spec import KEPT_FILE, RunSpec
 from paceline.launch.worker import Worker
 from paceline.load import load_job_file
+from paceline.measure import store
 from paceline.measure.machine import device_kind, local_workers
 from paceline.plan.described import read_cluster
 from paceline.plan.estimate import estimate
@@ -41,6 +42,8 @@ from paceline.report.profile_text import print_profile
 from paceline.run import new_directory, started_by_torchrun
 
 _Read = TypeVar("_Read")
+_Known = tuple[Profile, LinkedCluster | None, Path | None, str]
+"""What was measured; the directory where it stays, if there is one; and what to say of where it is from."""
 
 
 def plan(
@@ -57,6 +60,8 @@ def plan(
 ) -> None:
     """Forecast the layouts of a job, and print the fastest ones, a step, the speed-up curve and what it advises.
 
+    What was measured of the job here within the last week is taken, unless `spec.remeasure`, or a budget is given.
+
     With `spec.out` what was measured stays there, and `plan.json`, which holds what is printed, with a page and
     pictures.
 
@@ -66,7 +71,7 @@ def plan(
         number: of layouts to print.
         memory_bytes: that a worker may use; None: its share of its host's.
         cluster_file: describes another cluster, for which the plan is made; what was measured here is scaled to it.
-        kept: what an earlier plan has kept; nothing is measured.
+        kept: the directory of an earlier plan, with what was measured for it; nothing is measured.
         noise: gradient noise scale in samples, or the directory of a run that has measured one: time to a target too.
         price: of a worker for an hour: cost of a target too.
 
@@ -79,8 +84,9 @@ def plan(
     found_here = _measure(spec, port) if kept is None else _kept(spec, kept)
     if found_here is None:
         return
-    profile, linked, directory = found_here
-    notes = tuple(filter(None, (profile.how_measured, profile.how_noisy)))
+    profile, linked, directory, how_kept = found_here
+    profile = profile.model_copy(update={"past_error": store.past_error()})
+    notes = tuple(filter(None, (how_kept, profile.how_measured, profile.how_noisy)))
     if described is not None:
         scaled = estimate(profile, linked, described)
         profile, linked, notes = scaled.profile, scaled.linked, (*notes, *scaled.notes)
@@ -126,7 +132,7 @@ def measure(spec: RunSpec, console: Console, *, port: int | None = None) -> None
     measured = _measure(spec, port)
     if measured is None:
         return
-    profile, linked, directory = measured
+    profile, linked, directory, _ = measured
     assert linked is not None
     print_profile(console, profile, linked)
     if profile.how_noisy:
@@ -141,10 +147,22 @@ def _say_where(console: Console, directory: Path | None) -> None:
         console.print(Text(f"\n{directory}"), soft_wrap=True)
 
 
-def _measure(spec: RunSpec, port: int | None) -> tuple[Profile, LinkedCluster | None, Path | None] | None:
-    """What all workers measure; and the directory where it stays, if `spec` has one. None on others than the first."""
-    found = _with_workers(spec, port, read_kept)
-    return None if found is None else (*found[0], found[1])
+def _measure(spec: RunSpec, port: int | None) -> _Known | None:
+    """What all workers measure, or find kept. None on others than the first."""
+    found = _with_workers(spec, port, _read_measured)
+    if found is None:
+        return None
+    (profile, linked, how_kept), directory = found
+    return profile, linked, directory, how_kept
+
+
+def _read_measured(place: Path) -> tuple[Profile, LinkedCluster | None, str]:
+    marker = place / KEPT_FILE
+    how_kept = ""
+    if marker.exists():
+        marker.unlink()
+        how_kept = "Measured within the last week, and kept: --remeasure measures the job again."
+    return *read_kept(place), how_kept
 
 
 def _with_workers(
@@ -171,9 +189,9 @@ def _with_workers(
     return None if found is None else (found, directory)
 
 
-def _kept(spec: RunSpec, path: Path) -> tuple[Profile, LinkedCluster | None, Path | None]:
+def _kept(spec: RunSpec, path: Path) -> _Known:
     """What was measured of the same job before; and a new directory, if `spec` has one."""
     loaded = load_job_file(spec.job_file, spec.settings)
     measured = read_kept(path)
     check_fits(measured[0], path, loaded.job.name or "job", loaded.job.batch_size)
-    return *measured, new_directory(spec) if spec.out else None
+    return *measured, new_directory(spec) if spec.out else None, ""

@@ -58,6 +58,10 @@ def test_a_job_is_measured_kept_and_printed(measured, tmp_path):
     assert trained.returncode == 0, trained.stderr
     for event in of_kind(read_events(tmp_path / "run"), "forecasts"):
         assert event["source"] == ("kept" if is_kept else "measured")
+    if is_kept:
+        planned = paceline("plan", str(TOY), "--number=2")
+        assert planned.returncode == 0, planned.stderr
+        assert "kept: --remeasure measures the job again" in " ".join(planned.stdout.split())
 
 
 def test_what_it_left_is_planned_with(measured):

@@ -51,6 +51,8 @@ def test_what_was_measured_is_kept_and_gives_the_same_forecasts(planned, default
         assert {(costs.active > 1) for costs in profile.costs} == {False, True}
         assert {found.workers for found in linked.within.measured} == {workers}
     assert len(plan["layouts"]) == 3
+    assert all(layout["limited_by"] for layout in plan["layouts"])
+    assert ["why_it_lost" in layout for layout in plan["layouts"]] == [False, True, True]
     assert plan["goal"].pop("noise_source") == ""
     goal = GoalCurve.from_json(plan["goal"])
     assert (goal.noise_scale, goal.batch_size, goal.price_per_worker_hour) == (50, 12, 2)

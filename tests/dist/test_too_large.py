@@ -98,6 +98,26 @@ def test_two_workers_measure_blocks_at_once_with_their_statistics_and_their_part
     check_cuts(tmp_path / "found", Forecaster(profile, linked))
 
 
+def test_four_workers_of_a_host_divide_blocks_by_four_and_by_two(tmp_path):
+    profile, linked = measured(tmp_path / "found", "normed", "", workers=4)
+    alone, together = profile.costs
+    assert {d.tp for block in together.model for d in block.divisions} == {2, 4}
+    bytes_of = {tp: sum(block.divided(tp).parameter_bytes for block in together.model) for tp in (1, 2, 4)}
+    assert bytes_of[4] < bytes_of[2] < bytes_of[1]
+    # Fewer workers at once are as much quicker with divided blocks as with whole ones.
+    faster = {
+        tp: sum(block.divided(tp).forward_s(16) for block in alone.model)
+        / sum(block.divided(tp).forward_s(16) for block in together.model)
+        for tp in (2, 4)
+    }
+    assert faster[2] == pytest.approx(faster[4])
+    divided = {(one.layout.tp, one.layout.dp_replicate) for one in profile.tried if one.layout.tp > 1}
+    assert divided == {(4, 1), (2, 2)}
+    forecaster = Forecaster(profile, linked)
+    assert {layout.tp for layout in layouts(forecaster)} == {1, 2, 4}
+    assert forecaster.forecast(Layout(tp=2, pp=2, micro=4, threads=1)).terms.tensor_s > 0
+
+
 def test_hosts_of_one_worker_each_divide_blocks_among_them(tmp_path):
     """Two processes that are told that they are on two hosts; whole and in blocks."""
     for folder, why in ((tmp_path / "whole", ""), (tmp_path / "blocks", "a test asks for it")):

@@ -10,7 +10,7 @@ from paceline.plan.curves import Curve
 from paceline.plan.forecast import Forecaster
 from paceline.plan.links import Link
 from paceline.plan.profile import Block, Costs, Division, LinkedCluster, Profile, Tried
-from paceline.plan.tries import layouts_to_try
+from paceline.plan.tries import layouts_to_try, sizes_divided
 from paceline.records import Cluster, Host
 
 GIB = 1 << 30
@@ -125,8 +125,9 @@ def random_tried(random: random.Random, found: Profile, cluster: LinkedCluster) 
     """The profile with what layouts took that were tried: more than their forecasts, or less, each by a share of its
     own."""
     forecaster = Forecaster(found, cluster)
-    can_divide = any(block.divisions for block in found.costs[0].blocks)
-    every = layouts_to_try(found.batch_size, cluster.cluster, 1, can_divide=can_divide)
+    sizes = sizes_divided(cluster.cluster)
+    divided = [tp for tp in sizes if all(block.divided(tp) for block in found.costs[0].blocks)]
+    every = layouts_to_try(found.batch_size, cluster.cluster, 1, divided=divided)
     more = random.choice((1.0, 1.0, 1.3, 0.9))
     tried = []
     for layout in (layout for group in every for layout in group):

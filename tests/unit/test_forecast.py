@@ -14,6 +14,7 @@ from paceline.plan.forecast import Forecaster
 from paceline.plan.links import Link
 from paceline.plan.profile import Block, Costs, Profile
 from paceline.plan.schedules import SCHEDULES, make_schedule
+from paceline.plan.search import layouts
 from paceline.plan.terms import Memory
 from paceline.plan.timeline import Hop, coded, makespan_s, simulate
 from paceline.records import Layout
@@ -203,6 +204,20 @@ def test_the_example_in_the_documentation_is_right():
     terms = forecaster.forecast(Layout.parse("pp=2,micro=4")).terms
     assert terms.bubble_s == pytest.approx(12e-3)
     assert terms.messages_s == pytest.approx(1.64e-3)
+
+
+def test_batch_norm_is_given_two_samples_at_least():
+    made = profile(tps=())
+    (costs,) = made.costs
+    blocks = tuple(b.model_copy(update={"statistics": (("all-gather", 1000.0),)}) for b in costs.blocks)
+    norms = made.model_copy(update={"costs": (costs.model_copy(update={"blocks": blocks}),)})
+    of_one = Layout(pp=2, micro=made.batch_size)
+    assert Forecaster(made, linked()).forecast(of_one).step_s > 0
+    forecaster = Forecaster(norms, linked())
+    with pytest.raises(LayoutError, match="batch norm"):
+        forecaster.forecast(of_one)
+    assert forecaster.forecast(Layout(pp=2, micro=made.batch_size // 2)).step_s > 0
+    assert max(layout.micro for layout in layouts(forecaster)) == made.batch_size // 2
 
 
 def test_batch_norm_counts_where_the_batch_is_split_and_more_over_a_cable():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from paceline.plan.tries import layouts_to_try
+from paceline.plan.tries import layouts_to_try, sizes_divided
 from paceline.plan.ways import ways_of
 from paceline.records import Cluster, Host
 
@@ -16,7 +16,8 @@ def cluster(*workers: int) -> Cluster:
 
 
 def tried(*workers: int, batch_size: int = 64, can_divide: bool = False):
-    return layouts_to_try(batch_size, cluster(*workers), 1, can_divide=can_divide)
+    hosts = cluster(*workers)
+    return layouts_to_try(batch_size, hosts, 1, divided=sizes_divided(hosts) if can_divide else ())
 
 
 def test_a_single_worker_tries_nothing():
@@ -78,6 +79,28 @@ def test_over_hosts_of_one_worker_each_few_divide_blocks(hosts, expected):
     layouts = [x for group in tried(*[1] * hosts, can_divide=True) for x in group]
     assert {x.tp for x in layouts} == {1, expected}
     assert {x.micro for x in layouts if x.tp > 1} == {1, 2}
+
+
+@pytest.mark.parametrize(
+    ("workers", "expected"),
+    [
+        ((1,), []),
+        ((2,), [2]),
+        ((8,), [8, 4, 2]),
+        ((6, 6), [6, 3]),
+        ((1, 1, 1), [3]),
+        ((1,) * 4, [2]),
+    ],
+)
+def test_blocks_are_divided_among_a_host_and_its_halves(workers, expected):
+    assert sizes_divided(cluster(*workers)) == expected
+
+
+def test_each_division_that_is_possible_is_tried_by_all_of_the_host():
+    hosts = cluster(8, 8)
+    layouts = [x for group in layouts_to_try(64, hosts, 1, divided=[4, 2]) for x in group if x.tp > 1]
+    found = {(x.tp, x.dp_replicate, x.micro) for x in layouts}
+    assert found == {(4, 2, 1), (4, 2, 2), (2, 4, 1), (2, 4, 2)}
 
 
 @pytest.mark.parametrize("hosts", [2, 3, 4, 8])

@@ -114,6 +114,15 @@ def data_mesh(group: Group, layout: Layout | None = None) -> Mesh:
     return Mesh(layout, group.rank, coordinates(layout, group.rank), **groups)
 
 
+def tensor_mesh(mesh: Mesh) -> Mesh:
+    """Of the workers that divide blocks with this one, as if there were no others."""
+    group = mesh.tensor
+    groups: dict[str, Any] = dict.fromkeys(COMBINATIONS, Group.alone(group.device, mesh.rank))
+    groups.update(everyone=group, tensor=group, model=group)
+    layout = Layout(tp=group.size, threads=mesh.layout.threads)
+    return Mesh(layout, group.rank, coordinates(layout, group.rank), **groups)
+
+
 def coordinates(layout: Layout, rank: int) -> dict[str, int]:
     """The place of a rank along each axis."""
     place = {}

@@ -10,7 +10,7 @@ from paceline.comm.group import Group
 from paceline.comm.threads import take_cores, user_threads
 from paceline.comm.world import World, gather_cluster
 from paceline.launch.agreeing import agree_on_images, agree_on_matmul, agree_on_precision
-from paceline.launch.spec import MEASURED_FILES, RunSpec
+from paceline.launch.spec import KEPT_FILE, MEASURED_FILES, RunSpec
 from paceline.load import LoadedJob
 from paceline.measure import store
 from paceline.measure.machine import versions
@@ -56,7 +56,10 @@ class Measuring:
             return None
 
     def measure(self) -> Known | None:
-        """On rank 0 what all workers find; it is kept, unless the machine was too busy. A collective call.
+        """On rank 0 what all workers find. A collective call.
+
+        It is kept, unless the machine was too busy, or a plan was given a budget: what is measured in a hurry, for a
+        look at it, is nothing to train by.
 
         Raises:
             PacelineError: the job fails on its first steps.
@@ -72,7 +75,8 @@ class Measuring:
             threads=user_threads(),
             budget_s=self._spec.budget_s or JOB_BUDGET_S,
         )
-        if measured is not None and measured[0].spread <= MOST_SPREAD:
+        in_a_hurry = self._spec.purpose == "plan" and self._spec.budget_s is not None
+        if measured is not None and measured[0].spread <= MOST_SPREAD and not in_a_hurry:
             store.keep(self._key, [record.to_json() for record in measured])
         return measured
 
@@ -94,22 +98,11 @@ class Measuring:
         return store.key_of(loaded.path, loaded.options, *about)
 
 
-def measure_for_plan(spec: RunSpec, loaded: LoadedJob, world: World) -> None:
-    """Leave what the planner has to know of a job in the run's directory."""
-    everyone = world.group(world.size)
-    assert everyone is not None
-    keep_freed_memory()
-    cluster = gather_cluster(everyone, world)
-    datasets = Datasets(loaded.job, spec.seed)
-    agree_on_matmul(spec, loaded, datasets, world, everyone, cluster)
-    agree_on_images(spec, loaded, datasets, world, everyone, cluster, "fp32")
-    budget_s = spec.budget_s or JOB_BUDGET_S
-    found = measure_all(loaded.job, datasets, world, everyone, cluster, seed=spec.seed, budget_s=budget_s)
-    _leave(spec, found)
+def measure_job(spec: RunSpec, loaded: LoadedJob, world: World) -> None:
+    """Leave what the planner has to know of a job in the run's directory; it is kept for later runs, too.
 
-
-def measure_for_training(spec: RunSpec, loaded: LoadedJob, world: World) -> None:
-    """The same for a run of the job, with its precision and the user's threads; it is kept for that, too."""
+    For a plan what an earlier one has kept is taken, unless it is to be measured again; `KEPT_FILE` says so.
+    """
     everyone = world.group(world.size)
     assert everyone is not None
     take_cores(world.local_rank, world.local_size)
@@ -119,7 +112,16 @@ def measure_for_training(spec: RunSpec, loaded: LoadedJob, world: World) -> None
     agree_on_matmul(spec, loaded, datasets, world, everyone, cluster)
     precision, _ = agree_on_precision(spec, loaded, datasets, world, everyone, cluster)
     agree_on_images(spec, loaded, datasets, world, everyone, cluster, precision)
-    _leave(spec, Measuring(spec, loaded, world, everyone, cluster, datasets, precision).measure())
+    measuring = Measuring(spec, loaded, world, everyone, cluster, datasets, precision)
+    takes_kept = spec.purpose == "plan" and not spec.remeasure and spec.budget_s is None
+    known = measuring.kept() if takes_kept else None
+    if everyone.gather_json(known is not None, "what is known of the job")[0]:
+        if known is not None:
+            (spec.directory / KEPT_FILE).touch()
+    else:
+        known = measuring.measure()
+    for name, record in zip(MEASURED_FILES, known or (), strict=known is not None):
+        _write(spec, name, record)
 
 
 def measure_hosts(spec: RunSpec, world: World) -> None:
@@ -130,11 +132,6 @@ def measure_hosts(spec: RunSpec, world: World) -> None:
     found = survey(world, everyone, gather_cluster(everyone, world), spec.budget_s or BUDGET_S)
     if found is not None:
         _write(spec, HARDWARE_FILE, found)
-
-
-def _leave(spec: RunSpec, found: Known | None) -> None:
-    for name, record in zip(MEASURED_FILES, found or (), strict=found is not None):
-        _write(spec, name, record)
 
 
 def _write(spec: RunSpec, name: str, record: Record) -> None:

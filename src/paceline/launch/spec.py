@@ -16,6 +16,9 @@ AUTO = "auto"
 MEASURED_FILES = (PROFILE_FILE, CLUSTER_FILE)
 """What workers that measure for the planner leave in the run's directory: a `Profile` and a `LinkedCluster`."""
 
+KEPT_FILE = "kept"
+"""Is there where they have measured nothing, but found it kept."""
+
 
 class RunSpec(Record):
     """One run, as the command line asked for it."""

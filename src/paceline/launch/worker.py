@@ -26,7 +26,7 @@ from paceline.job import Job
 from paceline.launch.agreeing import agree_on_images, agree_on_matmul, agree_on_precision
 from paceline.launch.choosing import Choosing
 from paceline.launch.failure import record
-from paceline.launch.measuring import measure_for_plan, measure_for_training, measure_hosts
+from paceline.launch.measuring import measure_hosts, measure_job
 from paceline.launch.proving import Proving
 from paceline.launch.replanning import Replanning
 from paceline.launch.spec import AUTO, RunSpec
@@ -83,10 +83,8 @@ class Worker:
                 measure_hosts(spec, world)
             elif spec.purpose == "verify":
                 self._verify(loaded, world)
-            elif spec.purpose == "plan":
-                measure_for_plan(spec, loaded, world)
-            elif spec.purpose == "measure":
-                measure_for_training(spec, loaded, world)
+            elif spec.purpose in ("plan", "measure"):
+                measure_job(spec, loaded, world)
             else:
                 self._train(loaded, world)
         finally:

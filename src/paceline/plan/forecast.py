@@ -231,6 +231,11 @@ class Forecaster:
                 next_step="give it fewer, or more hosts",
             )
         costs = self.costs_of(layout)
+        if layout.micro == self.profile.batch_size > 1 and any(block.statistics for block in costs.blocks):
+            raise LayoutError(
+                f"layout {layout}: of a micro-batch of one sample batch norm has no statistics",
+                next_step="use fewer micro-batches",
+            )
         if any(block.divided(layout.tp) is None for block in costs.blocks):
             raise LayoutError(
                 f"layout {layout}: what tp={layout.tp} makes of the model was not measured",

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from paceline.plan.advice import Advice, advise
+from paceline.plan.explain import limited_by, why_it_lost
 from paceline.plan.forecast import Forecaster
 from paceline.plan.goal import GoalCurve
 from paceline.plan.losses import losses
@@ -49,8 +50,19 @@ class Planned:
             "timeline": self.timeline.to_json(),
             "advice": self.advice.to_json(),
         }
+        winner = self.found.fastest[0]
+        for layout, forecast in zip(told["layouts"], self.found.fastest, strict=True):
+            layout["limited_by"] = limited_by(forecast)
+            if forecast is not winner:
+                layout["why_it_lost"] = why_it_lost(forecast, winner)
         for layout, sent in zip(told["layouts"], self.sent_bytes, strict=False):
             layout["sent_bytes"] = sent
+        if self.found.smallest is not None:
+            told["refused"] = {
+                "layout": self.found.smallest.layout.to_json(),
+                "needed_bytes": self.found.smallest.needed_bytes,
+                "room_bytes": self.found.smallest.room_bytes,
+            }
         if self.goal is not None:
             told["goal"] = {**self.goal.to_json(), "noise_source": self.noise_source}
         return told

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from paceline.records import Cluster, Layout
 
@@ -17,15 +17,23 @@ _FAR = 4
 """So many times as many workers as the few, or more, are so far from them that some between are tried."""
 
 
-def num_divided(cluster: Cluster) -> int:
-    """Among how many workers blocks are divided to measure that: those of the first host; of hosts with one worker
-    each two, or all where there are no more than three."""
+def sizes_divided(cluster: Cluster) -> list[int]:
+    """Among how many workers blocks are divided to measure that: all of the first host, half of them, and so on down to
+    two; of hosts with one worker each two, or all where there are no more than three. Of one worker none."""
     here, everyone = cluster.hosts[0].workers, cluster.workers
+    sizes = [_few(here, everyone)]
+    while sizes[-1] > 2 and sizes[-1] % 2 == 0:
+        sizes.append(sizes[-1] // 2)
+    return [n for n in sizes if n > 1]
+
+
+def _few(here: int, everyone: int) -> int:
+    """Workers that are looked at by themselves, where there are more."""
     return here if here > 1 else 2 if everyone >= _MANY else everyone
 
 
 def layouts_to_try(
-    batch_size: int, cluster: Cluster, threads: int, *, can_divide: bool
+    batch_size: int, cluster: Cluster, threads: int, *, divided: Sequence[int]
 ) -> list[tuple[Layout, ...]]:
     """Some of each way of splitting, and of ways combined, over the first host's workers and over all.
 
@@ -35,24 +43,24 @@ def layouts_to_try(
 
     Args:
         threads: of each worker, on CPUs.
-        can_divide: tensor parallelism is possible, over `num_divided` workers.
+        divided: of `sizes_divided` those that tensor parallelism is possible with.
 
     Returns:
         Groups in the order in which they are to be timed, each of layouts that one replica of the model serves, the one
         that holds most first.
     """
     here, everyone = cluster.hosts[0].workers, cluster.workers
-    few = num_divided(cluster)
+    few = _few(here, everyone)
     sizes = [n for n in dict.fromkeys((few, everyone)) if n > 1]
     groups: list[Iterable[Layout]] = _alone(cluster) if sizes else []
     for n in sizes:
         groups += _in_one_way(n, batch_size)
-        if n == few and can_divide:
-            groups.append((Layout(tp=n), Layout(tp=n, micro=_SEVERAL)))
+        if n == few:
+            groups += [_with_several(Layout(tp=tp, dp_replicate=few // tp)) for tp in divided]
     if (some := _between(few, everyone)) is not None:
-        groups.append((Layout(dp_replicate=some), Layout(dp_replicate=some, micro=_SEVERAL)))
+        groups.append(_with_several(Layout(dp_replicate=some)))
     if sizes:
-        groups += _in_two_ways(here, everyone, few if can_divide else 1)
+        groups += _in_two_ways(here, everyone, divided)
     found = []
     for group in groups:
         if cluster.device == "cpu":
@@ -72,7 +80,12 @@ def _between(few: int, everyone: int) -> int | None:
 def _alone(cluster: Cluster) -> list[Iterable[Layout]]:
     """One process, with one thread and with all of its host."""
     counts = sorted({1, cluster.hosts[0].cores}) if cluster.device == "cpu" else [None]
-    return [(Layout(threads=count), Layout(threads=count, micro=_SEVERAL)) for count in counts]
+    return [_with_several(Layout(threads=count)) for count in counts]
+
+
+def _with_several(layout: Layout) -> tuple[Layout, Layout]:
+    """Itself, and the same with several micro-batches."""
+    return layout, layout.model_copy(update={"micro": _SEVERAL})
 
 
 def _in_one_way(n: int, batch_size: int) -> list[tuple[Layout, ...]]:
@@ -83,7 +96,7 @@ def _in_one_way(n: int, batch_size: int) -> list[tuple[Layout, ...]]:
     pipelines = [Layout(pp=n, micro=m) for m in dict.fromkeys((*numbers[:1], *numbers[-1:]))]
     # What each action of a pipeline takes, and what each step, is told apart by two numbers of micro-batches.
     return [
-        *((way, way.model_copy(update={"micro": _SEVERAL})) for way in ways),
+        *map(_with_several, ways),
         *((pipeline,) for pipeline in pipelines),
         *((_apart(pipeline),) for pipeline in pipelines),
     ]
@@ -94,11 +107,11 @@ def _apart(pipeline: Layout) -> Layout:
     return pipeline.model_copy(update={"schedule": "zb-h1"})
 
 
-def _in_two_ways(here: int, everyone: int, divided: int) -> list[tuple[Layout, ...]]:
+def _in_two_ways(here: int, everyone: int, divided: Sequence[int]) -> list[tuple[Layout, ...]]:
     """Over all workers: the first way over the hosts, or over two parts of the only host, the second within them.
 
     Args:
-        divided: among how many workers blocks can be; 1: among none.
+        divided: among how many workers blocks can be.
     """
     inner = here if 1 < here < everyone else everyone // 2
     outer = everyone // inner
@@ -113,13 +126,13 @@ def _in_two_ways(here: int, everyone: int, divided: int) -> list[tuple[Layout, .
         *(x.model_copy(update={"dp_shard": inner, "zero": 1}) for x in (pipeline, long)),
         *(Layout(dp_replicate=outer, dp_shard=inner, zero=zero) for zero in (1, 3)),
     ]
-    if divided > 1 and inner == here:
+    if inner == here and inner in divided:
         found += [
             *(x.model_copy(update={"tp": inner}) for x in pipelines),
             Layout(dp_replicate=outer, tp=inner),
             *(Layout(dp_shard=outer, tp=inner, zero=zero) for zero in (1, 3)),
         ]
-    elif divided > 1 and here == 1 and everyone % divided == 0:
-        found.append(Layout(dp_replicate=everyone // divided, tp=divided))
+    elif here == 1:
+        found += [Layout(dp_replicate=everyone // tp, tp=tp) for tp in divided if everyone % tp == 0]
     # Without a pipeline one replica serves several micro-batches, too.
-    return [(x,) if x.pp > 1 else (x, x.model_copy(update={"micro": _SEVERAL})) for x in found]
+    return [(x,) if x.pp > 1 else _with_several(x) for x in found]

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
@@ -59,8 +60,10 @@ def share_batch_norms(model: nn.Module, share: BatchShare) -> list[str]:
 
 
 def _forward(module: _BatchNorm, local_forward: Any, share: BatchShare, x: torch.Tensor) -> torch.Tensor:
-    if share.group is None or has_no_values(x) or not _uses_batch_statistics(module):
+    if share.group is None or not _uses_batch_statistics(module):
         return local_forward(x)  # type: ignore[no-any-return]
+    if has_no_values(x):
+        return _without_values(module, x)
     module._check_input_dim(x)
     tracks = module.training and module.track_running_stats
     if tracks and module.num_batches_tracked is not None:
@@ -76,6 +79,14 @@ def _forward(module: _BatchNorm, local_forward: Any, share: BatchShare, x: torch
             module.running_mean.lerp_(mean.to(module.running_mean.dtype), momentum)
             module.running_var.lerp_(unbiased.to(module.running_var.dtype), momentum)
     return y
+
+
+def _without_values(module: _BatchNorm, x: torch.Tensor) -> torch.Tensor:
+    """Where the shape alone counts: of a share of one sample torch would refuse to take statistics."""
+    mean, variance = module.running_mean, module.running_var
+    if mean is None or variance is None:
+        mean = variance = x.new_zeros(x.shape[1])
+    return F.batch_norm(x, mean, variance, module.weight, module.bias, False, 0.0, module.eps)
 
 
 def uses_batch_statistics(module: nn.Module) -> bool:

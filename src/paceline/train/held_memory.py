@@ -124,7 +124,9 @@ def measure_held_memory(
     Args:
         splitting: bytes that `load_splitting` has told.
     """
-    kind, micro = device.type, next(m for m in range(_FEWER, 0, -1) if job.batch_size % m == 0)
+    kind, batch_size = device.type, job.batch_size
+    # Of one sample alone batch norm has no statistics.
+    micro = next(m for m in range(_FEWER, 0, -1) if m == 1 or (batch_size % m == 0 and m < batch_size))
 
     together = job.evaluation_batch_size or job.batch_size
     length = num_samples(datasets["test"], "test")

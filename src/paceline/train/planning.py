@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import gc
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from paceline.comm.group import Group
-from paceline.comm.mesh import make_mesh
+from paceline.comm.mesh import make_mesh, tensor_mesh
 from paceline.comm.threads import take_cores
 from paceline.comm.world import World
 from paceline.errors import LayoutError
@@ -19,7 +20,7 @@ from paceline.plan.corrections import corrected
 from paceline.plan.fitting import why_not
 from paceline.plan.forecast import Forecaster
 from paceline.plan.profile import Block, Costs, LinkedCluster, Profile
-from paceline.plan.tries import layouts_to_try, num_divided
+from paceline.plan.tries import layouts_to_try, sizes_divided
 from paceline.records import Cluster, Layout
 from paceline.split.granularity import NUMBERS, TENSORS, granularity
 from paceline.train.allocator import give_back_freed_memory
@@ -133,30 +134,32 @@ def measure_all(
         launcher_bytes=launcher_memory_bytes() if kind == "cpu" else 0,
     )
     threads_of_all, here = conditions[-1]
-    among = num_divided(cluster)
-    can_divide = among > 1
-    if can_divide and why_in_blocks:
-        room = profile is not None and can_hold_divided(profile, linked, empty, among)
-        can_divide = everyone.gather_json(room, "whether divided blocks can be measured")[0]
-    divided = None
-    if can_divide:
+    among = sizes_divided(cluster)
+    if why_in_blocks:
+        fits = [profile is not None and can_hold_divided(profile, linked, empty, tp) for tp in among]
+        told = everyone.gather_json(fits, "whether divided blocks can be measured")[0]
+        among = [tp for tp, has_room in zip(among, told, strict=True) if has_room]
+    divided: list[Costs] = []
+    for tp in among:
         take_cores(world.local_rank, here, threads_of_all)
-        whole = Layout(tp=among, threads=threads_of_all)
-        divided = _divide(job, datasets, world, found, whole, sizes, seed, precision, budget_s / parts / 2)
+        at_once = Layout(dp_replicate=max(1, here // tp), tp=tp, threads=threads_of_all)
+        costs = _divide(job, datasets, world, found, at_once, sizes, seed, precision, budget_s / parts / 2)
+        divided += [costs] if costs is not None else []
+        gc.collect()
         everyone.barrier("after measuring divided blocks")
     groups: list[list[Layout]] = []
     if profile is not None:
-        costs = [one.model_copy(update={"meeting_s": meeting_s}) for one in profile.costs]
-        if divided is not None:
-            costs = [_with_divisions(one, divided) for one in costs]
-        profile = profile.model_copy(update={"costs": tuple(costs)})
+        measured = [one.model_copy(update={"meeting_s": meeting_s}) for one in profile.costs]
+        measured = [_with_divisions(one, divided, job.batch_size) for one in measured]
+        profile = profile.model_copy(update={"costs": tuple(measured)})
         if held is None:
             profile = with_memory_of_blocks(profile, empty, files, splitting)
         else:
             profile = _with_memory(profile, linked, conditions[0][0], held)
         forecaster = Forecaster(profile, linked)
         world.known.cuts_of = forecaster.cuts_of
-        every = layouts_to_try(job.batch_size, cluster, conditions[-1][0], can_divide=divided is not None)
+        possible = sorted({d.tp for block in measured[0].blocks for d in block.divisions}, reverse=True)
+        every = layouts_to_try(job.batch_size, cluster, threads_of_all, divided=possible)
         fit = ([layout for layout in group if not why_not(forecaster, layout)] for group in every)
         groups = [group for group in fit if group]
     pauses = bool(found) and found[-1].pauses
@@ -181,7 +184,8 @@ def _divide(
     precision: str,
     budget_s: float,
 ) -> Costs | None:
-    """The costs of all workers of a host at once, with blocks divided as by `layout`; None where that cannot be."""
+    """The costs of all workers of a host at once, with blocks divided as by `layout`, its data-parallel parts each for
+    themselves; None where that cannot be."""
     mesh = make_mesh(world, layout)
     if mesh is None:
         return None
@@ -192,7 +196,7 @@ def _divide(
         return measure_division(
             job,
             datasets,
-            mesh,
+            tensor_mesh(mesh),
             Costs.from_json(costs),
             seed=seed,
             device=world.device,
@@ -207,12 +211,32 @@ def _divide(
         return None
 
 
-def _with_divisions(costs: Costs, divided: Costs) -> Costs:
-    """The costs with another's divisions; there is one measurement of these, with all workers at once."""
-    blocks = zip(costs.blocks, divided.blocks, strict=True)
-    return costs.model_copy(
-        update={"blocks": tuple(b.model_copy(update={"divisions": d.divisions}) for b, d in blocks)}
-    )
+def _with_divisions(costs: Costs, divided: Sequence[Costs], samples: float) -> Costs:
+    """The costs with the divisions of others, one for each size.
+
+    These are measured with all workers at once alone: where fewer are at work a divided block takes as much less as the
+    whole model does, on so many samples.
+    """
+    blocks = []
+    for at, block in enumerate(costs.blocks):
+        divisions = []
+        for one in divided:
+            times = _pass_s(costs, samples) / _pass_s(one, samples)
+            divisions += [
+                d.model_copy(
+                    update={
+                        "forward_s": d.forward_s.scaled(times),
+                        "backward_s": d.backward_s.scaled(times),
+                    }
+                )
+                for d in one.blocks[at].divisions
+            ]
+        blocks.append(block.model_copy(update={"divisions": tuple(divisions)}))
+    return costs.model_copy(update={"blocks": tuple(blocks)})
+
+
+def _pass_s(costs: Costs, samples: float) -> float:
+    return sum(block.forward_s(samples) + block.backward_s(samples) for block in costs.model)
 
 
 def _with_memory(profile: Profile, linked: LinkedCluster, threads: int, held: HeldMemory) -> Profile:
