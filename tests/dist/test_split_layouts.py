@@ -37,6 +37,8 @@ PROVEN = [
     for number, name in enumerate(SPLIT_JOBS)
     for layout in (ON_FOUR if name in OWN else ON_FOUR[:3] + ON_FOUR[7 + number % 2 :: 2])
 ]
+PROVEN.append(("batch_norm", "pp=2,dp_replicate=2,micro=12"))
+"""Each worker has one sample of a micro-batch, and the statistics of two."""
 ON_EIGHT = [
     "pp=2,dp_shard=2,tp=2,micro=2",
     "pp=2,dp_replicate=2,tp=2,micro=2",
