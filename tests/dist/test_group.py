@@ -279,6 +279,30 @@ def test_memory_is_used_again():
         assert end <= reserved < end + (2 << 20)
 
 
+def forget_messages(world: World) -> tuple[float, bool]:
+    """1 has not received what 0 has sent, as after a step that failed; then messages of another kind follow."""
+    group = everyone(world)
+    for number in range(40):
+        if world.rank == 0:
+            group.start_send(torch.ones(1 << 18), 1, "a test", channel=number % 2)
+        group.barrier("all is sent")
+        group.forget_messages()
+        group.barrier("all is forgotten")
+    found = torch.zeros(7)
+    if world.rank == 0:
+        group.start_send(torch.full((7,), 3.0), 1, "a test").wait()
+    else:
+        group.receive_(found, 0, "a test")
+    group.barrier("all is received")
+    assert group._mailbox is not None
+    return float(found.sum()), group._mailbox._end < 4 << 20
+
+
+@pytest.mark.shared_memory
+def test_messages_that_nobody_received_are_forgotten_and_their_memory_is_used_again():
+    assert run_group(forget_messages, 2) == {0: (0.0, True), 1: (21.0, True)}
+
+
 def under_a_limit(world: World) -> tuple[str, str, float]:
     """The worker that makes the memory may have no file, and so no memory of this kind, above 1 MiB."""
     if world.rank == 0:

@@ -173,6 +173,14 @@ class Group:
             else:
                 self._memory.barrier(what)
 
+    def forget_messages(self) -> None:
+        """Throw away what has come through shared memory and was not received, where a step has failed in its middle.
+
+        All members call it, and none sends until all have.
+        """
+        if self._mailbox is not None:
+            self._mailbox.forget()
+
     def forget_rooms(self) -> None:
         """Give back what is kept to receive into, from one operation to the next of its size. None is under way."""
         self._wired.forget_rooms()

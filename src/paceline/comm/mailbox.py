@@ -178,8 +178,20 @@ class Mailbox:
             )
         num_bytes = tensor.numel() * tensor.element_size()
         _as_bytes(tensor).copy_(self._bytes[source][letter.position : letter.position + num_bytes])
-        self._counters[source].words[(letter.position - _MARK_BYTES) // WORD_BYTES] = 0
+        self._free(source, letter)
         return True
+
+    def forget(self) -> None:
+        """Throw away what has come and was not received. Nobody is sending."""
+        self.look()
+        for (source, _), letters in self._arrived.items():
+            for letter in letters:
+                self._free(source, letter)
+            letters.clear()
+
+    def _free(self, source: int, letter: _Letter) -> None:
+        """Let the sender use the message's block again."""
+        self._counters[source].words[(letter.position - _MARK_BYTES) // WORD_BYTES] = 0
 
     def wait_for_news(self, source: int, what: str, deadline_s: float) -> None:
         """Return when `source` has announced something since the last `look`, or after a while.

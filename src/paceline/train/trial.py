@@ -200,7 +200,7 @@ class LayoutTimer:
             try:
                 told = self._steps(candidate, candidate.mesh), None
             except LayoutError as error:
-                # Every worker of the layout finds this out, before its first step.
+                # Every worker of the layout finds this out, before the end of its first step.
                 told = 0.0, str(error).splitlines()[0]
             except Exception as error:
                 # Others of the layout may wait for this worker in the middle of a step: there is no way on.
@@ -209,6 +209,11 @@ class LayoutTimer:
         step_s, candidate.error = self._all.gather_json(told, "the time of a trial")[0]
         if candidate.error is None:
             candidate.round_s.append(step_s)
+        elif candidate.layout.pp > 1:
+            # Stages find it out at different places: one may have sent what another does not receive.
+            if candidate.mesh is not None:
+                candidate.mesh.pipeline.forget_messages()
+            self._all.barrier("after a layout that cannot be tried")
 
     def _steps(self, candidate: _Candidate, mesh: Mesh) -> float:
         layout, group = candidate.layout, mesh.everyone
