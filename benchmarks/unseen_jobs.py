@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 
 import torch
 from random_jobs import adamw, class_loss, labelled, make, next_token_loss, sgd, tokens
@@ -93,13 +94,13 @@ class ExpertsLayer(nn.Module):
         return x
 
 
-class Experts(nn.Module):
-    """Tokens [b, t] -> scores [b, t, vocabulary]."""
+class OverTokens(nn.Module):
+    """Tokens [b, t] -> scores [b, t, vocabulary], through layers that keep the shape [b, t, width]."""
 
-    def __init__(self, vocabulary: int, width: int, layers: int, heads: int, experts: int) -> None:
+    def __init__(self, vocabulary: int, width: int, layers: int, layer: Callable[[], nn.Module]) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
-        self.layers = nn.ModuleList(ExpertsLayer(width, heads, experts) for _ in range(layers))
+        self.layers = nn.ModuleList(layer() for _ in range(layers))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -154,22 +155,6 @@ class RetentionLayer(nn.Module):
         x = x + self.out(found * F.silu(self.gate(y)))
         a, c = self.up(self.last_norm(x)).chunk(2, -1)
         return x + self.down(F.silu(a) * c)
-
-
-class Retention(nn.Module):
-    """Tokens [b, t] -> scores [b, t, vocabulary]."""
-
-    def __init__(self, vocabulary: int, width: int, layers: int, heads: int) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(vocabulary, width)
-        self.layers = nn.ModuleList(RetentionLayer(width, heads) for _ in range(layers))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.embedding(x)
-        for layer in self.layers:
-            x = layer(x)
-        return self.head(self.norm(x))
 
 
 class SqueezeBlock(nn.Module):
@@ -251,7 +236,7 @@ JOBS = {
         32,
     ),
     "experts": lambda: make(
-        functools.partial(Experts, 512, 128, 4, 4, 4),
+        functools.partial(OverTokens, 512, 128, 4, functools.partial(ExpertsLayer, 128, 4, 4)),
         functools.partial(tokens, 512, 48),
         next_token_loss,
         adamw,
@@ -265,7 +250,7 @@ JOBS = {
         16,
     ),
     "retention": lambda: make(
-        functools.partial(Retention, 512, 128, 4, 4),
+        functools.partial(OverTokens, 512, 128, 4, functools.partial(RetentionLayer, 128, 4)),
         functools.partial(tokens, 512, 64),
         next_token_loss,
         adamw,
